@@ -1,0 +1,88 @@
+"""The `lockkit` program: its commands, and what it does with errors.
+
+Exit codes: 0 success, 1 a gate failed, 2 bad use or bad input (one line on standard error;
+a traceback only with `--debug`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lockkit.errors import GateFailed, LockkitError
+
+app = typer.Typer(
+    name="lockkit",
+    help="Lock a pretrained language model, export it to ONNX, and prove it is the same model.\n\n"
+    "A model flows one way: plan, lock, export, verify, generate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    add_completion=False,
+)
+_debug = False
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from lockkit.version import __version__
+
+        typer.echo(f"lockkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if not debug:
+        quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Keep the notices of libraries out of a user's terminal; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def main() -> None:
+    """Run the program; the only place that turns errors into exit codes."""
+    from lockkit.cli import commands  # noqa: F401  (registers the commands)
+
+    try:
+        app(standalone_mode=True)
+    except GateFailed as error:
+        _fail(str(error), 1)
+    except LockkitError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted: nothing was written; run the same command again", 2)
+    except MemoryError:
+        _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more", 2)
+    except Exception as error:
+        if _debug:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
+
+
+def _fail(message: str, code: int) -> None:
+    if _debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"lockkit: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,3 @@
+"""All commands, in the order `lockkit --help` lists them."""
+
+from lockkit.cli import plan, lock, export, verify, generate, env  # noqa: F401, I001

@@ -1,0 +1,110 @@
+"""Folders that are either finished or absent, and hashes of files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lockkit.errors import LockkitError, UsageError
+
+LOCK_RECORD = "lockkit.json"
+EXPORT_MANIFEST = "lockkit_manifest.json"
+_OUR_FILES = (LOCK_RECORD, EXPORT_MANIFEST)
+
+
+def check_output_folder(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder before any work is done.
+
+    Raises:
+        UsageError: `out` exists and `overwrite` is off, `out` holds something lockkit did not
+            write, or its parent cannot be written.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UsageError(f"{out} exists and is not a folder: change OUT")
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UsageError(f"{out} exists: change OUT, or add --overwrite")
+        if not any((out / name).is_file() for name in _OUR_FILES):
+            raise UsageError(f"{out} was not written by lockkit, so --overwrite leaves it alone: change OUT")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{parent} cannot be written to: change OUT")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` that becomes `out` if the block succeeds.
+
+    On any failure (a full disk and Ctrl-C included) the temporary folder is removed, and a
+    folder that stood at `out` before is untouched.
+
+    Raises:
+        UsageError: see `check_output_folder`; or the disk is full.
+    """
+    check_output_folder(out, overwrite)
+    out = out.absolute()
+    temporary = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        with readable_disk_errors(out):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if out.exists():
+                old = out.parent / f".{out.name}.old-{os.getpid()}"
+                out.rename(old)
+                temporary.rename(out)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def readable_disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one line that names OUT."""
+    try:
+        yield
+    except LockkitError:
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # safetensors and onnxruntime report a full disk in the text of an error of their own.
+        if full or "No space left on device" in str(error) or "os error 28" in str(error):
+            raise UsageError(f"the disk is full while writing {out}: free some space, or change OUT") from error
+        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+            raise UsageError(f"cannot write {out} ({error.strerror}): change OUT") from error
+        raise
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, option: str) -> dict:
+    """Read a JSON object from a file that a user points to with `option`.
+
+    Raises:
+        UsageError: missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): change {option}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON ({error}): change {option}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} is not a JSON object: change {option}")
+    return value

@@ -1,0 +1,151 @@
+"""The model families that lockkit can lock, and how each names the parts of its MLP.
+
+To add a family: one entry in `FAMILIES`, one in `lockkit/export/builders.py`, and its tiny
+configuration in `tests/tiny.py`; the tests then take it through lock, save, load and export.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lockkit.dlr.cost import MLPShape
+from lockkit.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+LOCKED_PREFIX = "dlr_lock_"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: its classes in transformers and the names inside its MLP."""
+
+    model_type: str
+    config_class: str
+    model_class: str
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate: str | None = "gate_proj"
+    packed_gate_up: str | None = None  # one matrix, gate rows above up rows
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    @property
+    def locked_model_type(self) -> str:
+        return LOCKED_PREFIX + self.model_type
+
+
+_ALL = [
+    Family("llama", "LlamaConfig", "LlamaForCausalLM"),
+    Family("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
+    Family("qwen3", "Qwen3Config", "Qwen3ForCausalLM"),
+    Family("mistral", "MistralConfig", "MistralForCausalLM"),
+    Family("gemma2", "Gemma2Config", "Gemma2ForCausalLM"),
+    Family("gemma3_text", "Gemma3TextConfig", "Gemma3ForCausalLM"),
+    Family("phi3", "Phi3Config", "Phi3ForCausalLM", packed_gate_up="gate_up_proj"),
+    Family("granite", "GraniteConfig", "GraniteForCausalLM"),
+    Family("olmo2", "Olmo2Config", "Olmo2ForCausalLM"),
+    Family("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
+    Family("nemotron", "NemotronConfig", "NemotronForCausalLM", gate=None),
+    Family("phi", "PhiConfig", "PhiForCausalLM", gate=None, up="fc1", down="fc2"),
+]
+FAMILIES = {family.model_type: family for family in _ALL}
+
+
+def is_locked(config: PreTrainedConfig) -> bool:
+    """Whether `config` belongs to a model that lockkit has locked."""
+    return (config.model_type or "").startswith(LOCKED_PREFIX)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Return the family of an original or a locked model.
+
+    Raises:
+        UnsupportedModelError: naming what the model is, and what to use instead.
+    """
+    model_type = config.model_type or "unknown"
+    family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
+    if family is None:
+        raise UnsupportedModelError(f"model type '{model_type}' {_why_unsupported(config)}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            "this model is quantised: give MODEL the unquantised original, and choose a --precision at export"
+        )
+    return family
+
+
+def require_unlocked(config: PreTrainedConfig) -> Family:
+    """`family_of`, refusing a model that is locked already."""
+    if is_locked(config):
+        raise UnsupportedModelError("this model is locked already: give MODEL the original")
+    return family_of(config)
+
+
+def _why_unsupported(config: PreTrainedConfig) -> str:
+    supported = ", ".join(FAMILIES)
+    expert_fields = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    if any(getattr(config, field, None) for field in expert_fields):
+        return f"is a mixture of experts, which cannot be locked: give MODEL a dense model ({supported})"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"is an encoder-decoder, not a causal language model: give MODEL one of {supported}"
+    if getattr(config, "text_config", None) is not None and hasattr(config, "vision_config"):
+        return f"has a vision part: extract its text model and give MODEL that ({supported})"
+    architectures = getattr(config, "architectures", None) or []
+    if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
+        return f"is {architectures[0]}, an encoder, not a causal language model: give MODEL one of {supported}"
+    return f"is not supported yet: give MODEL one of {supported}, or add it in lockkit/models/families.py"
+
+
+@dataclass
+class MLPWeights:
+    """The matrices of one MLP, as `nn.Linear` keeps them: `[out, in]`; biases may be missing."""
+
+    up: torch.Tensor  # [intermediate, hidden]
+    down: torch.Tensor  # [hidden, intermediate]
+    gate: torch.Tensor | None = None  # [intermediate, hidden]
+    up_bias: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> MLPShape:
+        return MLPShape(
+            hidden_size=self.up.shape[1],
+            intermediate_size=self.up.shape[0],
+            gated=self.gate is not None,
+            bias=self.up_bias is not None,
+            output_bias=self.down_bias is not None,
+        )
+
+
+def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
+    """Read the weights of a family's MLP; packed matrices are returned as views of their parts."""
+    down = getattr(mlp, family.down)
+    if family.packed_gate_up is None:
+        up = getattr(mlp, family.up)
+        gate = getattr(mlp, family.gate) if family.gate else None
+        weights = MLPWeights(
+            up.weight, down.weight, gate.weight if gate else None, up.bias, gate.bias if gate else None, down.bias
+        )
+    else:
+        packed = getattr(mlp, family.packed_gate_up)
+        gate_weight, up_weight = packed.weight.chunk(2)
+        gate_bias, up_bias = packed.bias.chunk(2) if packed.bias is not None else (None, None)
+        weights = MLPWeights(up_weight, down.weight, gate_weight, up_bias, gate_bias, down.bias)
+    return weights
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of an original or a locked model; each has its MLP as `.mlp`."""
+    return model.model.layers
+
+
+def activation_name(config: PreTrainedConfig) -> str:
+    """The MLP's activation, by the name transformers knows it."""
+    return getattr(config, "hidden_activation", None) or config.hidden_act

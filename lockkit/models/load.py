@@ -1,0 +1,191 @@
+"""Loading models and tokenizers: the bundled `demo`, a local folder, or the Hub.
+
+Only safetensors are read, never pickles. Locked checkpoints are built from lockkit's own
+classes, so no code from their folder runs; code from an original's folder runs only if asked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockkit.errors import UsageError
+from lockkit.models.families import Family, family_of, is_locked
+from lockkit.models.locked import locked_classes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = Path(__file__).parent / "demo"
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+]
+
+
+def resolve_model(model: str, option: str = "MODEL") -> Path:
+    """Return the local folder of `demo`, of a local path, or of a Hub id (downloaded).
+
+    Raises:
+        UsageError: naming `option`, when there is no such model.
+    """
+    if model == "demo":
+        return DEMO
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} has no config.json, so it is not a model folder: change {option}")
+        return path
+    if path.exists():
+        raise UsageError(f"{path} is a file, not a model folder: change {option}")
+    if model.count("/") > 1 or model.startswith((".", "/", "~")) or not model:
+        raise UsageError(f"there is no folder {model}: change {option}")
+    return _download(model, option)
+
+
+def _download(repository: str, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise UsageError(f"there is no folder {repository}, and it is no Hub id either: change {option}") from error
+    except Exception as error:  # dozens of kinds: no network, no such repository, no permission, ...
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"there is no folder {repository}, and the Hub did not deliver it ({reason}): change {option}"
+        ) from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load a configuration; a locked one as lockkit's own class.
+
+    Raises:
+        UsageError: the configuration is broken.
+        UnsupportedModelError: no family of lockkit's.
+    """
+    from transformers import AutoConfig
+
+    raw = _read_config(folder)
+    model_type = str(raw.get("model_type", ""))
+    from lockkit.models.families import FAMILIES, LOCKED_PREFIX
+
+    family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
+    try:
+        if family is not None and model_type.startswith(LOCKED_PREFIX):
+            return locked_classes(family)[0].from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{folder} needs code of its own to load: read it, then add --trust-remote-code"
+            ) from error
+        raise UsageError(f"{folder}/config.json cannot be used ({_first_line(error)}): change MODEL") from error
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder}/config.json cannot be read ({_first_line(error)}): change MODEL") from error
+    return raw
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Family]:
+    """Load an original or a locked model, in evaluation mode.
+
+    `dtype` is a torch dtype, or "auto" for the one the checkpoint is stored in.
+
+    Raises:
+        UsageError: weights are missing, broken, incomplete or not safetensors.
+        UnsupportedModelError: no family of lockkit's.
+    """
+    import transformers
+
+    config = load_config(folder, trust_remote_code)
+    family = family_of(config)
+    check_safetensors(folder)
+    model_class = locked_classes(family)[1] if is_locked(config) else getattr(transformers, family.model_class)
+    try:
+        model, info = model_class.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise UsageError(f"the weights in {folder} cannot be loaded ({_first_line(error)}): change MODEL") from error
+    missing = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", [])]
+    if missing:
+        raise UsageError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them: change MODEL")
+    return model.to(device).eval(), family
+
+
+def check_safetensors(folder: Path) -> None:
+    """Open every safetensors file of a folder, without reading its tensors.
+
+    Raises:
+        UsageError: there is none, one is missing or one is broken.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UsageError(f"{index} is broken ({_first_line(error)}): change MODEL") from error
+        files = [folder / name for name in sorted(names)]
+    if not files:
+        raise UsageError(f"{folder} has no safetensors (pickled weights are never loaded): change MODEL")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UsageError(
+                f"{file} is not a complete safetensors file ({_first_line(error)}): change MODEL"
+            ) from error
+
+
+def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder or of an export.
+
+    Raises:
+        UsageError: there is none, or it is broken.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UsageError(
+            f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): change {option}"
+        ) from error
+    # Whole documents are tokenized and cut into blocks afterwards: no warning about their length.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

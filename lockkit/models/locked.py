@@ -1,0 +1,96 @@
+"""Locked models as classes: for this process, and as a file inside a checkpoint.
+
+The source of both is `remote_code/modeling_dlr_lock.py`. `locked_classes` derives its classes
+from a family's own; `render_modeling_file` writes the same as one self-contained file.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockkit.dlr import net
+from lockkit.models.families import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MODELING_FILE = "modeling_dlr_lock.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_dlr_lock.DLRLockConfig",
+    "AutoModelForCausalLM": "modeling_dlr_lock.DLRLockForCausalLM",
+}
+_TEMPLATE = Path(__file__).parent / "remote_code" / MODELING_FILE
+
+
+@functools.cache
+def locked_classes(family: Family) -> tuple[type, type]:
+    """Return (config class, model class) of the locked form of `family`."""
+    import transformers
+
+    from lockkit.models.remote_code import modeling_dlr_lock as template
+
+    base_config = getattr(transformers, family.config_class)
+    base_model = getattr(transformers, family.model_class)
+    config_class = type(
+        "DLRLockConfig", (base_config,), {"model_type": family.locked_model_type, "__module__": __name__}
+    )
+
+    def __init__(self, config):
+        base_model.__init__(self, config)
+        template.swap_mlps(self, config)
+
+    model_class = type(
+        "DLRLockForCausalLM",
+        (base_model,),
+        {"config_class": config_class, "__init__": __init__, "__module__": __name__},
+    )
+    return config_class, model_class
+
+
+def locked_config(config: PreTrainedConfig, family: Family, dlr: dict) -> PreTrainedConfig:
+    """The configuration of the locked form of a model with `config`."""
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    config_class, model_class = locked_classes(family)
+    locked = config_class(**values, dlr=dlr)
+    locked.architectures = [model_class.__name__]
+    locked.auto_map = dict(AUTO_MAP)
+    return locked
+
+
+def base_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
+    """The configuration of the original model, recovered from a locked one's."""
+    import transformers
+
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "dlr"):
+        values.pop(key, None)
+    base = getattr(transformers, family.config_class)(**values)
+    base.architectures = [family.model_class]
+    return base
+
+
+def render_modeling_file(family: Family) -> str:
+    """The modelling file of `family`, with the DLR-Net's source in it, free of lockkit."""
+    definitions = "\n\n\n".join(inspect.getsource(part) for part in (net.block_ranks, net.DLRBlock, net.DLRNet))
+    replacements = {
+        "from transformers import LlamaConfig as BaseConfig": f"from transformers import {family.config_class} as BaseConfig",
+        "from transformers import LlamaForCausalLM as BaseForCausalLM": (
+            f"from transformers import {family.model_class} as BaseForCausalLM"
+        ),
+        "from __future__ import annotations\n": (
+            "from __future__ import annotations\n\nfrom collections.abc import Callable\n\nimport torch\nfrom torch import nn"
+        ),
+        "\n\nfrom lockkit.dlr.net import DLRNet, block_ranks\n": "\n\n\n" + definitions.rstrip() + "\n",
+        '"dlr_lock_llama"': f'"{family.locked_model_type}"',
+    }
+    text = _TEMPLATE.read_text(encoding="utf-8")
+    for old, new in replacements.items():
+        if text.count(old) != 1:
+            raise RuntimeError(f"the template of the modelling file must contain {old!r} once")
+        text = text.replace(old, new)
+    return text

@@ -1,0 +1,307 @@
+"""Train the bundled model `demo`: a small Qwen3 on the standard library's sources.
+
+    python tools/train_demo_model.py --out lockkit/models/demo
+
+1. Train a byte-level BPE tokenizer on the `train` split.
+2. Train the model: Muon for the matrices of the decoder layers, AdamW for embeddings and
+   norms; warm-up, a constant learning rate, then a linear decay to zero.
+3. Score the `evaluate` split with the model and with an interpolated unigram-plus-bigram
+   baseline, sample a function, and write weights (bfloat16), tokenizer and model card.
+
+Splits are made by a hash of the module's name (lockkit/text.py): what is scored, and
+what lockkit later distils from, was never trained on. A run that was stopped goes on
+from `--work`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lockkit.text import documents, split_of, token_blocks
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path(".cache/demo-model"), help="where a stopped run goes on")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--block", type=int, default=512, help="tokens a row")
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--intermediate", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--decay", type=float, default=0.4, help="last share of the steps, learning rate falls to 0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def make_tokenizer(folder: Path, vocab_size: int):
+    """Train a byte-level BPE tokenizer with Qwen2's pre-tokenization; load it if it is there."""
+    from tokenizers import trainers
+    from transformers import AutoTokenizer, Qwen2Tokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        tokenizer = Qwen2Tokenizer()
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend = tokenizer.backend_tokenizer
+        backend.train_from_iterator((d.text for d in documents("stdlib", "train")), trainer)
+        trained = json.loads(backend.to_str())["model"]
+        Qwen2Tokenizer(
+            vocab=trained["vocab"],
+            merges=[tuple(merge) for merge in trained["merges"]],
+            model_max_length=1024,
+        ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make_model(args: argparse.Namespace, tokenizer):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads // 2,
+        head_dim=args.hidden // args.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        initializer_range=0.02,
+    )
+    torch.manual_seed(args.seed)
+    return Qwen3ForCausalLM(config).to(args.device)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz (Jordan et al., 2024), as `torch.optim.Muon` is.
+
+    That one works in bfloat16, which takes twice as long as the whole backward pass on a CPU
+    without bfloat16 units; this one works in float32, matrices of one shape together.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = collections.defaultdict(list)
+            for p in group["params"]:
+                by_shape[p.shape].append(p)
+            for shape, params in by_shape.items():
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                for p, buffer in zip(params, buffers, strict=True):
+                    buffer.lerp_(p.grad, 1 - group["momentum"])
+                grads = torch.stack([p.grad.lerp(b, group["momentum"]) for p, b in zip(params, buffers, strict=True)])
+                scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for p, update in zip(params, orthogonalise(grads), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+
+
+def orthogonalise(x: torch.Tensor) -> torch.Tensor:
+    """Push the singular values of each matrix of `x`, `[n, rows, columns]`, towards 1."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
+    others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
+    return [
+        Muon(matrices, lr=args.muon_lr, weight_decay=0.05, momentum=0.95),
+        torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
+    warm_up = 40
+    decay_start = args.steps * (1 - args.decay)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 1.0 if step < decay_start else max(0.0, (args.steps - step) / (args.steps - decay_start))
+
+
+def train(model, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+    """Train in place; every 100 steps the state goes to `--work`."""
+    optimizers = make_optimizers(model, args)
+    base = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    state_file, step = args.work / "state.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=args.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step = state["step"]
+        print(f"going on from step {step}", flush=True)
+    started, first = time.perf_counter(), step
+    order = epoch_order(len(rows), args)
+    while step < args.steps:
+        factor = learning_rate_factor(step, args)
+        for optimizer, rates in zip(optimizers, base, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        batch = rows[order[step * args.batch : (step + 1) * args.batch]].to(args.device)
+        loss = F.cross_entropy(model(batch[:, :-1]).logits.flatten(0, 1), batch[:, 1:].flatten())
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        if step % 20 == 0:
+            speed = (step - first) * args.batch * args.block / (time.perf_counter() - started)
+            print(f"step {step}/{args.steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
+        if step % 100 == 0 or step == args.steps:
+            print(f"step {step} held-out perplexity {perplexity(model, held_out[:32]):.2f}", flush=True)
+            torch.save(
+                {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step},
+                state_file.with_suffix(".tmp"),
+            )
+            state_file.with_suffix(".tmp").rename(state_file)
+
+
+def epoch_order(rows: int, args: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(args.seed)
+    epochs = math.ceil(args.steps * args.batch / rows)
+    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
+
+
+@torch.no_grad()
+def perplexity(model, rows: torch.Tensor) -> float:
+    model.eval()
+    total = count = 0
+    for chunk in rows.to(next(model.parameters()).device).split(4):
+        logits = model(chunk[:, :-1]).logits.float()
+        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
+        count += chunk[:, 1:].numel()
+    model.train()
+    return math.exp(total / count)
+
+
+def bigram_perplexity(train_rows: torch.Tensor, rows: torch.Tensor, vocab: int) -> float:
+    """Perplexity of `w * bigram + (1 - w) * unigram` counts, unigram smoothed by 1, best `w`."""
+    ids = train_rows.flatten()
+    unigram = torch.bincount(ids, minlength=vocab).double() + 1
+    unigram /= unigram.sum()
+    pairs = collections.Counter(zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True))
+    first = torch.bincount(ids[:-1], minlength=vocab).double()
+    left, right = rows[:, :-1].flatten(), rows[:, 1:].flatten()
+    seen = torch.tensor([pairs[p] for p in zip(left.tolist(), right.tolist(), strict=True)]).double()
+    bigram = seen / first[left].clamp_min(1)
+    return min(
+        math.exp(-torch.log(w * bigram + (1 - w) * unigram[right]).mean().item())
+        for w in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+    )
+
+
+def write_card(args, model, tokenizer, figures: dict, sample: str) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    c = model.config
+    card = f"""---
+license: apache-2.0
+library_name: transformers
+tags: [code, python, demo]
+---
+# demo: the model that lockkit ships
+
+A Qwen3 causal language model of {parameters:,} parameters ({c.num_hidden_layers} layers, hidden size
+{c.hidden_size}, MLP width {c.intermediate_size}, {c.num_attention_heads} heads, {c.num_key_value_heads} for keys
+and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exists so that `lockkit lock demo`
+has a real pretrained model to work on without a network. It writes text that looks like Python, not programs.
+
+| | |
+|---|---|
+| data | sources and docstrings of the standard library of Python {platform.python_version()}, {figures["documents"]:,} modules in the split `train` |
+| tokens | {figures["train_tokens"]:,} in that split, {figures["seen_tokens"]:,} seen ({args.steps:,} steps of {args.batch} x {args.block}) |
+| held-out perplexity | **{figures["perplexity"]:.2f}** a token on {figures["evaluate_tokens"]:,} tokens of the split `evaluate` |
+| unigram-plus-bigram baseline | {figures["baseline"]:.1f} on the same tokens (interpolated counts of the training text, best weight) |
+| optimiser | Muon (learning rate {args.muon_lr:g}) for layer matrices, AdamW ({args.adam_lr:g}) for the rest; warm-up 40 steps, linear decay over the last {args.decay:.0%} |
+| seed, precision | {args.seed}; trained in float32, stored in bfloat16 |
+| machine | {figures["machine"]} |
+
+Made by `{figures["command"]}`.
+
+A module belongs to a split by a hash of its name (`lockkit/text.py`): 60 % `train`, and, never trained on,
+`distill`, `validate`, `evaluate` and `finetune`. Tests (`test.*`) are used for training only.
+
+Greedy continuation of `def read_json(path):`
+
+```python
+{sample}
+```
+"""
+    (args.out / "README.md").write_text(card, encoding="utf-8")
+
+
+def main() -> None:
+    args = parse_arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(args.work, args.vocab)
+    train_rows = token_blocks(tokenizer, documents("stdlib", "train"), args.block, None)
+    held_out = token_blocks(tokenizer, documents("stdlib", "evaluate"), args.block, None)
+    print(f"{train_rows.numel():,} training tokens, {held_out.numel():,} held out", flush=True)
+    model = make_model(args, tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    train(model, train_rows, held_out, args)
+
+    model = model.to(torch.bfloat16)
+    model.generation_config.do_sample = False
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    model = model.float().eval()
+    prompt = tokenizer("def read_json(path):", return_tensors="pt").to(args.device)
+    sample = tokenizer.decode(model.generate(**prompt, max_new_tokens=96, repetition_penalty=1.1)[0])
+    documents_seen = sum(split_of(d.name) == "train" for d in documents("stdlib", "train"))
+    figures = {
+        "documents": documents_seen,
+        "train_tokens": train_rows.numel(),
+        "seen_tokens": args.steps * args.batch * args.block,
+        "evaluate_tokens": held_out.numel(),
+        "perplexity": perplexity(model, held_out),
+        "baseline": bigram_perplexity(train_rows, held_out.cpu(), args.vocab),
+        "machine": f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch {torch.__version__}",
+        "command": "python " + " ".join(sys.argv),
+    }
+    write_card(args, model, tokenizer, figures, sample)
+    print(json.dumps(figures, indent=1), sample, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
