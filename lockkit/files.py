@@ -16,6 +16,8 @@ from lockkit.errors import LockkitError, UsageError
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
 _OUR_FILES = (LOCK_RECORD, EXPORT_MANIFEST)
+# No space, over quota, file too large (a limit on this process).
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output_folder(out: Path, overwrite: bool) -> None:
@@ -75,9 +77,13 @@ def readable_disk_errors(out: Path) -> Iterator[None]:
     except LockkitError:
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in FULL
         # safetensors and onnxruntime report a full disk in the text of an error of their own.
-        if full or "No space left on device" in str(error) or "os error 28" in str(error):
+        if (
+            full
+            or "No space left on device" in str(error)
+            or any(f"os error {number}" in str(error) for number in FULL)
+        ):
             raise UsageError(f"the disk is full while writing {out}: free some space, or change OUT") from error
         if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
             raise UsageError(f"cannot write {out} ({error.strerror}): change OUT") from error
@@ -90,7 +96,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, option: str) -> dict:

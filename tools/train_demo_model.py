@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(".cache/demo-model"), help="where a stopped run goes on")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--block", type=int, default=512, help="tokens a row")
     parser.add_argument("--vocab", type=int, default=4096)

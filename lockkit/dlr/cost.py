@@ -65,9 +65,7 @@ SECONDS_PER_BLOCK = 9e-6
 ASSUMED_BYTES_PER_SECOND = 20e9
 
 
-def expected_decode_slowdown(
-    layer_parameters: int, mlp_shape: MLPShape, depth: int, bytes_per_weight: int = 4
-) -> float:
+def expected_decode_slowdown(layer_parameters: int, depth: int, bytes_per_weight: int = 4) -> float:
     """Rough factor by which decoding one token slows down on a CPU.
 
     `layer_parameters` counts one whole decoder layer; the rest of the model is left out.

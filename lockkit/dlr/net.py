@@ -82,14 +82,15 @@ class DLRNet(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if output_bias else None
         self.gain = gain
 
-    def forward(self, x: torch.Tensor, coupling: float = 1.0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gain: float | None = None) -> torch.Tensor:
         """Map `x`, `[..., hidden]`, to `[..., hidden]`.
 
-        `coupling` scales the gain; at 0 all blocks read `x` itself and the chain is an ordinary
-        MLP cut into groups of units. Distillation raises it from 0 to 1; inference never sets it.
+        `gain` stands in for the chain's own; at 0 all blocks read `x` itself and the chain is an
+        ordinary MLP cut into groups of units. Distillation raises it from 0; inference never sets it.
         """
+        gain = self.gain if gain is None else gain
         first, *others = self.blocks
         stream = first(x, self.activation)
         for block in others:
-            stream = stream + block(torch.add(x, stream, alpha=self.gain * coupling), self.activation)
+            stream = stream + block(torch.add(x, stream, alpha=gain), self.activation)
         return stream if self.output_bias is None else stream + self.output_bias

@@ -176,7 +176,8 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Left open, trust_remote_code makes transformers ask the user on a locked folder.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UsageError(
             f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): change {option}"

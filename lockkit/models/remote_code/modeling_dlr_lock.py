@@ -5,7 +5,7 @@ not lockkit. Only the MLPs differ from the base model; attention, embeddings, ca
 generation are the base model's own. `config.dlr` says what the chains look like:
 
     depth           blocks in each chain
-    gain            factor of the stream in a block's input
+    gains           for each decoder layer, the factor of the stream in a block's input
     activation      name of the activation function
     gated           gate, up and down in a block, or up and down only
     bias            the blocks' units have biases
@@ -24,7 +24,7 @@ from lockkit.dlr.net import DLRNet, block_ranks
 def swap_mlps(model, config) -> None:
     """Replace the MLP of every decoder layer by an untrained DLR-Net, in place."""
     dlr = config.dlr
-    for layer in model.model.layers:
+    for layer, gain in zip(model.model.layers, dlr["gains"], strict=True):
         layer.mlp = DLRNet(
             hidden_size=config.hidden_size,
             ranks=block_ranks(config.intermediate_size, dlr["depth"]),
@@ -32,7 +32,7 @@ def swap_mlps(model, config) -> None:
             gated=dlr["gated"],
             bias=dlr["bias"],
             output_bias=dlr["output_bias"],
-            gain=dlr["gain"],
+            gain=gain,
         ).to(model.dtype)
     # Tensor-parallel plans of the base model name projections that are no longer there.
     if getattr(model, "_tp_plan", None):

@@ -1,0 +1,22 @@
+# `make demo` and `make test` set up what they need in .venv, and nothing outside this folder.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test clean
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lockkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch .venv/ready
+
+demo: .venv/ready
+	$(PY) examples/demo.py
+
+test: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest
+
+clean:
+	rm -rf .venv .venv-consumers demo-run .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,64 @@
+"""What all commands share: the terminal, progress bars, and options taken from a recipe class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def option(config: type[BaseModel], field: str, *names: str, **settings: Any) -> Any:
+    """A Typer option for `config.field`: its help is the field's description, its default stays there.
+
+    The parameter itself must default to None, which means "not given".
+    """
+    info = config.model_fields[field]
+    default = "" if info.default is None else f" [default: {info.default}]"
+    return typer.Option(
+        *(names or ("--" + field.replace("_", "-"),)),
+        help=f"{info.description}{default}",
+        show_default=False,
+        **settings,
+    )
+
+
+class TerminalProgress:
+    """`lockkit.progress.Progress` as bars on standard error; finished tasks leave one line each."""
+
+    def __init__(self) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=errors,
+            transient=False,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> TerminalProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, task: str, total: int) -> None:
+        self.task = self.bars.add_task(task, total=total, note="")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self.bars.update(self.task, advance=steps, note=note)
+
+    def finish(self, note: str = "") -> None:
+        self.bars.update(self.task, completed=self.bars.tasks[self.task].total, note=note)
+        self.bars.stop_task(self.task)
+
+    def say(self, line: str) -> None:
+        self.bars.console.print(line)

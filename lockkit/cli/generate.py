@@ -1,0 +1,93 @@
+"""`lockkit generate`: text from one model, or from two side by side."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lockkit.cli.app import app
+from lockkit.cli.console import console, option
+from lockkit.cli.options import config_from_options
+from lockkit.errors import UsageError
+from lockkit.generate import GenerateConfig, Generation, TextModel, open_model, parting
+from lockkit.generate import generate as generate_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="`demo`, a model folder, an export, or a Hub id.")],
+    second: Annotated[
+        str | None, typer.Argument(metavar="[SECOND]", help="Another one, to see both side by side.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")] = "",
+    max_new_tokens: Annotated[int | None, option(GenerateConfig, "max_new_tokens")] = None,
+    temperature: Annotated[float | None, option(GenerateConfig, "temperature")] = None,
+    seed: Annotated[int | None, option(GenerateConfig, "seed")] = None,
+    provider: Annotated[str | None, option(GenerateConfig, "provider")] = None,
+) -> None:
+    """Generate text with a model in PyTorch, or with an export in onnxruntime.
+
+    With one model the text appears as it is made, without the prompt. With two, both texts are
+    shown side by side, and the first token in which they differ is named.
+
+    Examples:
+
+        lockkit generate demo --prompt "def read_lines(path):"
+
+        lockkit generate demo locked-onnx --prompt "import os" --max-new-tokens 100
+
+        lockkit generate locked-onnx --prompt - --temperature 0.8 --seed 1 < prompt.txt
+    """
+    config = config_from_options(GenerateConfig, locals())
+    text = _standard_input() if prompt == "-" else prompt
+    first = open_model(model, config.provider, "MODEL")
+    if second is None:
+        generate_text(first, text, config, _stream)
+        print()
+        return
+
+    other = open_model(second, config.provider, "SECOND")
+    generations = generate_text(first, text, config), generate_text(other, text, config)
+    console.print(_side_by_side(first, other, *generations))
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not text ({error.reason}): change --prompt") from error
+
+
+def _stream(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _side_by_side(model: TextModel, other: TextModel, first: Generation, second: Generation) -> Table:
+    """Two columns; what comes after the first difference is highlighted."""
+    from rich.table import Table
+    from rich.text import Text
+
+    position = parting(first, second)
+    if position is None:
+        caption = f"identical: {len(first.token_ids)} tokens"
+    else:
+        caption = f"they part at token {position}: {_token(model, first, position)}, {_token(other, second, position)}"
+    table = Table(caption=caption, caption_justify="left", expand=True)
+    cells = []
+    for opened, generation in ((model, first), (other, second)):
+        table.add_column(Text(opened.name), ratio=1, overflow="fold")
+        common = generation.characters(position)
+        cells.append(Text.assemble(generation.text[:common], (generation.text[common:], "yellow")))
+    table.add_row(*cells)
+    return table
+
+
+def _token(model: TextModel, generation: Generation, position: int) -> str:
+    if position < len(generation.token_ids):
+        return repr(model.tokenizer.decode(generation.token_ids[position : position + 1]))
+    return generation.stopped

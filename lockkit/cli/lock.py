@@ -1,0 +1,90 @@
+"""`lockkit lock`: distil a model into its locked form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lockkit.cli.app import app
+from lockkit.cli.console import TerminalProgress, console, option
+from lockkit.lock.config import LockConfig, make_config
+
+
+@app.command()
+def lock(
+    model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    depth: Annotated[int | None, option(LockConfig, "depth")] = None,
+    init: Annotated[str | None, option(LockConfig, "init")] = None,
+    coupling: Annotated[float | None, option(LockConfig, "coupling")] = None,
+    gain: Annotated[float | None, option(LockConfig, "gain")] = None,
+    data: Annotated[str | None, option(LockConfig, "data")] = None,
+    tokens: Annotated[int | None, option(LockConfig, "tokens")] = None,
+    end_to_end_tokens: Annotated[int | None, option(LockConfig, "end_to_end_tokens")] = None,
+    block_tokens: Annotated[int | None, option(LockConfig, "block_tokens")] = None,
+    batch_tokens: Annotated[int | None, option(LockConfig, "batch_tokens")] = None,
+    validation_tokens: Annotated[int | None, option(LockConfig, "validation_tokens")] = None,
+    learning_rate: Annotated[float | None, option(LockConfig, "learning_rate")] = None,
+    end_to_end_learning_rate: Annotated[float | None, option(LockConfig, "end_to_end_learning_rate")] = None,
+    ramp_share: Annotated[float | None, option(LockConfig, "ramp_share")] = None,
+    seed: Annotated[int | None, option(LockConfig, "seed")] = None,
+    dtype: Annotated[str | None, option(LockConfig, "dtype")] = None,
+    device: Annotated[str | None, option(LockConfig, "device")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A recipe in YAML: the same settings; options override it.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote it.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL. Read it first.")
+    ] = False,
+) -> None:
+    """Distil MODEL into its locked form and write it to OUT.
+
+    Every MLP becomes a deep low-rank residual network of the same parameter count, trained first
+    layer by layer, then all together on the logits. OUT is an ordinary Hugging Face folder.
+
+    Examples:
+
+        lockkit lock demo locked
+
+        lockkit lock ./my-model ./my-model-locked --depth 32 --data corpus.txt
+
+        lockkit lock Qwen/Qwen3-0.6B qwen-locked --config recipe.yaml
+    """
+    settings = {name: value for name, value in locals().items() if name in LockConfig.model_fields}
+    recipe = make_config(config, **settings)
+    from lockkit.lock.run import lock_model
+
+    with TerminalProgress() as progress:
+        result = lock_model(
+            model, out, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+        )
+    console.print(_table(result.record))
+    console.print(f"wrote {out}: the locked model, its lockkit.json and a model card", soft_wrap=True)
+
+
+def _table(record: dict):
+    from rich.table import Table
+
+    fidelity, dlr = record["fidelity"], record["dlr"]
+    rank = f"{dlr['rank']}" if dlr["rank"] == dlr["smallest_rank"] else f"{dlr['smallest_rank']} or {dlr['rank']}"
+    table = Table(title=f"{record['model']}, locked: depth {dlr['depth']}, rank {rank}", title_justify="left")
+    table.add_column("held-out measure")
+    table.add_column("original", justify="right")
+    table.add_column("after phase 1", justify="right")
+    table.add_column("locked", justify="right")
+    phase_1 = record["after_phase_1"]
+    table.add_row(
+        "perplexity",
+        f"{fidelity['original_perplexity']:.3f}",
+        f"{phase_1['perplexity']:.3f}",
+        f"{fidelity['perplexity']:.3f}",
+    )
+    table.add_row("over original", "", f"{phase_1['perplexity_ratio']:.4f}", f"{fidelity['perplexity_ratio']:.4f}")
+    table.add_row("KL divergence", "", f"{phase_1['kl_divergence']:.5f}", f"{fidelity['kl_divergence']:.5f}")
+    table.add_row("same top token", "", f"{phase_1['top1_agreement']:.2%}", f"{fidelity['top1_agreement']:.2%}")
+    nmse = [layer["nmse"] for layer in record["layers"]]
+    table.add_row("NMSE of layers", "", f"{min(nmse):.5f} .. {max(nmse):.5f}", "")
+    return table

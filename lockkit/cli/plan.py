@@ -1,0 +1,72 @@
+"""`lockkit plan`: what a lock would cost, by depth."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from lockkit.cli.app import app
+from lockkit.cli.console import console
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
+    depth: Annotated[
+        list[int] | None, typer.Option("--depth", help="A depth to show; repeat for more. Default: 8 to 128.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL. Read it first.")
+    ] = False,
+) -> None:
+    """Show, for each depth, what locking MODEL would cost. Reads no weights.
+
+    Saved activations are what plain autograd keeps for the MLPs' backward pass. An attacker who
+    rebuilds them instead needs about as few as for the original: see the README.
+
+    Examples:
+
+        lockkit plan demo
+
+        lockkit plan ./my-model --depth 16 --depth 48 --json
+    """
+    from lockkit.plan import plan_model
+
+    result = plan_model(model, depth, trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(result.record(), indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(
+        title=f"{model}: {result.model_type}, {result.parameters / 1e6:,.1f} M parameters, {result.layers} layers, "
+        f"hidden {result.hidden_size}, MLP {result.intermediate_size}",
+        title_justify="left",
+    )
+    table.add_column("depth\n(blocks\na layer)", justify="right")
+    table.add_column("rank", justify="right")
+    table.add_column("MLP\nparameters", justify="right")
+    table.add_column("saved bytes\na token", justify="right")
+    table.add_column("over\noriginal", justify="right")
+    table.add_column("decoding\ntime,\nexpected", justify="right")
+    table.add_row(
+        "original", "", f"{result.original_mlp_parameters:,}", f"{result.original_saved_bytes_per_token:,}", "1.0x", ""
+    )
+    for row in result.rows:
+        rank = str(row.rank) if row.rank == row.smallest_rank else f"{row.smallest_rank}-{row.rank}"
+        table.add_row(
+            str(row.depth),
+            rank,
+            f"{row.mlp_parameters:,}",
+            f"{row.saved_bytes_per_token:,}",
+            f"{row.saved_bytes_ratio:.1f}x",
+            f"{row.expected_decode_slowdown:.2f}x",
+        )
+    console.print(table)
+    console.print(
+        "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
+        "The last column is an estimate for one token on a CPU, not a measurement."
+    )

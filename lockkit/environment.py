@@ -1,0 +1,134 @@
+"""What this machine has: versions, devices, and packages that shadow each other."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import os
+import platform
+from dataclasses import asdict, dataclass
+
+from lockkit.version import git_hash, versions
+
+SCHEMA = "lockkit-environment/1"
+
+# Wheels that install the same Python module: the last one installed wins, silently.
+SHADOWING = {
+    "onnxruntime": [
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-directml",
+        "onnxruntime-openvino",
+        "onnxruntime-training",
+    ],
+    "onnxruntime_genai": ["onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml"],
+}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Everything a bug report needs; no paths, no user names."""
+
+    schema: str
+    versions: dict[str, str]
+    git_hash: str | None
+    system: str
+    cpu_count: int
+    memory_bytes: int
+    torch_devices: list[str]
+    onnxruntime_providers: list[str]
+    problems: list[str]
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+def describe_environment() -> Environment:
+    """Look at this machine and its packages."""
+    import psutil
+
+    devices, cuda_in_torch = _torch_devices()
+    providers, provider_problems = _onnxruntime_providers(cuda_in_torch)
+    problems = [*_shadowed_wheels(), *provider_problems]
+    return Environment(
+        schema=SCHEMA,
+        versions=versions(),
+        git_hash=git_hash(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpu_count=os.cpu_count() or 1,
+        memory_bytes=psutil.virtual_memory().total,
+        torch_devices=devices,
+        onnxruntime_providers=providers,
+        problems=problems,
+    )
+
+
+def _torch_devices() -> tuple[list[str], bool]:
+    try:
+        import torch
+    except ImportError as error:
+        return [f"torch does not import: {error}"], False
+    gpus = [
+        f"cuda:{i} {torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+        for i in range(torch.cuda.device_count())
+    ]
+    return [f"cpu, {torch.get_num_threads()} threads", *gpus], bool(gpus)
+
+
+def _onnxruntime_providers(gpu_present: bool) -> tuple[list[str], list[str]]:
+    """Whether CPU and CUDA providers can really be used, and what is wrong if not.
+
+    A wheel lists the providers it was built with; only a session shows which ones start.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return [], [f"onnxruntime does not import ({error}): pip install onnxruntime-gpu"]
+    found, problems = ["CPUExecutionProvider"], []
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        if gpu_present:
+            problems.append("PyTorch sees a GPU, but this onnxruntime has no CUDA: pip install onnxruntime-gpu")
+    elif _cuda_starts(onnxruntime):
+        found.append("CUDAExecutionProvider")
+    elif gpu_present:
+        problems.append("PyTorch sees a GPU, but onnxruntime's CUDA provider does not start: check CUDA and cuDNN")
+    else:
+        found.append("CUDAExecutionProvider is built in, but finds no GPU")
+    return found, problems
+
+
+def _cuda_starts(onnxruntime) -> bool:
+    """Start a session of one node on the GPU; onnxruntime's own messages are kept quiet."""
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnxruntime.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CUDAExecutionProvider"])
+    except Exception:  # a missing library, driver or device each fail in a way of their own
+        return False
+    finally:
+        onnxruntime.set_default_logger_severity(2)
+    return "CUDAExecutionProvider" in session.get_providers()
+
+
+def _shadowed_wheels() -> list[str]:
+    problems = []
+    for module, wheels in SHADOWING.items():
+        installed = []
+        for wheel in wheels:
+            try:
+                installed.append(f"{wheel} {importlib.metadata.version(wheel)}")
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        if len(installed) > 1:
+            names = " ".join(entry.split()[0] for entry in installed)
+            problems.append(
+                f"{' and '.join(installed)} both provide the module {module} and shadow each other: "
+                f"pip uninstall {names}, then install one of them"
+            )
+    return problems

@@ -1,0 +1,411 @@
+"""The graph author: onnxruntime-genai's model builder, taught to emit the chains of a locked model.
+
+This is the only file that knows the builder. It is no public interface, hence the narrow pin in
+pyproject.toml; what it lacks or gets wrong for a family is set right here, in that family's class:
+
+* locked models: `make_mlp` emits the chain of a DLR-Net (`_LockkitBuilder`);
+* OLMo 2 has no builder upstream (`_Olmo2`);
+* a sliding window without `layer_types` (Mistral, Phi-3) was ignored (`_prepare_config`);
+* the epsilon of LayerNorms (Nemotron, Phi) was ignored (`_prepare_config`);
+* Gemma's embedding factor was rounded to two decimals (`_ExactScale`);
+* RoPE scalings were ignored, refused or miscalculated depending on the family, so the tables of
+  cosines and sines come from the model's own frequencies (`_LockkitBuilder`, `_Gemma3`);
+* SmolLM3's layers without RoPE asked for an input that the graph does not have (`_SmolLM3`);
+* Nemotron's MLP biases were ignored (`_Nemotron`).
+
+Adding a family: one entry in `BUILDERS`, with a class of its own if the family needs one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import logging
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnxruntime_genai.models import builders as upstream  # its package puts itself on sys.path
+from onnxruntime_genai.models.builders import base as upstream_base
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lockkit.dlr.net import DLRNet
+from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
+from lockkit.export.config import ExportConfig, Precision, Provider
+from lockkit.models.families import Family
+from lockkit.progress import NoProgress, Progress
+
+
+class _LockkitBuilder:
+    """Mixed into a family's builder: our weights, our chains, progress, concrete cache shapes.
+
+    The two attributes are set on the class, since the builders work from their first line on.
+    """
+
+    source_model: PreTrainedModel
+    progress: Progress
+    rope_prefix = ""  # of the frequencies' names, where a model has several kinds of layers
+
+    def load_weights(self, input_path: str) -> PreTrainedModel:
+        # Norms and biases are handed over in fp32: the builder adds Gemma's offset of 1 to them.
+        for parameter in self.source_model.parameters():
+            if parameter.ndim == 1:
+                parameter.data = parameter.data.float()
+        return self.source_model
+
+    def make_rope_init(self, config: PreTrainedConfig) -> None:
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type == "longrope":  # two tables, of which the graph picks one by the text's length
+            super().make_rope_init(config)
+        elif rope_type == "dynamic":
+            raise NotImplementedError("its RoPE is 'dynamic', which changes with the length of the text")
+
+    def make_rotary_embedding_caches_from_scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if "multi_cache" in self.rope_attrs:
+            return super().make_rotary_embedding_caches_from_scratch()
+        rotary, prefix = self.source_model.model.rotary_emb, self.rope_prefix
+        frequencies = getattr(rotary, f"{prefix}inv_freq").float()  # [rotary_size / 2]
+        factor = getattr(rotary, f"{prefix}attention_scaling")
+        angles = torch.outer(torch.arange(self.rope_attrs["cache_length"]).float(), frequencies)
+        angles = torch.cat((angles, angles), dim=-1)  # [context, rotary_size]
+        return angles.cos() * factor, angles.sin() * factor
+
+    def make_layer(self, layer_id: int, layer: torch.nn.Module) -> None:
+        super().make_layer(layer_id, layer)
+        self.progress.advance()
+
+    def has_lm_head(self, module: torch.nn.Module) -> bool:
+        # The builder goes by shape, which a small model's other matrices may share.
+        return module is self.source_model.lm_head
+
+    def make_key_value_cache_shape(self, layer_id: int, shape: list) -> list:
+        # A concrete head size where the builder has a symbol: transformers.js needs it.
+        return [*super().make_key_value_cache_shape(layer_id, shape)[:3], self.head_size]
+
+    def is_gqa_supported(self) -> bool:
+        # GroupQueryAttention refuses other sizes when it runs: those get MultiHeadAttention.
+        rotary_size = self.rope_attrs["rotary_embedding_dim"] or self.head_size
+        exists = super().is_gqa_supported() or (self.ep, self.io_dtype) == ("cpu", ir.DataType.FLOAT16)
+        return exists and self.head_size % 16 == 0 and rotary_size % 16 == 0
+
+    def is_packed_attn_supported(self) -> bool:
+        # That operator has no cache here; without it fp32 on CUDA gets MultiHeadAttention.
+        return False
+
+    def make_mlp(self, layer_id: int, mlp: torch.nn.Module, root_input: str) -> None:
+        if isinstance(mlp, DLRNet):
+            self.layernorm_attrs["skip_input"] = self._make_chain(layer_id, mlp, root_input)
+        else:
+            super().make_mlp(layer_id, mlp, root_input)
+
+    def _make_chain(self, layer_id: int, chain: DLRNet, root_input: str) -> str:
+        """Emit a DLR-Net and return the name of its output.
+
+        The stream is kept multiplied by the gain: with `s' = gain * s`, a block reads `x + s'` and
+        adds `(gain U) a`, so that one division at the end stands for a product in every block.
+        (At gain 0 all blocks read `x`, and there is nothing to multiply.)
+        """
+        scale = float(chain.gain) or 1.0
+        basename = f"/model/layers.{layer_id}/mlp"
+        shape = {"dtype": self.io_dtype, "shape": self.make_hidden_state_shape()}
+        stream = ""
+        for index, block in enumerate(chain.blocks):
+            name = f"{basename}/blocks.{index}"
+            block_input = root_input
+            if stream and chain.gain:
+                self.make_add(f"{name}/input/Add", [root_input, stream], **shape)
+                block_input = f"{name}/input/Add/output_0"
+            units = self._make_units(f"{layer_id}/mlp/blocks.{index}", name, block, block_input)
+            scaled_down = types.SimpleNamespace(weight=block.down_proj.weight.detach().float() * scale)
+            update = self.make_matmul(scaled_down, f"{name}/down_proj/MatMul", units) + "/output_0"
+            if stream:
+                self.make_add(f"{name}/output/Add", [stream, update], **shape)
+                update = f"{name}/output/Add/output_0"
+            stream = update
+        if scale != 1.0:
+            divisor = f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{scale}"
+            self.make_div(f"{basename}/gain/Div", [stream, divisor], **shape)
+            stream = f"{basename}/gain/Div/output_0"
+        if chain.output_bias is not None:
+            self.make_add_bias(chain.output_bias.detach(), f"{basename}/output/Add", root_input=stream)
+            stream = f"{basename}/output/Add/output_0"
+        return stream
+
+    def _make_units(self, scope: str, name: str, block: torch.nn.Module, block_input: str) -> str:
+        """Emit a block's units, `act(G t) * (V t)` or `act(V t + b)`; return their name."""
+        rank = block.up_proj.weight.shape[0]
+        up = self._make_linear(block.up_proj, f"{name}/up_proj", block_input)
+        activated = (
+            up if block.gate_proj is None else self._make_linear(block.gate_proj, f"{name}/gate_proj", block_input)
+        )
+        # The builder names an activation by its layer and shapes it by the MLP's width: here a
+        # layer has many, each as wide as its block's rank.
+        width, self.intermediate_size = self.intermediate_size, rank
+        units = self.make_activation(scope, root_input=activated) + "/output_0"
+        self.intermediate_size = width
+        if block.gate_proj is not None:
+            shape = self.make_hidden_state_shape(last_dim=rank)
+            self.make_mul(f"{name}/Mul", [units, up], dtype=self.io_dtype, shape=shape)
+            units = f"{name}/Mul/output_0"
+        return units
+
+    def _make_linear(self, linear: torch.nn.Linear, name: str, root_input: str) -> str:
+        output = self.make_matmul(linear, f"{name}/MatMul", root_input) + "/output_0"
+        if linear.bias is not None:
+            self.make_add_bias(linear.bias.detach(), f"{name}/Add", root_input=output)
+            output = f"{name}/Add/output_0"
+        return output
+
+
+class _SmolLM3(upstream.SmolLM3Model):
+    def make_attention(self, layer_id: int, attention: torch.nn.Module, root_input: str, **kwargs) -> None:
+        before = dict(self.attention_attrs)
+        rope = bool(self.no_rope_layers[layer_id])  # 1 means RoPE, whatever the name says
+        self.attention_attrs.update(rope=rope, use_rope_in_attn=rope and before["use_rope_in_attn"])
+        upstream.Model.make_attention(self, layer_id, attention, root_input, **kwargs)
+        self.attention_attrs.update(rope=before["rope"], use_rope_in_attn=before["use_rope_in_attn"])
+
+
+class _Nemotron(upstream.NemotronModel):
+    def make_mlp_proj(self, layer_id: int, mlp: torch.nn.Module, root_input: str) -> None:
+        if mlp.up_proj.bias is None:
+            super().make_mlp_proj(layer_id, mlp, root_input)
+        else:
+            self.make_mlp_fc(layer_id, types.SimpleNamespace(fc1=mlp.up_proj, fc2=mlp.down_proj), root_input)
+
+
+class _ExactScale:
+    """Gemma's embeddings times the exact root of the hidden size, rounded as PyTorch rounds it."""
+
+    def make_embedding(self, embedding: torch.Tensor) -> None:
+        self.embed_attrs["scale"] = float(self.hidden_size**0.5)
+        super().make_embedding(embedding)
+
+
+class _Gemma2(_ExactScale, upstream.Gemma2Model):
+    pass
+
+
+class _Gemma3(_ExactScale, upstream.Gemma3Model):
+    def make_rotary_embedding_multi_cache(self) -> None:
+        for layer_type, scope in (("full_attention", "global"), ("sliding_attention", "local")):
+            names = {f"{table}_cache_name": f"{table}_cache_{scope}" for table in ("cos", "sin")}
+            self.rope_prefix, self.rope_attrs["create_caches"] = f"{layer_type}_", True
+            upstream.Model.make_rotary_embedding_caches(self, **names)
+        # The names by which upstream picks a layer's tables:
+        self.cos_cache_global_name, self.sin_cache_global_name = "cos_cache_global", "sin_cache_global"
+        self.cos_cache_local_name, self.sin_cache_local_name = "cos_cache_local", "sin_cache_local"
+
+
+class _Olmo2(upstream.Model):
+    """Norms after attention and MLP, before the residual is added; q and k normed before the split into heads."""
+
+    def make_attention_init(self, config: PreTrainedConfig) -> None:
+        self.attention_attrs.update(q_norm=True, k_norm=True)
+        super().make_attention_init(config)
+
+    def is_fused_qk_norm_gqa_supported(self) -> bool:
+        return False  # that norm is per head
+
+    def make_qk_norm(self, layer_id: int, attention: torch.nn.Module) -> None:
+        for path, norm, size in (("q", attention.q_norm, self.q_size), ("k", attention.k_norm, self.kv_size)):
+            name = f"/model/layers.{layer_id}/attn/{path}_norm/SimplifiedLayerNormalization"
+            weight = f"model.layers.{layer_id}.attn.{path}_norm.layernorm.weight"
+            self.make_initializer(norm.weight, weight, to=self.io_dtype)
+            self.make_node(
+                "SimplifiedLayerNormalization",
+                inputs=[self.attention_attrs[f"{path}_path"], weight],
+                outputs=[f"{name}/output_0"],
+                name=name,
+                epsilon=self.layernorm_attrs["epsilon"],
+                axis=-1,
+                stash_type=1,
+            )
+            self.make_value(f"{name}/output_0", self.io_dtype, shape=self.make_hidden_state_shape(last_dim=size))
+            self.attention_attrs[f"{path}_path"] = f"{name}/output_0"
+
+    def make_layer(self, layer_id: int, layer: torch.nn.Module) -> None:
+        # attention -> norm -> add -> MLP -> norm -> add; the last add is the final norm's own.
+        last = layer_id == self.num_layers - 1
+        self.make_attention(layer_id, layer.self_attn, root_input=self.layernorm_attrs["root_input"])
+        self._make_post_norm(layer_id, layer.post_attention_layernorm, "post_attention", add=True)
+        self.make_mlp(layer_id, layer.mlp, root_input=self.layernorm_attrs["root_input"])
+        self._make_post_norm(layer_id, layer.post_feedforward_layernorm, "post_feedforward", add=not last)
+        self.layernorm_attrs["first_layernorm"] = False
+        self.layernorm_attrs["last_layernorm"] = last
+
+    def _make_post_norm(self, layer_id: int, norm: torch.nn.Module, location: str, add: bool) -> None:
+        """Norm `skip_input`; then add it to `root_input`, or leave both to the norm that follows."""
+        residual = self.layernorm_attrs["root_input"]
+        self.layernorm_attrs["root_input"] = self.layernorm_attrs["skip_input"]
+        self.make_layernorm(layer_id, norm, skip=False, simple=True, location=location)
+        self.layernorm_attrs["skip_input"] = self.layernorm_attrs["output_0"]
+        self.layernorm_attrs["root_input"] = residual
+        if add:
+            name = f"/model/layers.{layer_id}/{location}_residual/Add"
+            inputs = [residual, self.layernorm_attrs["skip_input"]]
+            self.make_add(name, inputs, dtype=self.io_dtype, shape=self.make_hidden_state_shape())
+            self.layernorm_attrs["root_input"] = f"{name}/output_0"
+
+
+BUILDERS: dict[str, type] = {
+    "llama": upstream.LlamaModel,
+    "qwen2": upstream.QwenModel,
+    "qwen3": upstream.Qwen3Model,
+    "mistral": upstream.MistralModel,
+    "gemma2": _Gemma2,
+    "gemma3_text": _Gemma3,
+    "phi3": upstream.Phi3MiniModel,
+    "phi3:longrope": upstream.Phi3MiniLongRoPEModel,
+    "granite": upstream.GraniteModel,
+    "olmo2": _Olmo2,
+    "smollm3": _SmolLM3,
+    "nemotron": _Nemotron,
+    "phi": upstream.PhiModel,
+}
+# How genai_config.json calls the model, where it is not the architecture's name.
+GENAI_NAMES = {"gemma3_text": "gemma3_text", "olmo2": "olmo"}
+
+
+def build_graph(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    family: Family,
+    folder: Path,
+    export: ExportConfig,
+    progress: Progress | None = None,
+) -> None:
+    """Write `model.onnx`, `model.onnx.data` and `genai_config.json` into `folder`.
+
+    Args:
+        model: locked or original; its norms are turned to fp32 in place.
+        config: the base family's configuration, see `lockkit.models.locked.base_config`.
+        folder: holds `config.json`, the tokenizer and `generation_config.json` already.
+        progress: told of every layer, and of the writing.
+
+    Raises:
+        UnsupportedModelError: the builder cannot express this model.
+        LockkitError: the builder failed, with its reason.
+    """
+    progress = progress or NoProgress()
+    prepared = _prepare_config(config, family, folder)
+    name = family.model_type
+    if f"{name}:{prepared.rope_parameters['rope_type']}" in BUILDERS:
+        name = f"{name}:{prepared.rope_parameters['rope_type']}"
+    members = {"source_model": model, "progress": progress}
+    builder_class = type(f"Lockkit{BUILDERS[name].__name__}", (_LockkitBuilder, BUILDERS[name]), members)
+    try:
+        with _silence(), torch.no_grad():
+            builder = builder_class(
+                prepared, *_dtypes(export), export.provider.value, str(folder), _options(prepared, export)
+            )
+            builder.model_type = GENAI_NAMES.get(family.model_type, builder.model_type)
+            _refuse_what_attention_lacks(builder, export)
+            progress.start("building the graph", builder.num_layers)
+            builder.make_model(str(folder))
+            progress.finish()
+            progress.start("writing the weights", 1)
+            builder.save_model(str(folder))
+            progress.finish()
+            builder.make_genai_config(prepared, {"local_files_only": True}, str(folder))
+    except (LockkitError, MemoryError, OSError):
+        raise
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"this {name} model cannot be exported ({error}): change MODEL") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise LockkitError(f"the graph of this {name} model could not be built ({reason}): change MODEL") from error
+
+
+def _dtypes(export: ExportConfig) -> tuple[ir.DataType, ir.DataType]:
+    """The types of the graph's arithmetic and of its weights."""
+    plain = {
+        Precision.fp32: ir.DataType.FLOAT,
+        Precision.fp16: ir.DataType.FLOAT16,
+        Precision.bf16: ir.DataType.BFLOAT16,
+    }
+    if not export.precision.quantised:
+        return plain[export.precision], plain[export.precision]
+    arithmetic = ir.DataType.FLOAT if export.provider is Provider.cpu else ir.DataType.FLOAT16
+    return arithmetic, ir.DataType.INT8 if export.precision is Precision.int8 else ir.DataType.INT4
+
+
+def _options(config: PreTrainedConfig, export: ExportConfig) -> dict:
+    """The builder's own options."""
+    options = {
+        "hf_token": None,
+        "hf_remote": False,
+        # Caches as long as the text in every layer: what consumers other than genai expect.
+        "windowed_kv_cache": False,
+        # Norms of q and k as nodes of their own: inside the attention only CUDA knows them.
+        "fuse_qk_norm_gqa": False,
+        "block_size": export.block_size,
+        "shared_embeddings": bool(config.tie_word_embeddings),
+    }
+    if config.tie_word_embeddings and export.precision is Precision.int4:  # the lookup has no int8
+        options["op_types_to_quantize"] = ("MatMul", "Gather")
+    return options
+
+
+def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> PreTrainedConfig:
+    """A copy of the configuration in the form that the builder reads."""
+    config = copy.deepcopy(config)
+    config._name_or_path = str(folder)
+    config.architectures = [family.model_class]
+    config.rms_norm_eps = next(
+        getattr(config, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_eps") if hasattr(config, name)
+    )
+    if "full_attention" in config.rope_parameters:
+        config.rope_local_base_freq = config.rope_parameters["sliding_attention"]["rope_theta"]
+        config.rope_parameters = config.rope_parameters["full_attention"]
+    config.rope_parameters = {**config.rope_parameters, "type": config.rope_parameters["rope_type"]}
+    if getattr(config, "original_max_position_embeddings", 0) is None:
+        config.original_max_position_embeddings = config.max_position_embeddings
+    if getattr(config, "sliding_window", None) is None:
+        config.sliding_window = -1
+    elif getattr(config, "layer_types", None) is None:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    for name in ("qk_layernorm", "use_bidirectional_attention"):
+        if getattr(config, name, False):
+            raise UnsupportedModelError(
+                f"this {family.model_type} model has {name}, which cannot be exported: change MODEL"
+            )
+    return config
+
+
+def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) -> None:
+    """MultiHeadAttention knows neither soft caps nor sliding windows, and in fp16 no cache on the CPU.
+
+    It stands in for GroupQueryAttention in fp32 on CUDA, and where a head's size, or the part of
+    it that RoPE turns, is no multiple of 16.
+    """
+    if builder.attention_attrs["op_type"] == "GroupQueryAttention":
+        return
+    windowed = 0 < builder.window_size < builder.context_length and "sliding_attention" in builder.layer_types
+    if builder.attention_attrs["softcap"] or windowed or builder.io_dtype == ir.DataType.FLOAT16:
+        raise UsageError(
+            f"the attention of this model (head size {builder.head_size}, soft cap or sliding window) does not exist "
+            f"in {export.precision.value} on {export.provider.value}: change --precision"
+        )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the builder's prints, progress bars and log lines to itself.
+
+    Standard error stays, since our own progress is shown there.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    upstream_base.tqdm = functools.partial(tqdm, disable=True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        upstream_base.tqdm = tqdm
+        logging.disable(disabled)

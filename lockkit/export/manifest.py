@@ -1,0 +1,119 @@
+"""The manifest of an export: what was written, from what, with what.
+
+`lockkit_manifest.json` lists every other file of the folder with its size and SHA-256, so that
+whoever runs an export can tell that it is the one that was written. Files that the manifest does
+not list (a README added later, say) are nobody's business here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from lockkit.errors import UsageError
+from lockkit.files import EXPORT_MANIFEST, read_json, sha256_of_file, write_json
+
+SCHEMA = "lockkit-export-manifest/1"
+
+
+def _inside_the_folder(name: str) -> str:
+    """Accept names of files in the folder or its subfolders, on any operating system."""
+    parts = PurePosixPath(name).parts
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+    if not parts or absolute or ".." in parts or "\\" in name or "\0" in name:
+        raise ValueError(f"'{name}' leads out of the folder")
+    if name == EXPORT_MANIFEST or str(PurePosixPath(name)) != name:
+        raise ValueError(f"'{name}' is not the plain name of a file")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside_the_folder)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class FileRecord(BaseModel):
+    """Size and hash of one file."""
+
+    model_config = ConfigDict(extra="forbid")
+    size_bytes: Annotated[int, Field(ge=0)]
+    sha256: Sha256
+
+
+class Manifest(BaseModel):
+    """The content of `lockkit_manifest.json`."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    schema_name: Annotated[Literal["lockkit-export-manifest/1"], Field(alias="schema")] = SCHEMA
+    versions: dict[str, str]  # of lockkit and the libraries that shape a result
+    git_hash: str | None = None  # the commit lockkit ran from
+    model_type: str  # the family, see lockkit/models/families.py
+    locked: bool
+    depth: int | None = None  # blocks in each chain, where locked
+    gains: list[float] | None = None  # each layer's factor of the stream in a block's input, where locked
+    precision: str
+    provider: str  # the execution provider the graph is made for
+    block_size: int | None = None  # weights that share a scale, where quantised
+    source_sha256: dict[FileName, Sha256]  # weight files of the model that was exported
+    files: dict[FileName, FileRecord]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Record every file of `folder` in `manifest` and write it there; return what was written."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_MANIFEST)
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+        for path in paths
+    }
+    manifest = manifest.model_copy(update={"files": files})
+    write_json(folder / EXPORT_MANIFEST, manifest.model_dump(by_alias=True))
+    return manifest
+
+
+def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
+    """Read the manifest of an export, without looking at the other files.
+
+    Raises:
+        UsageError: there is none, or it is not one.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}: change {option}")
+    path = folder / EXPORT_MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{folder} has no {EXPORT_MANIFEST}, so it is not an export of lockkit's: change {option}")
+    raw = read_json(path, option)
+    schema = raw.get("schema")
+    if schema != SCHEMA:
+        raise UsageError(f"{path} has the schema {schema!r}, this lockkit reads {SCHEMA!r}: change {option}")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+        raise UsageError(f"{path} is broken at {where} ({first['msg']}): export again, or change {option}") from error
+
+
+def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
+    """Compare an export with its manifest and return the manifest.
+
+    Raises:
+        UsageError: naming the first file that is missing, is a link out of the folder, or whose
+            size or hash is not the manifest's; or the manifest itself is missing or broken.
+    """
+    manifest = read_manifest(folder, option)
+    root = folder.resolve()
+    for name, record in manifest.files.items():
+        path = folder / name
+        if path.exists() and not path.resolve().is_relative_to(root):
+            raise UsageError(f"{path} is a link out of the folder: copy the file itself, or change {option}")
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: export again, or change {option}")
+        if path.stat().st_size != record.size_bytes:
+            raise UsageError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {record.size_bytes}: "
+                f"export again, or change {option}"
+            )
+        if sha256_of_file(path) != record.sha256:
+            raise UsageError(f"{path} is not the file that was exported (SHA-256): export again, or change {option}")
+    return manifest

@@ -1,0 +1,170 @@
+"""Exporting a model.
+
+1. Check that OUT can be written, then load the model and its tokenizer.
+2. In a temporary folder, write what describes the model: the base family's `config.json` (a
+   locked model is, to a runtime, a model of its family with another graph), the generation
+   configuration, and the tokenizer's files, byte for byte.
+3. Have the graph built (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
+4. Name the weights' file `model.onnx_data`, the one name that every consumer finds.
+5. Check the graph: valid ONNX, all weights there, nothing of the teacher's left.
+6. Write the manifest and move the folder to OUT.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lockkit.errors import LockkitError, UsageError
+from lockkit.export.config import ExportConfig, Precision, Provider
+from lockkit.export.manifest import Manifest, write_manifest
+from lockkit.export.session import MODEL_FILE
+from lockkit.files import check_output_folder, new_folder, sha256_of_file
+from lockkit.version import git_hash, versions
+
+if TYPE_CHECKING:
+    import onnx
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from lockkit.models.families import Family
+    from lockkit.progress import Progress
+
+WEIGHTS_FILE = "model.onnx_data"
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """Where an export is, and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(record.size_bytes for record in self.manifest.files.values())
+
+
+def export_model(
+    model: str,
+    out: Path,
+    config: ExportConfig | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export a locked or an original model to an ONNX folder.
+
+    Args:
+        model: `demo`, a local folder, or a Hub id.
+        out: the folder to write; it appears when everything has succeeded.
+        config: see `ExportConfig`.
+        progress: told of the graph's layers and of the writing.
+
+    Raises:
+        UsageError: MODEL or OUT is not usable, or the options do not go together.
+        UnsupportedModelError: a model that cannot be exported.
+        LockkitError: the graph could not be built, or is not valid.
+    """
+    from lockkit.models.load import load_model, load_tokenizer, resolve_model
+    from lockkit.models.locked import base_config
+
+    config = config or ExportConfig()
+    if config.precision is Precision.bf16 and config.provider is Provider.cpu:
+        raise UsageError("onnxruntime has no bf16 arithmetic on the CPU: change --precision, or give --provider cuda")
+    check_output_folder(Path(out), config.overwrite)
+    source = resolve_model(model)
+    load_tokenizer(source)
+    network, family = load_model(source)
+    base = base_config(network.config, family)
+    base.use_cache = True
+    manifest = _manifest(network.config, family, source, config)
+    with new_folder(Path(out), config.overwrite) as folder:
+        _write_description(network, base, source, folder)
+        _builders().build_graph(network, base, family, folder, config, progress)
+        _rename_weights(folder)
+        check_graph(folder / MODEL_FILE)
+        manifest = write_manifest(folder, manifest)
+    return ExportResult(Path(out), manifest)
+
+
+def _builders() -> ModuleType:
+    """Import the graph author; onnxruntime's quantiser would set up logging for the whole process."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    from lockkit.export import builders
+
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    return builders
+
+
+def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig) -> Manifest:
+    chains = getattr(config, "dlr", None) or {}
+    return Manifest(
+        versions=versions(),
+        git_hash=git_hash(),
+        model_type=family.model_type,
+        locked=bool(chains),
+        depth=chains.get("depth"),
+        gains=chains.get("gains"),
+        precision=export.precision.value,
+        provider=export.provider.value,
+        block_size=export.block_size if export.precision.quantised else None,
+        source_sha256={path.name: sha256_of_file(path) for path in sorted(source.glob("*.safetensors"))},
+        files={},
+    )
+
+
+def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: Path, folder: Path) -> None:
+    from lockkit.models.save import copy_tokenizer
+
+    base.save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    else:
+        model.generation_config.save_pretrained(folder)
+    copy_tokenizer(source, folder)
+
+
+def _rename_weights(folder: Path) -> None:
+    """Rename the builder's weight file, and point the graph's tensors to it."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        if uses_external_data(tensor):
+            next(entry for entry in tensor.external_data if entry.key == "location").value = WEIGHTS_FILE
+    (folder / f"{MODEL_FILE}.data").rename(folder / WEIGHTS_FILE)
+    onnx.save(graph, folder / MODEL_FILE)
+
+
+def check_graph(path: Path) -> onnx.ModelProto:
+    """Check the graph at `path` and return it without its weights.
+
+    onnxruntime keeps `SimplifiedLayerNormalization` in ONNX's own domain, where ONNX does not
+    know it; a copy with that operator in onnxruntime's domain is what the checker sees.
+
+    Raises:
+        LockkitError: not valid ONNX, weights missing, or marks of training in it.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False)
+    if graph.training_info:
+        raise LockkitError(f"{path.name} carries training information, so nothing was written")
+    checked = onnx.ModelProto()
+    checked.CopyFrom(graph)
+    for node in checked.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization":
+            node.domain = "com.microsoft"
+    copy = path.with_name(f".checked-{path.name}")  # beside the weights, which the checker opens
+    try:
+        onnx.save(checked, copy)
+        onnx.checker.check_model(str(copy))
+    except onnx.checker.ValidationError as error:
+        raise LockkitError(f"the exported graph is not valid ONNX ({str(error).splitlines()[0]})") from error
+    finally:
+        copy.unlink(missing_ok=True)
+    return graph

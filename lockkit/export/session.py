@@ -1,0 +1,205 @@
+"""Running an export in plain onnxruntime, the way any program without lockkit would.
+
+Batches of unequal lengths: the graphs' GroupQueryAttention does not look at *where* the attention
+mask is zero. It takes the sum of each row as that row's length, and lays the row's keys out from
+position 0. So the graph itself understands prompts padded on the right, and only those; the mask
+of later calls may be the prompt's with ones appended, since only its sum counts. Tried on all
+three sides, tiny models, against PyTorch row by row:
+
+* `ExportSession.forward` takes padding on either side (it turns left into right): within 1e-5;
+* onnxruntime-genai pads on the right by itself (`Tokenizer.encode_batch`), with the pad token of
+  `genai_config.json`: the same tokens as row by row. Rows padded on the left by hand come out wrong;
+* transformers' and optimum's `generate` pad on the left and hand the mask to the graph as it is:
+  rows shorter than the longest come out wrong, silently. Give them rows of equal length.
+
+Graphs with MultiHeadAttention (see `builders.py`) look at the mask itself and take both sides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockkit.errors import UsageError
+from lockkit.export.manifest import check_manifest, read_manifest
+from lockkit.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MODEL_FILE = "model.onnx"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+Cache = dict[str, Any]  # name of a cache input -> onnxruntime.OrtValue, [batch, kv_heads, past, head_size]
+
+
+class ExportSession:
+    """An export, loaded into onnxruntime.
+
+    Args:
+        folder: what `lockkit export` wrote.
+        provider: "cpu" or "cuda".
+        check: compare every file with the manifest first.
+        threads: of one operator on the CPU; None leaves it to onnxruntime.
+
+    Attributes:
+        folder, manifest: of the export.
+        config: `config.json` as a dict, the original family's configuration.
+        provider: the execution provider in use, "CPUExecutionProvider" or "CUDAExecutionProvider".
+        cache_names: the cache inputs of the graph.
+
+    Raises:
+        UsageError: the folder is not an intact export, the graph cannot be loaded, or the
+            provider cannot be had (there is no silent fall-back to the CPU).
+    """
+
+    def __init__(self, folder: Path | str, provider: str = "cpu", check: bool = True, threads: int | None = None):
+        self.folder = Path(folder)
+        self.manifest = check_manifest(self.folder) if check else read_manifest(self.folder)
+        self.config = read_json(self.folder / "config.json", "EXPORT")
+        self._session = _load(self.folder / MODEL_FILE, provider, threads)
+        self.provider = self._session.get_providers()[0]
+        self._device = "cuda" if provider == "cuda" else "cpu"
+        self._inputs = {node.name: node for node in self._session.get_inputs()}
+        self._output_names = [node.name for node in self._session.get_outputs()]
+        self.cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
+        # Graphs with GroupQueryAttention count positions themselves and have no such input.
+        self._counts_positions = "position_ids" not in self._inputs
+
+    def forward(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[np.ndarray, Cache]:
+        """Run the model on the next tokens of every row.
+
+        Args:
+            input_ids: int64 `[batch, seq]`.
+            attention_mask: int64 `[batch, past + seq]`, 1 for tokens and 0 for padding; None
+                means no padding.
+            cache: what the previous call returned; None starts anew.
+
+        Batches of unequal lengths work like this:
+
+        1. In the first call (`cache=None`) pad the prompts on either side and say so in the
+           mask. Logits come back where the tokens stood; at padding they are zero.
+        2. In later calls append a 1 to every row of the mask for every new token, as
+           transformers does, whichever side the padding was on; all new tokens must be real.
+
+        Returns:
+            logits float32 `[batch, seq, vocab]`, and the cache for the next call. Pass a cache on
+            once: where a provider shares buffers, it may be overwritten.
+
+        Raises:
+            UsageError: the mask has the wrong shape, pads new tokens after the first call, or
+                the text grows longer than the model's context.
+        """
+        import numpy as np
+
+        past = next(iter(cache.values())).shape()[2] if cache else 0
+        batch, seq = input_ids.shape
+        mask = np.ones((batch, past + seq), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
+        if mask.shape != (batch, past + seq):
+            raise UsageError(f"the attention mask is {list(mask.shape)}, it must be {[batch, past + seq]}")
+        context = self.config.get("max_position_embeddings")
+        if context and past + seq > context:
+            raise UsageError(f"{past + seq} tokens are more than the model's context of {context}: give it fewer")
+        if past and seq > 1 and (batch > 1 or not self._counts_positions):
+            return self._one_by_one(input_ids, mask, cache)
+        real = mask[:, past:].astype(bool)  # [batch, seq]
+        if self._counts_positions and not real.all():
+            if past:
+                raise UsageError("padding among new tokens: this graph takes padded rows in the first call only")
+            # Real tokens first, padding last, and the logits back to where they came from.
+            order = np.argsort(~real, axis=1, kind="stable")
+            sorted_logits, new_cache = self._run(
+                np.take_along_axis(input_ids, order, 1), np.take_along_axis(mask, order, 1), cache
+            )
+            logits = np.empty_like(sorted_logits)
+            np.put_along_axis(logits, order[..., None], sorted_logits, 1)
+        else:
+            logits, new_cache = self._run(input_ids, mask, cache)
+        if not real.all():
+            logits[~real] = 0
+        return logits, new_cache
+
+    def _one_by_one(self, input_ids: np.ndarray, mask: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Several tokens after the first call, where the graph takes one at a time."""
+        import numpy as np
+
+        seq, parts = input_ids.shape[1], []
+        for column in range(seq):
+            end = mask.shape[1] - seq + column + 1
+            logits, cache = self.forward(input_ids[:, column : column + 1], mask[:, :end], cache)
+            parts.append(logits)
+        return np.concatenate(parts, axis=1), cache
+
+    def _run(self, input_ids: np.ndarray, mask: np.ndarray, cache: Cache | None) -> tuple[np.ndarray, Cache]:
+        import numpy as np
+
+        feeds = {"input_ids": input_ids.astype(np.int64), "attention_mask": mask}
+        if not self._counts_positions:
+            positions = np.maximum(mask.cumsum(1) - 1, 0)
+            feeds["position_ids"] = positions[:, -input_ids.shape[1] :]
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, value in (cache or self._empty_cache(input_ids.shape[0])).items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._output_names:
+            binding.bind_output(name, "cpu" if name == "logits" else self._device)
+        self._session.run_with_iobinding(binding)
+        outputs = dict(zip(self._output_names, binding.get_outputs(), strict=True))
+        logits = outputs.pop("logits").numpy().astype(np.float32)
+        return logits, {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
+
+    def _empty_cache(self, batch: int) -> Cache:
+        import numpy as np
+        from onnxruntime import OrtValue
+
+        cache = {}
+        for name in self.cache_names:
+            node = self._inputs[name]
+            shape = (batch, node.shape[1], 0, node.shape[3])
+            if node.type == "tensor(bfloat16)":  # NumPy has none: the bits travel as uint16
+                cache[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), 16)
+            else:
+                dtype = np.float16 if node.type == "tensor(float16)" else np.float32
+                cache[name] = OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+        return cache
+
+
+def _load(path: Path, provider: str, threads: int | None) -> Any:
+    import onnxruntime
+
+    if provider not in PROVIDERS:
+        raise UsageError(f"there is no provider '{provider}': give --provider {' or '.join(PROVIDERS)}")
+    wanted = PROVIDERS[provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise UsageError(f"this onnxruntime has no {wanted}: install onnxruntime-gpu alone, or give --provider cpu")
+    onnxruntime.set_default_logger_severity(4)  # what matters arrives as an exception
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if provider == "cuda":
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()  # CUDA as installed by pip beside PyTorch
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+    except Exception as error:
+        raise UsageError(
+            f"onnxruntime cannot load {path} ({_first_line(error)}): export again, or change EXPORT"
+        ) from error
+    if session.get_providers()[0] != wanted:
+        raise UsageError(
+            f"onnxruntime could not start {wanted} (no usable GPU, or CUDA libraries): give --provider cpu"
+        )
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

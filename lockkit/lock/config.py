@@ -1,0 +1,95 @@
+"""The recipe of a lock: every setting, with its default and its meaning, in one place.
+
+The command line, the Python API, the recipe file (`--config`) and `lockkit.json` all use
+this class; a help text is a field's description.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lockkit.errors import UsageError
+from lockkit.settings import validated
+
+
+class LockConfig(BaseModel):
+    """Settings of both phases of distillation (arXiv 2605.10777, phases 1 and 2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: int = Field(32, ge=2, description="Blocks in each chain. Their ranks add up to the MLP's width.")
+    init: Literal["continuation", "random"] = Field(
+        "continuation",
+        description="Start from the teacher's own units and raise the coupling from 0 to 1 (`continuation`), "
+        "or from noise as in the paper (`random`).",
+    )
+    coupling: float = Field(
+        0.25,
+        gt=0,
+        description="How much the blocks depend on each other: rms of the stream over rms of the input at the end of "
+        "a chain. More is a deeper function, and harder to distil.",
+    )
+    gain: float | None = Field(
+        None, gt=0, description="One factor of the stream for all layers, in place of the one --coupling implies."
+    )
+    data: str = Field(
+        "auto",
+        description="Text to distil on: a text file, a folder, a Hub dataset, `stdlib`, or `self` (sampled from the "
+        "model). `auto` is `stdlib` for `demo`, else `self`.",
+    )
+    tokens: int = Field(300_000, ge=1, description="Tokens each layer's chain is trained on in phase 1.")
+    end_to_end_tokens: int = Field(
+        100_000, ge=0, description="Tokens of phase 2, all chains together on the logits; 0 leaves it out."
+    )
+    block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
+    batch_tokens: int = Field(1024, ge=8, description="Tokens in a step of either phase.")
+    validation_tokens: int = Field(
+        8_192, ge=64, description="Held-out tokens that measure each layer and choose phase 2's best state."
+    )
+    learning_rate: float = Field(
+        0.03, gt=0, description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix."
+    )
+    end_to_end_learning_rate: float = Field(
+        0.003, gt=0, description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix."
+    )
+    ramp_share: float = Field(
+        0.5, ge=0, le=1, description="Share of phase 1's steps over which `continuation` raises the coupling from 0."
+    )
+    seed: int = Field(0, ge=0, description="Seed of grouping, initialisation, order of text and sampling.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the saved weights; `auto` keeps the original's. Distillation itself is float32."
+    )
+    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one.")
+
+
+def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:
+    """Build the configuration from a recipe file (YAML) and options that override it.
+
+    Options that are None count as not given.
+
+    Raises:
+        UsageError: naming the option or the line of the recipe to change.
+    """
+    values = _read_recipe(recipe) if recipe else {}
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    return validated(LockConfig, values)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): change --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} is not valid YAML ({reason}): change --config") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"{path} must be a list of `setting: value` lines: change --config")
+    return {key.replace("-", "_"): value for key, value in values.items()}

@@ -1,0 +1,104 @@
+"""`lockkit.json`: what a lock was made from, how, and what it measured.
+
+Schema `lockkit-lock/1`:
+
+    schema, versions, git_hash, machine     what made it
+    model, model_type, original_sha256      what was locked (a name, never a local path)
+    dlr                                     depth and ranks of the chains
+    recipe                                  every setting (lockkit/lock/config.py)
+    data                                    source, sizes and sha256 of the token ids, no text
+    layers                                  per layer: gain, nmse, tokens, seconds
+    after_phase_1, end_to_end, fidelity     held-out KL, top-1 agreement and perplexities;
+                                            `fidelity` is measured on the weights as saved
+    scrubbed_rows                           rows that had to be freed from the teacher's bits
+    dtype, seconds, peak_memory_bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from lockkit.dlr.net import block_ranks
+from lockkit.files import sha256_of_file
+from lockkit.lock.config import LockConfig
+from lockkit.lock.data import DistillationData
+from lockkit.lock.end_to_end import EndToEndResult, Fidelity
+from lockkit.lock.modulewise import LayerResult
+from lockkit.models.families import Family
+from lockkit.models.load import load_config
+from lockkit.version import git_hash, versions
+
+SCHEMA = "lockkit-lock/1"
+
+
+def public_name(model: str) -> str:
+    """A name fit to publish: `demo`, a Hub id, or a local folder's last part."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def lock_record(
+    *,
+    model: str,
+    original: Path,
+    family: Family,
+    config: LockConfig,
+    data: DistillationData,
+    layers: list[LayerResult],
+    after_phase_1: Fidelity,
+    end_to_end: EndToEndResult | None,
+    fidelity: Fidelity,
+    scrubbed_rows: int,
+    dtype: torch.dtype,
+    seconds: float,
+) -> dict:
+    """Collect everything that belongs into `lockkit.json`."""
+    width = load_config(original).intermediate_size
+    ranks = block_ranks(width, config.depth)
+    source = public_name(data.source)
+    return {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "git_hash": git_hash(),
+        "machine": {"processor": platform.machine(), "torch_threads": torch.get_num_threads()},
+        "model": model,
+        "model_type": family.model_type,
+        "original_sha256": weights_sha256(original),
+        "dlr": {
+            "depth": config.depth,
+            "rank": max(ranks),
+            "smallest_rank": min(ranks),
+            "gains": [layer.gain for layer in layers],
+        },
+        "recipe": config.model_dump() | {"data": source},
+        "data": data.record() | {"source": source},
+        "layers": [layer.record() for layer in layers],
+        "after_phase_1": after_phase_1.record(),
+        "end_to_end": end_to_end.record() if end_to_end else None,
+        "fidelity": fidelity.record(),
+        "scrubbed_rows": scrubbed_rows,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over a model's weight files, in the order of their names."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        total.update(f"{file.name} {sha256_of_file(file)}\n".encode())
+    return total.hexdigest()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU if one was used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,119 @@
+"""What locking a model at each depth would cost, from its configuration alone.
+
+No weights are read, so a plan is instant for a model of any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lockkit.dlr.cost import (
+    MLPShape,
+    dlr_parameters,
+    dlr_saved_values,
+    expected_decode_slowdown,
+    mlp_parameters,
+    mlp_saved_values,
+)
+from lockkit.dlr.net import block_ranks
+from lockkit.errors import UsageError
+from lockkit.models.families import Family, require_unlocked
+from lockkit.models.load import load_config, resolve_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SCHEMA = "lockkit-plan/1"
+DEPTHS = (8, 16, 32, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One depth: counts are for one decoder layer's MLP; bytes per token, 4-byte values."""
+
+    depth: int
+    rank: int
+    smallest_rank: int
+    mlp_parameters: int
+    saved_bytes_per_token: int
+    saved_bytes_ratio: float
+    expected_decode_slowdown: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model's sizes, and a row for every depth."""
+
+    schema: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    parameters: int
+    original_mlp_parameters: int
+    original_saved_bytes_per_token: int
+    rows: list[PlanRow]
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: bool = False) -> Plan:
+    """Tabulate the costs of locking `model` at each of `depths`.
+
+    Raises:
+        UsageError: there is no such model, or a depth is larger than the MLP's width.
+        UnsupportedModelError: the model cannot be locked.
+    """
+    config = load_config(resolve_model(model), trust_remote_code)
+    family = require_unlocked(config)
+    network = empty_model(config, family)
+    shape = _mlp_shape(network, family)
+    width, layers = shape.intermediate_size, config.num_hidden_layers
+    parameters = sum(p.numel() for p in network.parameters())
+    layer_parameters = sum(p.numel() for p in network.model.layers[0].parameters())
+    for depth in depths or []:
+        if not 1 <= depth <= width:
+            raise UsageError(f"--depth {depth} is not between 1 and the MLP's width {width}: change it")
+    rows = []
+    for depth in depths or [depth for depth in DEPTHS if depth <= width]:
+        ranks = block_ranks(width, depth)
+        saved = dlr_saved_values(shape, depth)
+        rows.append(
+            PlanRow(
+                depth=depth,
+                rank=max(ranks),
+                smallest_rank=min(ranks),
+                mlp_parameters=dlr_parameters(shape, depth),
+                saved_bytes_per_token=4 * saved * layers,
+                saved_bytes_ratio=saved / mlp_saved_values(shape),
+                expected_decode_slowdown=expected_decode_slowdown(layer_parameters, depth),
+            )
+        )
+    return Plan(
+        schema=SCHEMA,
+        model_type=family.model_type,
+        layers=layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=width,
+        parameters=parameters,
+        original_mlp_parameters=mlp_parameters(shape),
+        original_saved_bytes_per_token=4 * mlp_saved_values(shape) * layers,
+        rows=rows,
+    )
+
+
+def empty_model(config, family: Family) -> nn.Module:
+    """The model of `config` without memory for its weights."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, family.model_class)(config)
+
+
+def _mlp_shape(network: nn.Module, family: Family) -> MLPShape:
+    from lockkit.models.families import decoder_layers, mlp_weights
+
+    return mlp_weights(decoder_layers(network)[0].mlp, family).shape

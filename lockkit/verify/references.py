@@ -1,0 +1,137 @@
+"""The PyTorch models that an export is compared with, and text they all read alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lockkit import text
+from lockkit.errors import UsageError
+from lockkit.files import LOCK_RECORD, read_json, sha256_of_file
+from lockkit.models.families import is_locked
+from lockkit.models.load import load_config, load_tokenizer, resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from lockkit.export.session import ExportSession
+    from lockkit.verify.config import VerifyConfig
+
+SPLIT = "evaluate"
+
+
+@dataclass
+class Reference:
+    """A PyTorch model to compare with, not loaded yet."""
+
+    name: str  # as given
+    folder: Path
+    config: PreTrainedConfig
+
+    def has_weights(self, sha256: dict[str, str]) -> bool:
+        """Whether the folder's weight files have the names and hashes in `sha256`."""
+        return all(
+            (self.folder / name).is_file() and sha256_of_file(self.folder / name) == value
+            for name, value in sha256.items()
+        )
+
+
+@dataclass
+class References:
+    """The original, the locked model, or both."""
+
+    original: Reference | None
+    locked: Reference | None
+
+    def all(self) -> dict[str, Reference]:
+        """Those that were given, by kind."""
+        return {kind: reference for kind, reference in vars(self).items() if reference is not None}
+
+    def made_from(self, session: ExportSession) -> Literal["original", "locked"]:
+        """Which of the two the export was made from.
+
+        Raises:
+            UsageError: that one was not given.
+        """
+        if session.manifest.locked and self.locked is None:
+            raise UsageError("the export is of a locked model: add --reference with the locked model's folder")
+        if not session.manifest.locked and self.original is None:
+            raise UsageError("the export is of an original model: add --reference with that model")
+        return "locked" if session.manifest.locked else "original"
+
+
+def tell_apart(names: list[str]) -> References:
+    """Recognise one or two references by their configurations.
+
+    Raises:
+        UsageError: there is none, or two of the same kind.
+    """
+    if not names:
+        raise UsageError("nothing to compare with: add --reference MODEL, the PyTorch model of the export")
+    found = References(None, None)
+    for name in names:
+        folder = resolve_model(name, "--reference")
+        reference = Reference(name, folder, load_config(folder))
+        kind = "locked" if is_locked(reference.config) else "original"
+        other = getattr(found, kind)
+        if other is not None:
+            raise UsageError(
+                f"{other.name} and {name} are both {kind} models: give one --reference for the original "
+                "and one for the locked model"
+            )
+        setattr(found, kind, reference)
+    return found
+
+
+def held_out_rows(session: ExportSession, given: References, config: VerifyConfig) -> tuple[torch.Tensor, str]:
+    """Token ids of held-out text, `[rows, block]`, and the name of their source.
+
+    Raises:
+        UsageError: the export and a reference have different vocabularies or tokenizers, there is
+            too little text, or continuations would not fit into the model's context.
+    """
+    references = list(given.all().values())
+    source = config.data if config.data != "auto" else _recorded_source(given.locked)
+    context = min(getattr(reference.config, "max_position_embeddings", None) or 2**31 for reference in references)
+    block = min(config.block_tokens, context)
+    if config.prompts and block // 4 + config.new_tokens > context:
+        raise UsageError(
+            f"prompts of {block // 4} tokens and {config.new_tokens} new ones exceed the model's context "
+            f"of {context}: lower --new-tokens or --block-tokens"
+        )
+    for reference in references:
+        sizes = reference.config.vocab_size, session.config["vocab_size"]
+        if sizes[0] != sizes[1]:
+            raise UsageError(
+                f"{reference.name} has a vocabulary of {sizes[0]} tokens, the export one of {sizes[1]}: "
+                "change --reference to the model of the export"
+            )
+    rows = _rows(session.folder, "EXPORT", source, block, config.tokens)
+    for reference in references:
+        if not torch.equal(rows, _rows(reference.folder, "--reference", source, block, config.tokens)):
+            raise UsageError(
+                f"the tokenizer of {reference.name} is not the export's: change --reference to the model of the export"
+            )
+    return rows, source
+
+
+def _rows(folder: Path, option: str, source: str, block: int, tokens: int) -> torch.Tensor:
+    tokenizer = load_tokenizer(folder, option)
+    return text.token_blocks(tokenizer, text.documents(source, SPLIT), block, max(tokens, block))
+
+
+def _recorded_source(locked: Reference | None) -> str:
+    """The text a locked model was distilled on, by its own record; else the standard library."""
+    if locked is None or not (locked.folder / LOCK_RECORD).is_file():
+        return "stdlib"
+    recipe = read_json(locked.folder / LOCK_RECORD, "--reference").get("recipe")
+    source = recipe.get("data") if isinstance(recipe, dict) else None
+    # `self` is text that the original wrote itself: nothing to measure a model on.
+    if not isinstance(source, str) or source in ("", "auto", "self", "stdlib"):
+        return "stdlib"
+    if "/" not in source and not Path(source).exists():  # the record keeps names, never paths
+        raise UsageError(f"{locked.name} was distilled on '{source}', which is not here: give its path as --data")
+    return source

@@ -1,0 +1,79 @@
+"""One small interface to a language model, for PyTorch and for an ONNX export.
+
+Token ids are int64 tensors, `[batch, seq]`; logits come back as float32 tensors on the CPU,
+`[batch, seq, vocab]`. A cache is whatever a runner returned; None starts an empty one. Each
+cache is given back once: PyTorch's grows in place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.export.session import ExportSession
+
+
+class Runner(Protocol):
+    """A causal language model that can be asked for logits."""
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of whole rows, without a cache."""
+
+    def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """Logits of `ids`, which follow on what `cache` holds, and the longer cache."""
+
+    def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of rows of unequal lengths, `[seq]` each, and of one more token after each.
+
+        `next_ids` is `[rows]`. Returns one `[seq + 1, vocab]` for each row; real positions only.
+        """
+
+
+class TorchRunner:
+    """A PyTorch model. Rows of unequal lengths run one by one, unpadded: the truth to compare with."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.device = next(model.parameters()).device
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float().cpu()
+
+    @torch.inference_mode()
+    def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        output = self.model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
+        return output.logits.float().cpu(), output.past_key_values
+
+    def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
+        longer = [torch.cat([row, token[None]]) for row, token in zip(rows, next_ids, strict=True)]
+        return [self.logits(row[None])[0] for row in longer]
+
+
+class OnnxRunner:
+    """An ONNX export in onnxruntime. Rows of unequal lengths run as one batch, padded on the right."""
+
+    def __init__(self, session: ExportSession):
+        self.session = session
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.extend(ids)[0]
+
+    def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        logits, cache = self.session.forward(ids.numpy(), None, cache)
+        return torch.from_numpy(logits), cache
+
+    def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
+        lengths = np.array([len(row) for row in rows])
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).numpy()
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        logits, cache = self.session.forward(ids, mask, None)
+        # The padding stays masked; the next token comes after it, [batch, past + 1].
+        mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], axis=1)
+        last, _ = self.session.forward(next_ids[:, None].numpy(), mask, cache)
+        return [torch.from_numpy(np.concatenate([logits[i, :length], last[i]])) for i, length in enumerate(lengths)]

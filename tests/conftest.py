@@ -1,0 +1,93 @@
+"""Shared fixtures: no network, two threads, tiny models made once, the CLI run in-process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["COLUMNS"] = "80"
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from lockkit.lock.config import LockConfig
+from lockkit.lock.run import lock_model
+
+# Enough to move every weight and couple the blocks; far too little to be faithful.
+QUICK = {
+    "depth": 5,
+    "data": "stdlib",
+    "tokens": 6_144,
+    "end_to_end_tokens": 2_048,
+    "block_tokens": 64,
+    "batch_tokens": 512,
+    "validation_tokens": 512,
+    "device": "cpu",
+}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """A function from a model type to the folder of a tiny original, made on first use."""
+    made: dict[str, Path] = {}
+
+    def original(model_type: str) -> Path:
+        if model_type not in made:
+            made[model_type] = save_tiny(model_type, tmp_path_factory.mktemp("original") / model_type)
+        return made[model_type]
+
+    return original
+
+
+@pytest.fixture(scope="session")
+def locks(originals, tmp_path_factory):
+    """A function from a model type to the folder of its locked form, distilled for a moment."""
+    made: dict[str, Path] = {}
+
+    def lock(model_type: str) -> Path:
+        if model_type not in made:
+            out = tmp_path_factory.mktemp("locked") / model_type
+            lock_model(str(originals(model_type)), out, LockConfig(**QUICK))
+            made[model_type] = out
+        return made[model_type]
+
+    return lock
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(capfd, monkeypatch):
+    """Run `lockkit ARGS...` in this process; return exit code, standard output and error."""
+
+    def run(*args: object) -> Outcome:
+        from lockkit.cli.app import main
+
+        monkeypatch.setattr("sys.argv", ["lockkit", *map(str, args)])
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

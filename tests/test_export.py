@@ -1,0 +1,417 @@
+"""Exports against PyTorch: every family, locked and original, prefill and token by token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from tiny import VOCAB, save_tiny, tiny_model
+
+from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
+from lockkit.export import ExportConfig, ExportSession, check_manifest, export_model
+from lockkit.export.run import check_graph
+from lockkit.files import EXPORT_MANIFEST
+from lockkit.models.families import FAMILIES, activation_name
+from lockkit.models.load import DEMO, TOKENIZER_FILES, load_model
+from lockkit.models.locked import locked_classes, locked_config
+from lockkit.models.save import save_locked
+
+TOLERANCE = 1e-4  # of the largest logit
+# Heads of 16 (and 16 of them turned by RoPE), as GroupQueryAttention wants them.
+SIZES = {
+    "mistral": {"hidden_size": 64, "head_dim": 16},
+    "nemotron": {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.1},
+    "phi": {"hidden_size": 128},
+}
+GAINS = [2.5, 1.0]
+
+
+def sizes(model_type: str) -> dict:
+    return SIZES.get(model_type, {"hidden_size": 64})
+
+
+def save_random_lock(model_type: str, folder: Path, **overrides) -> Path:
+    """A locked model of random chains, big enough for a mistake in one block to show."""
+    family, original = FAMILIES[model_type], tiny_model(model_type, **overrides)
+    mlp = original.model.layers[0].mlp
+    dlr = {
+        "depth": 5,  # ranks of 10 and 9
+        "gains": GAINS,
+        "activation": activation_name(original.config),
+        "gated": family.gated,
+        "bias": getattr(mlp, family.packed_gate_up or family.up).bias is not None,
+        "output_bias": getattr(mlp, family.down).bias is not None,
+    }
+    locked = locked_classes(family)[1](locked_config(original.config, family, dlr)).eval()
+    locked.load_state_dict(original.state_dict(), strict=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in locked.named_parameters():
+            if ".mlp." in name:
+                parameter.normal_(std=0.05 if model_type == "nemotron" else 0.12)
+    save_locked(locked, family, folder, DEMO, {}, "card")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A function from (model type, locked) to a model folder."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def model(model_type: str, locked: bool) -> Path:
+        if (model_type, locked) not in made:
+            save = save_random_lock if locked else save_tiny
+            folder = tmp_path_factory.mktemp("model") / model_type
+            made[model_type, locked] = save(model_type, folder, **sizes(model_type))
+        return made[model_type, locked]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def exports(models, tmp_path_factory):
+    """A function from (model type, locked) to its export in fp32."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def export(model_type: str, locked: bool) -> Path:
+        if (model_type, locked) not in made:
+            out = tmp_path_factory.mktemp("export") / model_type
+            export_model(str(models(model_type, locked)), out)
+            made[model_type, locked] = out
+        return made[model_type, locked]
+
+    return export
+
+
+@pytest.fixture
+def copied(exports, tmp_path):
+    """An export that a test may damage."""
+    return Path(shutil.copytree(exports("llama", True), tmp_path / "export"))
+
+
+def token_ids(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, VOCAB, (rows, length))
+
+
+@torch.no_grad()
+def pytorch_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
+    model, _ = load_model(folder, dtype=torch.float32)
+    return model(torch.tensor(ids)).logits.numpy()
+
+
+def token_by_token(session: ExportSession, ids: np.ndarray, prefill: int) -> np.ndarray:
+    logits, cache = session.forward(ids[:, :prefill])
+    parts = [logits]
+    for column in range(prefill, ids.shape[1]):
+        logits, cache = session.forward(ids[:, column : column + 1], cache=cache)
+        parts.append(logits)
+    return np.concatenate(parts, axis=1)
+
+
+def assert_same(got: np.ndarray, want: np.ndarray, what: str) -> None:
+    difference, scale = np.abs(got - want).max(), np.abs(want).max()
+    print(f"{what}: largest difference {difference:.1e}, largest logit {scale:.1f}")
+    assert difference <= TOLERANCE * scale
+    assert (got.argmax(-1) == want.argmax(-1)).all()
+
+
+def assert_export_equals_model(model: Path, export: Path, length: int = 40) -> None:
+    ids, session = token_ids(2, length), ExportSession(export)
+    want = pytorch_logits(model, ids)
+    assert_same(session.forward(ids)[0], want, f"{model.name}, prefill")
+    assert_same(token_by_token(session, ids, length // 3), want, f"{model.name}, token by token")
+
+
+@pytest.mark.parametrize("locked", [True, False], ids=["locked", "original"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_logits_are_pytorchs(model_type, locked, models, exports):
+    assert_export_equals_model(models(model_type, locked), exports(model_type, locked))
+
+
+ROPE = {"rope_theta": 10000.0}
+FACTORS = {"short_factor": [1 + i / 10 for i in range(8)], "long_factor": [2 + i / 3 for i in range(8)]}
+VARIANTS = {
+    "mistral-window": ("mistral", {"sliding_window": 16}),
+    "phi3-window": ("phi3", {"sliding_window": 16}),
+    "qwen2-window": ("qwen2", {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "nemotron-biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": ROPE | {"rope_type": "yarn", "factor": 4.0}}),
+    "olmo2-linear": ("olmo2", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
+    "gemma3-linear": (
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "sliding_attention": ROPE | {"rope_type": "default"},
+                "full_attention": ROPE | {"rope_type": "linear", "factor": 8.0},
+            }
+        },
+    ),
+    "phi3-longrope-short": (
+        "phi3",
+        {"rope_parameters": ROPE | FACTORS | {"rope_type": "longrope"}, "original_max_position_embeddings": 64},
+    ),
+    "phi3-longrope-long": (
+        "phi3",
+        {"rope_parameters": ROPE | FACTORS | {"rope_type": "longrope"}, "original_max_position_embeddings": 8},
+    ),
+    "llama-heads-of-8": ("llama", {"hidden_size": 32}),  # MultiHeadAttention instead
+    "smollm3-heads-of-8": ("smollm3", {"hidden_size": 32}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_families(variant, tmp_path):
+    model_type, overrides = VARIANTS[variant]
+    save_tiny(model_type, tmp_path / variant, **(sizes(model_type) | overrides))
+    export_model(str(tmp_path / variant), tmp_path / "out")
+    assert_export_equals_model(tmp_path / variant, tmp_path / "out")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(model_type, side, models, exports):
+    session, lengths, longest = ExportSession(exports(model_type, True)), [20, 7, 13], 20
+    ids, mask, texts = np.zeros((3, longest), np.int64), np.zeros((3, longest), np.int64), token_ids(3, longest + 4)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[row, place], mask[row, place] = texts[row, :length], 1
+    prompt_logits, cache = session.forward(ids, mask)
+    mask = np.concatenate([mask, np.ones((3, 4), np.int64)], axis=1)
+    following = np.stack([texts[row, length : length + 4] for row, length in enumerate(lengths)])
+    new_logits, _ = session.forward(following, mask, cache)
+    for row, length in enumerate(lengths):
+        want = pytorch_logits(models(model_type, True), texts[row : row + 1, : length + 4])[0]
+        assert_same(prompt_logits[row][mask[row, :longest] == 1], want[:length], f"row of {length}, prompt")
+        assert_same(new_logits[row], want[length:], f"row of {length}, new tokens")
+        assert not prompt_logits[row][mask[row, :longest] == 0].any()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_genai_generates_the_same_tokens(model_type, models, exports):
+    genai = pytest.importorskip("onnxruntime_genai")
+    prompt, new_tokens = token_ids(1, 24, seed=3), 16
+    model, _ = load_model(models(model_type, True), dtype=torch.float32)
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    want = model.generate(torch.tensor(prompt), attention_mask=torch.ones(1, 24, dtype=torch.long), **settings)
+    loaded = genai.Model(str(exports(model_type, True)))
+    parameters = genai.GeneratorParams(loaded)
+    parameters.set_search_options(max_length=24 + new_tokens, min_length=24 + new_tokens, do_sample=False)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens(prompt.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0)) == want[0].tolist()
+
+
+def test_genai_reads_the_tokenizer(exports):
+    genai = pytest.importorskip("onnxruntime_genai")
+    from lockkit.models.load import load_tokenizer
+
+    folder = exports("llama", True)
+    tokenizer, ours = genai.Tokenizer(genai.Model(str(folder))), load_tokenizer(folder)
+    for text in ["Once upon a time, there was", "  spaces\n\nund Ünïcödé 漢字 😀 123"]:
+        ids = tokenizer.encode(text)
+        assert list(ids) == ours(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+
+
+def kl_divergence(want: np.ndarray, got: np.ndarray) -> float:
+    want, got = torch.tensor(want).log_softmax(-1), torch.tensor(got).log_softmax(-1)
+    return torch.nn.functional.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean().item()
+
+
+@pytest.mark.parametrize(
+    ("precision", "block_size", "limit"),
+    [("int8", 32, 1e-3), ("int8", 16, 1e-3), ("int4", 32, 0.1), ("fp16", 32, 1e-5)],
+)
+def test_precisions_on_the_demo(precision, block_size, limit, tmp_path):
+    export_model("demo", tmp_path / "out", ExportConfig(precision=precision, block_size=block_size))
+    ids, session = token_ids(2, 40), ExportSession(tmp_path / "out")
+    want = pytorch_logits(DEMO, ids)
+    for got in (session.forward(ids)[0], token_by_token(session, ids, 20)):
+        divergence = kl_divergence(want, got)
+        print(f"{precision}, blocks of {block_size}: KL {divergence:.1e}")
+        assert divergence < limit
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_chains_are_quantised(precision, bits, provider, models, tmp_path):
+    config = ExportConfig(precision=precision, provider=provider)
+    result = export_model(str(models("qwen3", True)), tmp_path / "out", config)
+    graph = check_graph(result.folder / "model.onnx").graph
+    found = {
+        node.name: {entry.name: entry.i for entry in node.attribute}["bits"]
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert sum("/mlp/blocks." in name for name in found) == 2 * 5 * 3  # layers, blocks, matrices
+    assert set(found.values()) == {bits}
+    assert not [node for node in graph.node if node.op_type == "MatMul"]
+    assert result.manifest.block_size == 32
+    # The provider is a matter of speed here: both graphs run on the CPU.
+    assert np.isfinite(ExportSession(result.folder).forward(token_ids(1, 8))[0]).all()
+
+
+def test_folder_holds_what_consumers_look_for(models, exports):
+    source, folder = models("qwen3", True), exports("qwen3", True)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "qwen3"
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["use_cache"] is True
+    assert not {"auto_map", "dlr"} & set(config)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert {"genai_config.json", "generation_config.json", "model.onnx", "model.onnx_data"} < {
+        path.name for path in folder.iterdir()
+    }
+    graph = check_graph(folder / "model.onnx").graph
+    locations = {
+        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    assert locations == {"model.onnx_data"}
+    for value in [*graph.input, *graph.output]:
+        if "key" in value.name or "value" in value.name:
+            assert value.type.tensor_type.shape.dim[3].dim_value == 16
+
+
+def test_graph_holds_the_locked_weights_and_nothing_else(models, exports):
+    graph = onnx.load(exports("llama", True) / "model.onnx", load_external_data=False).graph
+    elements = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer if "_cache" not in tensor.name)
+    model, _ = load_model(models("llama", True))
+    assert elements == sum(parameter.numel() for parameter in model.parameters())
+    assert not [tensor.name for tensor in graph.initializer if list(tensor.dims) in ([64, 48], [48, 64])]
+
+
+def test_manifest_describes_the_export(models, exports):
+    manifest = check_manifest(exports("phi", True))
+    assert (manifest.model_type, manifest.locked, manifest.depth, manifest.gains) == ("phi", True, 5, GAINS)
+    assert (manifest.precision, manifest.provider, manifest.block_size) == ("fp32", "cpu", None)
+    assert list(manifest.source_sha256) == ["model.safetensors"]
+    assert set(manifest.files) == {path.name for path in exports("phi", True).iterdir()} - {EXPORT_MANIFEST}
+    assert not check_manifest(exports("phi", False)).locked
+
+
+def test_damaged_files_are_refused(copied):
+    data = copied / "model.onnx_data"
+    with data.open("r+b") as file:
+        file.seek(100)
+        byte = file.read(1)
+        file.seek(100)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(UsageError, match=r"model\.onnx_data is not the file"):
+        ExportSession(copied)
+    ExportSession(copied, check=False)
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"model\.onnx_data has \d+ bytes"):
+        check_manifest(copied)
+    data.unlink()
+    with pytest.raises(UsageError, match=r"model\.onnx_data is missing"):
+        check_manifest(copied)
+    with pytest.raises(UsageError, match="onnxruntime cannot load"):
+        ExportSession(copied, check=False)
+
+
+def test_links_out_of_the_folder_are_refused(copied, tmp_path):
+    (copied / "config.json").rename(tmp_path / "elsewhere.json")
+    (copied / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UsageError, match="a link out of the folder"):
+        check_manifest(copied)
+
+
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/etc/passwd", "a/../../b", "C:\\b", "..\\b", "", "./x", EXPORT_MANIFEST]
+)
+def test_names_out_of_the_folder_are_refused(name, copied):
+    path = copied / EXPORT_MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = manifest["files"]["config.json"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="is broken at files"):
+        check_manifest(copied)
+
+
+def test_broken_manifests_are_refused(copied):
+    path = copied / EXPORT_MANIFEST
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"schema": "lockkit-export-manifest/2"}))
+    with pytest.raises(UsageError, match="schema"):
+        check_manifest(copied)
+    path.write_text("{")
+    with pytest.raises(UsageError, match="not valid JSON"):
+        check_manifest(copied)
+    path.unlink()
+    with pytest.raises(UsageError, match="not an export"):
+        check_manifest(copied)
+    with pytest.raises(UsageError, match="no folder"):
+        check_manifest(copied / "nowhere")
+
+
+def test_sessions_refuse_what_they_cannot_do(exports):
+    session = ExportSession(exports("llama", True))
+    assert session.provider == "CPUExecutionProvider"
+    assert session.config["model_type"] == "llama"
+    with pytest.raises(UsageError, match="context of 256"):
+        session.forward(token_ids(1, 257))
+    with pytest.raises(UsageError, match="attention mask"):
+        session.forward(token_ids(1, 4), np.ones((1, 5), np.int64))
+    _, cache = session.forward(token_ids(1, 4))
+    with pytest.raises(UsageError, match="padding among new tokens"):
+        session.forward(token_ids(1, 1), np.array([[1, 1, 1, 1, 0]]), cache)
+    with pytest.raises(UsageError, match="provider"):
+        ExportSession(exports("llama", True), provider="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--provider cpu"):
+            ExportSession(exports("llama", True), provider="cuda")
+
+
+def test_exporting_refuses_what_cannot_work(models, tmp_path):
+    llama = str(models("llama", False))
+    with pytest.raises(UsageError, match="no bf16"):
+        export_model(llama, tmp_path / "out", ExportConfig(precision="bf16"))
+    with pytest.raises(UsageError, match="does not exist in fp32 on cuda"):
+        export_model(str(models("gemma2", False)), tmp_path / "out", ExportConfig(provider="cuda"))
+    dynamic = ROPE | {"rope_type": "dynamic", "factor": 2.0}
+    save_tiny("llama", tmp_path / "dynamic", rope_parameters=dynamic)
+    with pytest.raises(UnsupportedModelError, match="dynamic"):
+        export_model(str(tmp_path / "dynamic"), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="add --overwrite"):
+        export_model(llama, tmp_path / "out")
+    with pytest.raises(UsageError, match="not written by lockkit"):
+        export_model(llama, tmp_path / "out", ExportConfig(overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dynamic", "out"]
+
+
+def test_a_failing_builder_leaves_nothing_and_says_why(models, tmp_path, monkeypatch):
+    from lockkit.export import builders
+
+    def fail(*_):
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(builders._LockkitBuilder, "make_layer", fail)
+    with pytest.raises(LockkitError, match=r"could not be built .KeyError: 'no such thing'"):
+        export_model(str(models("llama", False)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command(cli, models, tmp_path):
+    command = ("export", models("llama", True), tmp_path / "out")
+    first = cli(*command, "--precision", "int8")
+    assert first.code == 0, first.err
+    assert "locked llama, int8 for cpu" in first.out
+    assert "Reading" not in first.out + first.err and "quantiz" not in first.out + first.err
+    assert cli(*command).code == 2
+    assert cli(*command, "--overwrite").code == 0
+    assert check_manifest(tmp_path / "out").precision == "fp32"
+    refused = cli(*command, "--overwrite", "--block-size", "24")
+    assert refused.code == 2 and refused.err.count("\n") == 1 and "--block-size" in refused.err

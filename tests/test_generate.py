@@ -1,0 +1,154 @@
+"""Generation: the same text as transformers' own, from PyTorch and from an export."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from lockkit.errors import UsageError
+from lockkit.export.config import ExportConfig
+from lockkit.export.run import export_model
+from lockkit.generate import GenerateConfig, Generation, generate, next_token, open_model, parting
+from lockkit.models.load import load_model
+
+PROMPT = "def größe(self):\n    return "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("generate") / "model", seed=3)
+
+
+@pytest.fixture(scope="module")
+def export(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("generate") / "onnx"
+    export_model(str(folder), out, ExportConfig())
+    return out
+
+
+def expected_ids(folder, prompt: str, count: int) -> list[int]:
+    """Greedy tokens by transformers' own `generate`."""
+    model, _ = load_model(folder, torch.float32)
+    tokenizer = open_model(str(folder)).tokenizer
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[0]])
+    return model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, ""])
+def test_pytorch_and_onnx_generate_what_transformers_does(folder, export, prompt):
+    expected = expected_ids(folder, prompt, 24)
+    for name in (folder, export):
+        model, pieces = open_model(str(name)), []
+        found = generate(model, prompt, GenerateConfig(max_new_tokens=24), pieces.append)
+        assert found.token_ids == expected and found.stopped == "max_new_tokens"
+        assert "".join(pieces) == found.text == model.tokenizer.decode(expected)
+        assert found.ends == sorted(found.ends) and found.characters(None) == len(found.text)
+
+
+def test_it_stops_at_the_end_of_text(folder, export, tmp_path):
+    ids = expected_ids(folder, PROMPT, 24)
+    fifth = ids[5]
+    changed = tmp_path / "model"
+    shutil.copytree(folder, changed)
+    for name in ("generation_config.json", "config.json"):  # either is enough; a list or a number
+        shutil.copytree(folder, changed, dirs_exist_ok=True)
+        settings = json.loads((changed / name).read_text())
+        settings["eos_token_id"] = [0, fifth] if name == "generation_config.json" else fifth
+        (changed / name).write_text(json.dumps(settings))
+        found = generate(open_model(str(changed)), PROMPT, GenerateConfig(max_new_tokens=24))
+        assert found.token_ids == ids[: ids.index(fifth)] and found.stopped == "end of text"
+
+
+def test_it_stops_where_the_context_ends(folder):
+    model = open_model(str(folder))
+    prompt = model.tokenizer.decode(list(range(300, 500)))
+    length = len(model.tokenizer(prompt)["input_ids"])
+    assert length < 256
+    found = generate(model, prompt, GenerateConfig(max_new_tokens=1000))
+    assert len(found.token_ids) == 256 - length and found.stopped == "context"
+    with pytest.raises(UsageError, match="--prompt"):
+        generate(model, prompt * 3, GenerateConfig())
+
+
+def test_sampling_repeats_with_its_seed_on_either_side(folder, export):
+    texts = {}
+    for seed in (1, 1, 2):
+        config = GenerateConfig(max_new_tokens=12, temperature=1.0, seed=seed)
+        found = [generate(open_model(str(name)), PROMPT, config).token_ids for name in (folder, export)]
+        assert found[0] == found[1] == texts.setdefault(seed, found[0])
+    assert texts[1] != texts[2]
+
+
+def test_next_token_follows_the_distribution():
+    logits, random = torch.tensor([0.0, 2.0, -1.0]), torch.Generator().manual_seed(0)
+    assert next_token(logits, 0.0, random) == 1
+    assert {next_token(logits, 1e-30, random) for _ in range(20)} == {1}
+    drawn = torch.tensor([next_token(logits, 2.0, random) for _ in range(4000)])
+    shares = torch.bincount(drawn, minlength=3) / 4000
+    torch.testing.assert_close(shares, (logits / 2).softmax(-1), atol=0.03, rtol=0)
+
+
+def test_text_never_shows_half_a_character(folder):
+    model = open_model(str(folder))
+    ids = model.tokenizer("aß☃b")["input_ids"]
+
+    class Script:
+        def extend(self, given, cache):
+            step = 0 if cache is None else cache
+            return torch.nn.functional.one_hot(torch.tensor([[ids[step]]]), 4096).float(), step + 1
+
+    model.runner, pieces = Script(), []
+    found = generate(model, "x", GenerateConfig(max_new_tokens=len(ids)), pieces.append)
+    assert len(ids) > 4  # bytes of a character are tokens of their own
+    assert found.text == "".join(pieces) == "aß☃b" and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+def test_parting():
+    def of(*ids):
+        return Generation("", list(ids), [0] * len(ids), "max_new_tokens")
+
+    assert parting(of(1, 2, 3), of(1, 2, 3)) is None
+    assert parting(of(1, 2, 3), of(1, 5, 3)) == 1
+    assert parting(of(1, 2), of(1, 2, 3)) == 2
+    assert parting(of(), of(4)) == 0
+
+
+def test_one_model_streams_its_text(folder, export, cli, monkeypatch):
+    text = open_model(str(folder)).tokenizer.decode(expected_ids(folder, PROMPT, 8))
+    outcome = cli("generate", export, "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert (outcome.code, outcome.out, outcome.err) == (0, text + "\n", "")
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert cli("generate", folder, "--prompt", "-", "--max-new-tokens", 8).out == text + "\n"
+
+
+def test_two_models_side_by_side(folder, export, cli, tmp_path):
+    same = cli("generate", folder, export, "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert same.code == 0 and "identical: 8 tokens" in same.out
+    assert all(len(line) <= 80 for line in same.out.splitlines())
+    other = save_tiny("llama", tmp_path / "other", seed=4)
+    different = cli("generate", export, other, "--prompt", PROMPT, "--max-new-tokens", 8)
+    assert different.code == 0 and "they part at token" in different.out
+
+
+def test_bad_use_is_one_line_and_exit_code_2(folder, export, cli, tmp_path):
+    damaged = tmp_path / "onnx"
+    shutil.copytree(export, damaged)
+    (damaged / "model.onnx").write_bytes(b"nothing")
+    for arguments, expected in [
+        ([tmp_path / "none"], "MODEL"),
+        ([folder, tmp_path / "none"], "SECOND"),
+        ([damaged], "model.onnx"),
+        ([folder, "--temperature", -1], "--temperature"),
+        ([folder, "--max-new-tokens", 0], "--max-new-tokens"),
+        ([folder, "--provider", "tpu"], "--provider"),
+        ([folder, "--prompt", "word " * 400], "--prompt"),
+    ]:
+        outcome = cli("generate", *arguments)
+        assert outcome.code == 2 and outcome.out == "", (arguments, outcome)
+        last = outcome.err.splitlines()[-1]
+        assert last.startswith("lockkit: ") and expected in last and "Traceback" not in outcome.err

@@ -1,0 +1,285 @@
+"""Distillation: its quality, its promises, and what it does with bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import QUICK
+from tiny import save_tiny
+
+from lockkit.errors import DistillationError, UsageError
+from lockkit.files import LOCK_RECORD
+from lockkit.lock.config import LockConfig, make_config
+from lockkit.lock.end_to_end import MLPSwitch, distil_end_to_end, measure_fidelity
+from lockkit.lock.initialise import build_chain, scrub_teacher_rows, start_from_teacher
+from lockkit.lock.modulewise import chain_nmse, distil_layer, nmse
+from lockkit.lock.run import lock_model
+from lockkit.models.families import FAMILIES, decoder_layers, mlp_weights
+from lockkit.models.load import load_model
+from lockkit.progress import NoProgress
+
+EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
+
+
+def quick(**changes) -> LockConfig:
+    return LockConfig(**(QUICK | changes))
+
+
+@EVERY_FAMILY
+def test_continuation_starts_as_the_teacher(model_type, originals):
+    model, family = load_model(originals(model_type), torch.float32)
+    mlp = decoder_layers(model)[1].mlp
+    weights = mlp_weights(mlp, family)
+    chain = build_chain(weights.shape, 7, 1.0, getattr(mlp, "act_fn", None) or mlp.activation_fn)
+    start_from_teacher(chain, weights, seed=3)
+    x = torch.randn(50, weights.shape.hidden_size)
+    with torch.no_grad():
+        torch.testing.assert_close(chain(x, gain=0.0), mlp(x), rtol=1e-4, atol=1e-4)
+
+
+def test_nmse_is_one_for_the_mean_and_zero_for_the_teacher():
+    teacher = torch.randn(100, 8) * 3 + 5
+    assert nmse(teacher, teacher) == 0
+    assert nmse(teacher.mean(0).expand_as(teacher), teacher) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def demo_lock(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "locked"
+    config = LockConfig(depth=16, tokens=40_000, end_to_end_tokens=4_096, device="cpu")
+    return lock_model("demo", out, config).record
+
+
+def test_bundled_model_keeps_its_perplexity(demo_lock):
+    """The bar of the project at depth 16, with a tenth of the default's tokens."""
+    assert demo_lock["fidelity"]["perplexity_ratio"] <= 1.02
+    assert all(layer["nmse"] < 0.02 for layer in demo_lock["layers"])
+
+
+def test_bundled_model_means_something(demo_lock):
+    # The unigram-plus-bigram baseline of its card has a perplexity of about 120.
+    assert demo_lock["fidelity"]["original_perplexity"] < 40
+
+
+def test_continuation_beats_noise_at_equal_tokens(originals):
+    """On the bundled model's second layer; a tiny random model has no structure to keep."""
+    from lockkit.lock.capture import LayerwiseCapture
+    from lockkit.models.load import DEMO, load_tokenizer
+    from lockkit.text import documents, token_blocks
+
+    model, family = load_model(DEMO, torch.float32)
+    model.requires_grad_(False)
+    tokenizer = load_tokenizer(DEMO)
+    train, held_out = (
+        LayerwiseCapture(model, token_blocks(tokenizer, documents("stdlib", split), 128, tokens), 8).next_layer()
+        for split, tokens in (("distill", 16_384), ("validate", 2_048))
+    )
+    layer = decoder_layers(model)[0].mlp
+    reached = {}
+    for init in ("continuation", "random"):
+        config = LockConfig(depth=16, init=init, tokens=16_384)
+        chain, result = distil_layer(0, layer, mlp_weights(layer, family), train, held_out, config, NoProgress())
+        reached[init] = result.nmse
+        assert result.nmse == pytest.approx(chain_nmse(chain, layer, held_out))
+    assert reached["continuation"] < reached["random"] / 5
+    assert reached["random"] < 1
+
+
+def test_phase_2_never_ends_worse_than_phase_1(originals):
+    model, family = load_model(originals("llama"), torch.float32)
+    chains = []
+    for layer in decoder_layers(model):
+        weights = mlp_weights(layer.mlp, family)
+        chain = build_chain(weights.shape, 5, 0.05, layer.mlp.act_fn)
+        start_from_teacher(chain, weights, 0)
+        chains.append(chain)
+    switch = MLPSwitch(model, chains)
+    rows = torch.randint(1, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
+    before = measure_fidelity(switch, rows[:8]).kl_divergence
+    # A step size that wrecks any model.
+    config = quick(end_to_end_learning_rate=5.0)
+    result = distil_end_to_end(switch, rows, rows[:8], config, NoProgress())
+    assert result.best_step == 0 and result.kl_divergence_after == before
+    assert measure_fidelity(switch, rows[:8]).kl_divergence == pytest.approx(before, rel=1e-5)
+
+
+def test_fidelity_of_a_perfect_copy(originals):
+    model, _ = load_model(originals("llama"), torch.float32)
+    switch = MLPSwitch(model, [layer.mlp for layer in decoder_layers(model)])
+    rows = torch.randint(1, 4096, (5, 64), generator=torch.Generator().manual_seed(0))
+    fidelity = measure_fidelity(switch, rows)
+    with torch.no_grad():
+        loss = model(rows, labels=rows).loss  # transformers' own, over the same next tokens
+    assert fidelity.kl_divergence == pytest.approx(0, abs=1e-6)
+    assert fidelity.top1_agreement == 1
+    assert fidelity.perplexity == pytest.approx(loss.exp().item(), rel=1e-4) == fidelity.original_perplexity
+
+
+def test_rows_of_the_teacher_are_scrubbed(originals):
+    model, family = load_model(originals("phi"), torch.float32)
+    mlp = decoder_layers(model)[0].mlp
+    weights = mlp_weights(mlp, family)
+    chain = build_chain(weights.shape, 4, 1.0, mlp.activation_fn).to(torch.bfloat16)
+    start_from_teacher(chain, weights, 0)
+    before = chain(torch.ones(3, 32, dtype=torch.bfloat16))
+    assert scrub_teacher_rows(chain, weights, 0) == 2 * 48
+    assert scrub_teacher_rows(chain, weights, 0) == 0
+    after = chain(torch.ones(3, 32, dtype=torch.bfloat16))
+    assert (after - before).float().norm() < 0.1 * before.float().norm()
+
+
+def test_a_seed_fixes_every_weight(originals, tmp_path):
+    def locked(name, seed):
+        lock_model(str(originals("qwen2")), tmp_path / name, quick(seed=seed))
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    first = locked("a", 0)
+    assert locked("b", 0) == first
+    assert locked("c", 1) != first
+
+
+def test_self_sampled_text(originals, tmp_path):
+    record = lock_model(str(originals("qwen3")), tmp_path / "out", quick(data="auto", tokens=2_048)).record
+    assert record["data"]["source"] == "self"
+    assert record["data"]["train_sha256"] != record["data"]["validation_sha256"]
+
+
+def test_dtype_is_the_originals_unless_asked(tmp_path):
+    from safetensors import safe_open
+
+    original = tmp_path / "original"
+    save_tiny("llama", original)
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(original).to(torch.bfloat16).save_pretrained(original)
+    for asked, stored in (("auto", "BF16"), ("float32", "F32")):
+        lock_model(str(original), tmp_path / asked, quick(dtype=asked))
+        with safe_open(tmp_path / asked / "model.safetensors", "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {stored}  # noqa: SIM118
+
+
+def test_recipe_file_and_options_make_one_config(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("depth: 8\nend-to-end-tokens: 0\nseed: 5\n")
+    config = make_config(recipe, depth=12, seed=None)
+    assert (config.depth, config.end_to_end_tokens, config.seed) == (12, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("depht: 8", "'depht' in --config"),
+        ("depth: many", "--depth"),
+        ("depth: [", "not valid YAML"),
+        ("- depth", "must be a list of `setting: value` lines"),
+        ("tokens: -1", "--tokens"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_bad_recipes_are_refused(tmp_path, recipe, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe)
+    with pytest.raises(UsageError, match=message) as error:
+        make_config(file)
+    assert "\n" not in str(error.value)
+
+
+def test_divergence_is_reported_and_nothing_written(originals, tmp_path):
+    with pytest.raises(DistillationError, match=r"diverged.*--learning-rate"):
+        lock_model(str(originals("llama")), tmp_path / "out", quick(learning_rate=1e9))
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the command
+
+
+def lock_arguments(original, out):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    return ["lock", original, out, *options]
+
+
+def test_command_writes_the_folder_and_says_so(cli, originals, tmp_path):
+    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"))
+    assert done.code == 0, done.err
+    assert "over original" in done.out and "layer 1" in done.err
+    record = json.loads((tmp_path / "out" / LOCK_RECORD).read_text())
+    assert record["recipe"]["depth"] == QUICK["depth"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{record['fidelity']['perplexity_ratio']:.4f}" in card
+    again = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"))
+    assert again.code == 2 and "--overwrite" in again.err
+    assert cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), "--overwrite").code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_never_removes_what_lockkit_did_not_write(cli, originals, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = cli(*lock_arguments(originals("qwen3"), tmp_path), "--overwrite")
+    assert done.code == 2 and "not written by lockkit" in done.err
+    assert (tmp_path / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--depth", "49"], "--depth 49 is larger than the MLP's width 48"),
+        (["--depth", "1"], "--depth"),
+        (["--init", "magic"], "--init"),
+        (["--data", "./no-such-file.txt"], "--data"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
+        (["--config", "./no-such-recipe.yaml"], "--config"),
+        (["--tokens", "100000000"], "lower --tokens"),
+    ],
+)
+def test_bad_options_end_with_one_line_and_code_2(cli, originals, tmp_path, options, message):
+    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), *options)
+    assert done.code == 2
+    assert message in done.err and len(done.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("content", "message"), [("", "holds no text"), ("a few words", "at least")])
+def test_empty_and_tiny_text_is_refused(cli, originals, tmp_path, content, message):
+    (tmp_path / "a.txt").write_text(content)
+    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), "--data", tmp_path / "a.txt")
+    assert done.code == 2 and message in done.err and "--data" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+PROGRAM = "import resource, signal, sys\n{setup}\nfrom lockkit.cli.app import main\nsys.argv[0] = 'lockkit'\nmain()"
+
+
+def test_a_full_disk_leaves_nothing_behind(originals, tmp_path):
+    # A limit on file size fails a write just as a full disk does.
+    setup = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2)"
+    arguments = [str(a) for a in lock_arguments(originals("qwen3"), tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(setup=setup), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(originals, tmp_path):
+    arguments = [str(a) for a in lock_arguments(originals("qwen3"), tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", PROGRAM.format(setup=""), *arguments, "--tokens", "90000"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    seen = ""
+    while "layer 0" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert "interrupted: nothing was written" in rest and "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,260 @@
+"""Families, loading and the locked checkpoint as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from tiny import VOCAB, tiny_config
+
+from lockkit.errors import UnsupportedModelError, UsageError
+from lockkit.files import LOCK_RECORD
+from lockkit.lock.capture import LayerwiseCapture
+from lockkit.models.families import FAMILIES, decoder_layers, family_of, mlp_weights, require_unlocked
+from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer, resolve_model
+from lockkit.models.locked import base_config
+
+EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
+
+
+def remote_model(folder, **options):
+    """Load as a stranger would: by transformers alone, with the folder's own code."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+@EVERY_FAMILY
+def test_capture_sees_what_the_whole_model_computes(model_type, originals):
+    model, _ = load_model(originals(model_type), torch.float32)
+    rows = torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(1))
+    expected = [[] for _ in decoder_layers(model)]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0].flatten(0, 1)))
+        for layer, into in zip(decoder_layers(model), expected, strict=True)
+    ]
+    with torch.no_grad():
+        model(rows)
+    for hook in hooks:
+        hook.remove()
+    capture = LayerwiseCapture(model, rows, batch_rows=4)
+    for inputs in expected:
+        torch.testing.assert_close(capture.next_layer(), torch.cat(inputs), rtol=1e-4, atol=1e-4)
+
+
+@EVERY_FAMILY
+def test_locked_folder_loads_without_lockkits_classes_and_agrees(model_type, locks):
+    ours, _ = load_model(locks(model_type))
+    theirs = remote_model(locks(model_type))
+    assert "lockkit" not in type(theirs).__module__.split(".")[0]
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
+
+
+@EVERY_FAMILY
+def test_locked_model_has_the_originals_parameters_and_none_of_its_mlp_rows(model_type, locks, originals):
+    original, family = load_model(originals(model_type))
+    locked, _ = load_model(locks(model_type))
+    assert sum(p.numel() for p in locked.parameters()) == sum(p.numel() for p in original.parameters())
+    for before, after in zip(decoder_layers(original), decoder_layers(locked), strict=True):
+        weights = mlp_weights(before.mlp, family)
+        teacher_rows = {
+            row.numpy().tobytes() for m in (weights.up, weights.gate) if m is not None for row in m.detach()
+        }
+        teacher_rows |= {column.contiguous().numpy().tobytes() for column in weights.down.detach().T}
+        for block in after.mlp.blocks:
+            rows = [*block.up_proj.weight, *block.down_proj.weight.T, *(block.gate_proj.weight if family.gated else [])]
+            assert not teacher_rows & {row.detach().contiguous().numpy().tobytes() for row in rows}
+
+
+@EVERY_FAMILY
+def test_everything_but_the_mlps_is_the_originals(model_type, locks, originals):
+    original = load_model(originals(model_type))[0].state_dict()
+    locked = load_model(locks(model_type))[0].state_dict()
+    kept = [name for name in original if ".mlp." not in name]
+    assert kept and all(torch.equal(original[name], locked[name]) for name in kept)
+    assert {n for n in locked if ".mlp." not in n} == set(kept)
+
+
+@EVERY_FAMILY
+def test_locked_model_generates_the_same_with_and_without_cache(model_type, locks):
+    model = remote_model(locks(model_type))
+    prompt = torch.randint(1, VOCAB, (1, 20), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    with_cache = model.generate(prompt, use_cache=True, **options)
+    without = model.generate(prompt, use_cache=False, **options)
+    assert with_cache.shape[1] > prompt.shape[1]
+    assert torch.equal(with_cache, without)
+
+
+@EVERY_FAMILY
+def test_base_config_is_recovered(model_type, locks):
+    locked = load_config(locks(model_type))
+    recovered = base_config(locked, family_of(locked)).to_dict()
+    original = tiny_config(model_type).to_dict()
+    ignored = {"architectures", "transformers_version", "dtype", "_name_or_path"}
+    assert {k: v for k, v in recovered.items() if k not in ignored} == {
+        k: v for k, v in original.items() if k not in ignored
+    }
+
+
+def test_locked_model_is_saved_and_loaded_again_by_transformers_alone(locks, tmp_path):
+    model = remote_model(locks("qwen3"))
+    model.save_pretrained(tmp_path / "again")
+    again = remote_model(tmp_path / "again")
+    ids = torch.arange(1, 20).unsqueeze(0)
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_locked_model_changes_dtype(locks):
+    half = remote_model(locks("llama"), dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half(torch.arange(1, 9).unsqueeze(0)).logits.dtype == torch.bfloat16
+    assert {p.dtype for p in half.to(torch.float64).parameters()} == {torch.float64}
+
+
+@pytest.mark.gpu
+def test_locked_model_moves_to_a_gpu(locks):
+    model = remote_model(locks("llama"), dtype=torch.float32)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    here = model(ids).logits
+    torch.testing.assert_close(model.cuda()(ids.cuda()).logits.cpu(), here, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "phi"])
+def test_adapters_train_on_a_locked_model(model_type, locks):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(remote_model(locks(model_type)), peft.LoraConfig(r=2, target_modules="all-linear"))
+    adapted = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any(".mlp.blocks." in name for name in adapted)
+    ids = torch.arange(1, 30).unsqueeze(0)
+    before = model(ids, labels=ids).loss
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert model(ids, labels=ids).loss < before
+
+
+def test_folder_works_in_a_process_that_has_no_lockkit(locks):
+    code = (
+        "import sys; sys.modules['lockkit'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "folder = sys.argv[1]\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)('def f(', return_tensors='pt')\n"
+        "print(model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] - ids.input_ids.shape[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, locks("qwen3")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "3"
+
+
+def test_record_names_recipe_data_and_layers_but_no_path(locks, originals):
+    text = (locks("llama") / LOCK_RECORD).read_text()
+    record = json.loads(text)
+    assert record["schema"] == "lockkit-lock/1"
+    assert record["recipe"]["depth"] == 5 and record["recipe"]["seed"] == 0
+    assert len(record["layers"]) == 2 and all(layer["nmse"] >= 0 for layer in record["layers"])
+    assert len(record["data"]["train_sha256"]) == 64
+    assert {"lockkit", "torch", "transformers"} <= set(record["versions"])
+    assert str(originals("llama").parent) not in text
+
+
+def test_tokenizer_travels_byte_for_byte(locks):
+    assert (locks("qwen3") / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
+
+
+# --- what cannot be locked, and what cannot be loaded
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.MixtralConfig(), "mixture of experts"),
+        (transformers.Qwen3MoeConfig(), "mixture of experts"),
+        (transformers.BertConfig(architectures=["BertModel"]), "an encoder"),
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.GPT2Config(architectures=["GPT2LMHeadModel"]), "not supported yet"),
+        (tiny_config("llama", quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+    ],
+)
+def test_what_cannot_be_locked_is_named(config, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        family_of(config)
+
+
+def test_a_locked_model_is_not_locked_again(locks):
+    with pytest.raises(UnsupportedModelError, match="locked already"):
+        require_unlocked(load_config(locks("llama")))
+
+
+@pytest.fixture
+def broken(originals, tmp_path):
+    """A copy of a tiny original, to break."""
+    return shutil.copytree(originals("llama"), tmp_path / "broken")
+
+
+def test_truncated_weights_are_refused(broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UsageError, match="not a complete safetensors file"):
+        load_model(broken)
+
+
+def test_missing_weights_are_refused(broken):
+    (broken / "model.safetensors").unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UsageError, match="pickled weights are never loaded"):
+        load_model(broken)
+
+
+def test_incomplete_weights_are_refused(broken):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model_type": "llama", "hidden_size": "many"}'])
+def test_broken_config_is_refused(broken, text):
+    (broken / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"config\.json can"):
+        load_config(broken)
+
+
+def test_missing_and_broken_tokenizers_are_refused(broken):
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_tokenizer(broken)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match="has no tokenizer"):
+        load_tokenizer(broken)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/no/where", "no-such-model", "some one/with spaces"])
+def test_models_that_are_not_there_are_refused_in_one_line(model):
+    with pytest.raises(UsageError, match="there is no folder") as error:
+        resolve_model(model)
+    assert "\n" not in str(error.value) and "change MODEL" in str(error.value)
+
+
+def test_code_of_a_folder_never_runs_unasked(broken, tmp_path):
+    marker = tmp_path / "it-ran"
+    config = json.loads((broken / "config.json").read_text())
+    config["model_type"] = "unheard_of"
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()")
+    with pytest.raises(UsageError, match="--trust-remote-code"):
+        load_config(broken)
+    assert not marker.exists()
