@@ -35,19 +35,32 @@ def expected_ids(folder, prompt: str, count: int) -> list[int]:
     """Greedy tokens by transformers' own `generate`."""
     model, _ = load_model(folder, torch.float32)
     tokenizer = open_model(str(folder)).tokenizer
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"] if prompt else torch.tensor([[0]])
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     return model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, ""])
-def test_pytorch_and_onnx_generate_what_transformers_does(folder, export, prompt):
-    expected = expected_ids(folder, prompt, 24)
+def test_pytorch_and_onnx_generate_what_transformers_does(folder, export):
+    expected = expected_ids(folder, PROMPT, 24)
     for name in (folder, export):
         model, pieces = open_model(str(name)), []
-        found = generate(model, prompt, GenerateConfig(max_new_tokens=24), pieces.append)
+        found = generate(model, PROMPT, GenerateConfig(max_new_tokens=24), pieces.append)
         assert found.token_ids == expected and found.stopped == "max_new_tokens"
         assert "".join(pieces) == found.text == model.tokenizer.decode(expected)
         assert found.ends == sorted(found.ends) and found.characters(None) == len(found.text)
+
+
+def test_an_empty_prompt_starts_at_the_begin_or_the_end_of_text(folder, tmp_path):
+    model = open_model(str(folder))
+    assert model.start_id == 0  # this tokenizer has no begin of text, so the configuration's
+    found = generate(model, "", GenerateConfig(max_new_tokens=5))
+    assert found == Generation("", [], [], "end of text")  # the tiny model embeds token 0 as zeros, and repeats it
+    changed = tmp_path / "model"
+    shutil.copytree(folder, changed)
+    settings = json.loads((changed / "config.json").read_text()) | {"bos_token_id": 77}
+    (changed / "config.json").write_text(json.dumps(settings))
+    network, _ = load_model(folder, torch.float32)
+    expected = network.generate(torch.tensor([[77]]), max_new_tokens=5, do_sample=False)[0, 1:].tolist()
+    assert generate(open_model(str(changed)), "", GenerateConfig(max_new_tokens=5)).token_ids == expected
 
 
 def test_it_stops_at_the_end_of_text(folder, export, tmp_path):

@@ -401,8 +401,8 @@ def test_ci_example(originals, tmp_path):
         "OUT": str(tmp_path / "build"),
         "DEPTH": "5",
         "DATA": "stdlib",
-        "TOKENS": "4096",
-        "END_TO_END_TOKENS": "2048",
+        "TOKENS": "1024",
+        "END_TO_END_TOKENS": "1024",
         "VERIFY_TOKENS": "512",
         "MAX_PERPLEXITY_RATIO": "100",
     }

@@ -230,6 +230,16 @@ def bigram_perplexity(train_rows: torch.Tensor, rows: torch.Tensor, vocab: int) 
     )
 
 
+def tidy(folder: Path) -> None:
+    """Keep what describes the tokenizer, not how this run loaded it; make the weights readable for all."""
+    file = folder / "tokenizer_config.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
+    for key in ("backend", "is_local", "local_files_only"):
+        kept.pop(key, None)
+    file.write_text(json.dumps(kept, indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
+
+
 def write_card(args, model, tokenizer, figures: dict, sample: str) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     c = model.config
@@ -285,6 +295,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    tidy(args.out)
     model = model.float().eval()
     prompt = tokenizer("def read_json(path):", return_tensors="pt").to(args.device)
     sample = tokenizer.decode(model.generate(**prompt, max_new_tokens=96, repetition_penalty=1.1)[0])

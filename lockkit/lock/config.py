@@ -40,9 +40,9 @@ class LockConfig(BaseModel):
         description="Text to distil on: a text file, a folder, a Hub dataset, `stdlib`, or `self` (sampled from the "
         "model). `auto` is `stdlib` for `demo`, else `self`.",
     )
-    tokens: int = Field(300_000, ge=1, description="Tokens each layer's chain is trained on in phase 1.")
+    tokens: int = Field(200_000, ge=1, description="Tokens each layer's chain is trained on in phase 1.")
     end_to_end_tokens: int = Field(
-        100_000, ge=0, description="Tokens of phase 2, all chains together on the logits; 0 leaves it out."
+        40_000, ge=0, description="Tokens of phase 2, all chains together on the logits; 0 leaves it out."
     )
     block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
     batch_tokens: int = Field(1024, ge=8, description="Tokens in a step of either phase.")
@@ -53,7 +53,7 @@ class LockConfig(BaseModel):
         0.03, gt=0, description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix."
     )
     end_to_end_learning_rate: float = Field(
-        0.003, gt=0, description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix."
+        0.001, gt=0, description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix."
     )
     ramp_share: float = Field(
         0.5, ge=0, le=1, description="Share of phase 1's steps over which `continuation` raises the coupling from 0."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -12,18 +13,22 @@ WARM_UP_SHARE = 0.03
 
 
 class RelativeAdam:
-    """AdamW without decay whose step is a share of each parameter's rms at the start.
+    """AdamW without decay whose step is a share of the parameters' rms at the start.
 
     A pretrained matrix may have an rms of 0.5 or 0.005; one step size given as a share of it
-    suits both, which an absolute one does not. Warm-up over the first 3 % of the steps, then a
-    cosine to zero.
+    suits both, which an absolute one does not. Matrices of one shape share a step size; biases
+    take that of all matrices together. Warm-up over the first 3 % of the steps, then a cosine
+    to zero.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], share: float, steps: int):
-        parameters = list(parameters)
-        typical = _rms([p for p in parameters if p.ndim > 1])
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for parameter in parameters:
+            by_shape[parameter.shape].append(parameter)
+        typical = _rms([p for same in by_shape.values() for p in same if p.ndim > 1])
         groups = [
-            {"params": [p], "lr": share * (_rms([p]) or typical) if p.ndim > 1 else share * typical} for p in parameters
+            {"params": same, "lr": share * (_rms(same) if len(shape) > 1 else typical)}
+            for shape, same in by_shape.items()
         ]
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, foreach=True)
         warm_up = max(1, int(steps * WARM_UP_SHARE))

@@ -24,6 +24,8 @@ def save_locked(model: PreTrainedModel, family: Family, folder: Path, original: 
     tokenizer files byte for byte, `lockkit.json` (`record`) and a model card.
     """
     model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # the library writes them for the owner alone
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP
