@@ -59,7 +59,7 @@ def demo_lock(tmp_path_factory):
 def test_bundled_model_keeps_its_perplexity(demo_lock):
     """The bar of the project at depth 16, with a tenth of the default's tokens."""
     assert demo_lock["fidelity"]["perplexity_ratio"] <= 1.02
-    assert all(layer["nmse"] < 0.02 for layer in demo_lock["layers"])
+    assert all(layer["nmse"] < 0.05 for layer in demo_lock["layers"])
 
 
 def test_bundled_model_means_something(demo_lock):

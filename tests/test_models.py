@@ -10,11 +10,14 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny import VOCAB, tiny_config
+from conftest import QUICK
+from tiny import VOCAB, save_tiny, tiny_config
 
 from lockkit.errors import UnsupportedModelError, UsageError
 from lockkit.files import LOCK_RECORD
 from lockkit.lock.capture import LayerwiseCapture
+from lockkit.lock.config import LockConfig
+from lockkit.lock.run import lock_model
 from lockkit.models.families import FAMILIES, decoder_layers, family_of, mlp_weights, require_unlocked
 from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer, resolve_model
 from lockkit.models.locked import base_config
@@ -100,6 +103,31 @@ def test_base_config_is_recovered(model_type, locks):
     assert {k: v for k, v in recovered.items() if k not in ignored} == {
         k: v for k, v in original.items() if k not in ignored
     }
+
+
+ROPE_VARIANTS = {
+    "default": {"rope_theta": 500.0},
+    "llama3": {
+        "rope_theta": 500.0,
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_theta": 500.0, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("rope", ROPE_VARIANTS)
+def test_rope_survives_the_names_written_for_older_versions(rope, tmp_path):
+    save_tiny("llama", tmp_path / "original", rope_parameters=ROPE_VARIANTS[rope])
+    lock_model(str(tmp_path / "original"), tmp_path / "locked", LockConfig(**QUICK))
+    original = load_config(tmp_path / "original").rope_parameters
+    locked = load_config(tmp_path / "locked").rope_parameters
+    assert {key: locked[key] for key in original} == original
+    raw = json.loads((tmp_path / "locked" / "config.json").read_text())
+    assert raw["rope_theta"] == 500.0 and raw.get("rope_scaling", {"type": "default"})["type"] == rope
 
 
 def test_locked_model_is_saved_and_loaded_again_by_transformers_alone(locks, tmp_path):

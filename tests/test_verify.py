@@ -399,11 +399,8 @@ def test_ci_example(originals, tmp_path):
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "MODEL": str(originals("qwen3")),
         "OUT": str(tmp_path / "build"),
-        "DEPTH": "5",
-        "DATA": "stdlib",
-        "TOKENS": "1024",
-        "END_TO_END_TOKENS": "1024",
-        "VERIFY_TOKENS": "512",
+        "LOCK_OPTIONS": "--depth 5 --data stdlib --tokens 1024 --end-to-end-tokens 1024",
+        "VERIFY_OPTIONS": "--tokens 512",
         "MAX_PERPLEXITY_RATIO": "100",
     }
     done = subprocess.run(["sh", script], env=environment, capture_output=True, text=True)

@@ -9,22 +9,19 @@ set -eu
 
 MODEL=${MODEL:-demo}                                 # `demo`, a folder, or a Hub id
 OUT=${OUT:-build}                                    # folder for locked/, onnx/ and verify.json
-DEPTH=${DEPTH:-32}                                   # blocks in each chain
-DATA=${DATA:-auto}                                   # text to distil on
-TOKENS=${TOKENS:-300000}                             # tokens of phase 1, for each layer
-END_TO_END_TOKENS=${END_TO_END_TOKENS:-100000}       # tokens of phase 2
 PRECISION=${PRECISION:-fp32}                         # of the exported weights
-MAX_PERPLEXITY_RATIO=${MAX_PERPLEXITY_RATIO:-1.05}   # ONNX over the original
-VERIFY_DATA=${VERIFY_DATA:-auto}                     # text to measure on; auto: DATA where lockkit finds it
-VERIFY_TOKENS=${VERIFY_TOKENS:-16384}                # held-out tokens
+MAX_PERPLEXITY_RATIO=${MAX_PERPLEXITY_RATIO:-1.02}   # ONNX over the original
+LOCK_OPTIONS=${LOCK_OPTIONS:-}                       # for instance: --depth 16 --data corpus.txt
+VERIFY_OPTIONS=${VERIFY_OPTIONS:-}                   # for instance: --data corpus.txt --tokens 65536
 
 mkdir -p "$OUT"
 
-lockkit lock "$MODEL" "$OUT/locked" --overwrite \
-    --depth "$DEPTH" --data "$DATA" --tokens "$TOKENS" --end-to-end-tokens "$END_TO_END_TOKENS"
+# shellcheck disable=SC2086  (options are meant to be split)
+lockkit lock "$MODEL" "$OUT/locked" --overwrite $LOCK_OPTIONS
 
 lockkit export "$OUT/locked" "$OUT/onnx" --overwrite --precision "$PRECISION"
 
 # Parity of ONNX and PyTorch keeps the limits of its precision; the ratio also bounds what the lock cost.
+# shellcheck disable=SC2086
 lockkit verify "$OUT/onnx" --reference "$MODEL" --reference "$OUT/locked" \
-    --data "$VERIFY_DATA" --tokens "$VERIFY_TOKENS" --max-perplexity-ratio "$MAX_PERPLEXITY_RATIO" --json "$OUT/verify.json"
+    --max-perplexity-ratio "$MAX_PERPLEXITY_RATIO" --json "$OUT/verify.json" $VERIFY_OPTIONS

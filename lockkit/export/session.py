@@ -188,7 +188,9 @@ def _load(path: Path, provider: str, threads: int | None) -> Any:
     if threads:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[wanted])
+        # TF32 would round fp32 products to 10 bits of mantissa, which no fp32 gate could pass.
+        settings = {"use_tf32": "0"} if provider == "cuda" else {}
+        session = onnxruntime.InferenceSession(path, options, providers=[(wanted, settings)])
     except Exception as error:
         raise UsageError(
             f"onnxruntime cannot load {path} ({_first_line(error)}): export again, or change EXPORT"

@@ -52,9 +52,7 @@ def locked_classes(family: Family) -> tuple[type, type]:
 
 def locked_config(config: PreTrainedConfig, family: Family, dlr: dict) -> PreTrainedConfig:
     """The configuration of the locked form of a model with `config`."""
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
-        values.pop(key, None)
+    values = _values(config)
     config_class, model_class = locked_classes(family)
     locked = config_class(**values, dlr=dlr)
     locked.architectures = [model_class.__name__]
@@ -62,14 +60,22 @@ def locked_config(config: PreTrainedConfig, family: Family, dlr: dict) -> PreTra
     return locked
 
 
+# What a class decides for itself, and RoPE settings under names from before `rope_parameters`.
+_NOT_COPIED = (
+    *("model_type", "architectures", "auto_map", "transformers_version", "dlr"),
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
+)
+
+
+def _values(config: PreTrainedConfig) -> dict:
+    return {key: value for key, value in config.to_dict().items() if key not in _NOT_COPIED}
+
+
 def base_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
     """The configuration of the original model, recovered from a locked one's."""
     import transformers
 
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version", "dlr"):
-        values.pop(key, None)
-    base = getattr(transformers, family.config_class)(**values)
+    base = getattr(transformers, family.config_class)(**_values(config))
     base.architectures = [family.model_class]
     return base
 

@@ -17,14 +17,16 @@ def continuation(model, ids):
     return out[0, ids.shape[1] :].tolist()
 
 
+# Eager attention: others leave out Gemma 2's soft caps, in some versions.
+options = {"trust_remote_code": True, "torch_dtype": torch.float32, "attn_implementation": "eager"}
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 ids = tokenizer(prompt, return_tensors="pt").input_ids
 with torch.no_grad():
     logits = model(ids).logits[0, -1].tolist()
 tokens = continuation(model, ids)
 model.save_pretrained(save_to)
-again = AutoModelForCausalLM.from_pretrained(save_to, trust_remote_code=True, torch_dtype=torch.float32).eval()
+again = AutoModelForCausalLM.from_pretrained(save_to, **options).eval()
 print(
     json.dumps(
         {

