@@ -14,6 +14,7 @@ purposes, whatever command, machine or day asks for it:
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,6 +152,8 @@ def documents(source: str, split: str) -> Iterator[Document]:
         found = stdlib_documents(tests=split == "train")
         wanted = {split}
     else:
+        if not Path(source).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
+            raise UsageError(f"there is no file or folder {source}: change --data")
         found = file_documents(Path(source)) if Path(source).exists() else hub_documents(source)
         wanted = {"train", "distill"} if split == "distill" else {split}
     return (document for document in found if split_of(document.name) in wanted)

@@ -7,6 +7,7 @@ a traceback only with `--debug`).
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -58,18 +59,27 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which Typer would report in its own words and code."""
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Run the program; the only place that turns errors into exit codes."""
     from lockkit.cli import commands  # noqa: F401  (registers the commands)
 
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app(standalone_mode=True)
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted: nothing was written; run the same command again", 2)
+    except _Interrupted:
+        _fail("interrupted: nothing half-written is left; run the same command again", 2)
     except MemoryError:
         _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more", 2)
     except Exception as error:

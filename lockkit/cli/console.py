@@ -29,7 +29,7 @@ def option(config: type[BaseModel], field: str, *names: str, **settings: Any) ->
 
 
 class TerminalProgress:
-    """`lockkit.progress.Progress` as bars on standard error; finished tasks leave one line each."""
+    """`lockkit.progress.Progress` on standard error: bars in a terminal, lines in a log."""
 
     def __init__(self) -> None:
         self.bars = Progress(
@@ -39,9 +39,10 @@ class TerminalProgress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=errors,
-            transient=False,
+            disable=not errors.is_terminal,
         )
         self.task: Any = None
+        self.name = ""
 
     def __enter__(self) -> TerminalProgress:
         self.bars.start()
@@ -51,14 +52,21 @@ class TerminalProgress:
         self.bars.stop()
 
     def start(self, task: str, total: int) -> None:
+        self.name = task
         self.task = self.bars.add_task(task, total=total, note="")
+        self._log(f"{task} ...")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.bars.update(self.task, advance=steps, note=note)
 
     def finish(self, note: str = "") -> None:
-        self.bars.update(self.task, completed=self.bars.tasks[self.task].total, note=note)
+        self.bars.update(self.task, completed=self.bars.tasks[-1].total, note=note)
         self.bars.stop_task(self.task)
+        self._log(f"{self.name}: {note or 'done'}")
 
     def say(self, line: str) -> None:
-        self.bars.console.print(line)
+        errors.print(line, soft_wrap=True)
+
+    def _log(self, line: str) -> None:
+        if not errors.is_terminal:
+            errors.print(line, soft_wrap=True)

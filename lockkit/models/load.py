@@ -6,7 +6,9 @@ classes, so no code from their folder runs; code from an original's folder runs 
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,15 +128,35 @@ def load_model(
     check_safetensors(folder)
     model_class = locked_classes(family)[1] if is_locked(config) else getattr(transformers, family.model_class)
     try:
-        model, info = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        with no_progress_bars():
+            model, info = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise UsageError(f"the weights in {folder} cannot be loaded ({_first_line(error)}): change MODEL") from error
     missing = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", [])]
     if missing:
         raise UsageError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them: change MODEL")
     return model.to(device).eval(), family
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars out of ours."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def check_safetensors(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockkit.files import LOCK_RECORD, write_json
-from lockkit.models.load import TOKENIZER_FILES
+from lockkit.models.load import TOKENIZER_FILES, no_progress_bars
 from lockkit.models.locked import AUTO_MAP, MODELING_FILE, render_modeling_file
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def save_locked(model: PreTrainedModel, family: Family, folder: Path, original: 
     Besides weights and configuration: the self-contained modelling file, the original's
     tokenizer files byte for byte, `lockkit.json` (`record`) and a model card.
     """
-    model.save_pretrained(folder)
+    with no_progress_bars():
+        model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # the library writes them for the owner alone
     config_file = folder / "config.json"
