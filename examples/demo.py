@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PROMPT = "def read_json(path):"
+PROMPT = 'def find_files(path, pattern):\n    """'
 CONTENTS = {
     "locked/model.safetensors, config.json": "the locked weights; load them with transformers alone",
     "locked/modeling_dlr_lock.py": "the code of its MLPs, the only code that trust_remote_code runs",

@@ -4,8 +4,9 @@
    decoder layers. Everything else is shared and frozen.
 2. A step: logits with the MLPs, no gradient; logits with the chains; minimise
    KL(teacher || student), averaged over tokens (arXiv 2605.10777, phase 2).
-3. Several times on the way and at the end, measure the held-out KL. The best state wins,
-   the one phase 1 ended with included, so this phase never makes the lock worse.
+3. Several times on the way and at the end, measure held-out KL and perplexity. The lowest KL
+   wins, among states whose perplexity is no higher than phase 1's; phase 1's own counts too,
+   so this phase never makes the lock worse.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def distil_end_to_end(
     started = time.perf_counter()
     device = switch.model.device
     parameters = [p for chain in switch.chains for p in chain.parameters()]
-    before = measure_fidelity(switch, validation).kl_divergence
-    best, best_step = before, 0
+    before = best = measure_fidelity(switch, validation)
+    best_step = 0
     best_state = [p.detach().clone() for p in parameters]
 
     batch_rows = min(len(train), max(1, config.batch_tokens // train.shape[1]))
@@ -162,8 +163,8 @@ def distil_end_to_end(
         optimiser.step()
         progress.advance(1, f"kl {loss.item():.5f}")
         if step in evaluate_at:
-            held_out = measure_fidelity(switch, validation).kl_divergence
-            if held_out < best:
+            held_out = measure_fidelity(switch, validation)
+            if held_out.kl_divergence < best.kl_divergence and held_out.perplexity <= before.perplexity:
                 best, best_step = held_out, step
                 best_state = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -171,8 +172,9 @@ def distil_end_to_end(
             parameter.copy_(value)
             parameter.requires_grad_(False)
     tokens = steps * batch_rows * train.shape[1]
-    progress.finish(f"held-out kl {before:.5f} -> {best:.5f}")
-    return EndToEndResult(steps, best_step, tokens, time.perf_counter() - started, before, best)
+    progress.finish(f"held-out kl {before.kl_divergence:.5f} -> {best.kl_divergence:.5f}")
+    seconds = time.perf_counter() - started
+    return EndToEndResult(steps, best_step, tokens, seconds, before.kl_divergence, best.kl_divergence)
 
 
 def _row_order(available: int, wanted: int, seed: int) -> torch.Tensor:
