@@ -80,11 +80,12 @@ def main() -> None:
         _fail(str(error), 2)
     except _Interrupted:
         _fail("interrupted: nothing half-written is left; run the same command again", 2)
-    except MemoryError:
-        _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more", 2)
     except Exception as error:
         if _debug:
             raise
+        # Python's, CUDA's and the CPU allocator's way of saying it.
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
+            _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more", 2)
         reason = " ".join(str(error).split())[:300]
         _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
 

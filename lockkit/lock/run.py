@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lockkit.dlr.net import block_ranks
 from lockkit.errors import DistillationError, UsageError
 from lockkit.files import check_output_folder, new_folder
 from lockkit.lock.capture import LayerwiseCapture
@@ -35,7 +36,7 @@ from lockkit.models.save import save_locked
 from lockkit.progress import NoProgress, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MIN_CAPTURE_ROWS = 4
 
@@ -84,6 +85,7 @@ def lock_model(
     teacher.requires_grad_(False)
     data = load_data(config, effective_source(config, model), teacher, tokenizer, progress)
 
+    progress.say(_summary(raw_config, config, data))
     chains, layers = _distil_layers(teacher, family, data, config, progress)
     switch = MLPSwitch(teacher, chains)
     after_phase_1 = measure_fidelity(switch, data.validation)
@@ -112,6 +114,21 @@ def lock_model(
         locked = assemble(switch, family, config, stored_dtype)
         save_locked(locked, family, folder, original, record, locked_model_card(record))
     return LockResult(out, record)
+
+
+def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: DistillationData) -> str:
+    """What is about to be made, from how much text."""
+    ranks = block_ranks(raw_config.intermediate_size, config.depth)
+    rank = f"rank {ranks[0]}"
+    if ranks[0] != ranks[-1]:
+        rank = f"rank {ranks[-1]} or {ranks[0]}, since {config.depth} does not divide {raw_config.intermediate_size}"
+    passes = config.tokens / data.train.numel()
+    return (
+        f"{raw_config.num_hidden_layers} layers, each a chain of {config.depth} blocks of {rank}; "
+        f"text: {data.source}, {data.train.numel():,} tokens"
+        + (f", read {passes:.1f} times" if passes > 1 else "")
+        + f", and {data.validation.numel():,} held out"
+    )
 
 
 def _distil_layers(
@@ -182,7 +199,7 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _stored_dtype(raw_config, config: LockConfig) -> torch.dtype:
+def _stored_dtype(raw_config: PreTrainedConfig, config: LockConfig) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     stored = getattr(raw_config, "dtype", None)
