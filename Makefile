@@ -1,13 +1,15 @@
 # `make demo` and `make test` set up what they need in .venv, and nothing outside this folder.
 PYTHON ?= python3
 PY := .venv/bin/python
+# Code that comes with a locked model is cached there, not in the user's home.
+export HF_HOME := $(CURDIR)/.cache/huggingface
 
 .PHONY: demo test clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lockkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints.txt -e '.[test]'
 	touch .venv/ready
 
 demo: .venv/ready
@@ -19,4 +21,4 @@ test: .venv/ready
 	$(PY) -m pytest
 
 clean:
-	rm -rf .venv .venv-consumers demo-run .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-consumers .cache demo-run .pytest_cache .ruff_cache .hypothesis

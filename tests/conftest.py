@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(Path(__file__).parents[1] / ".cache" / "huggingface")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["COLUMNS"] = "80"
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
