@@ -41,6 +41,17 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
         raise UsageError(f"{parent} cannot be written to: change OUT")
 
 
+def check_apart(out: Path, source: Path) -> None:
+    """Refuse an output folder that is, holds or lies in the folder that is read.
+
+    Raises:
+        UsageError: the two are not apart.
+    """
+    out, source = out.resolve(), source.resolve()
+    if out == source or out in source.parents or source in out.parents:
+        raise UsageError(f"{out} is MODEL's own folder, or one lies in the other: change OUT")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that becomes `out` if the block succeeds.
@@ -58,6 +69,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         with readable_disk_errors(out):
             temporary.mkdir(parents=True)
             yield temporary
+            check_output_folder(out, overwrite)  # another process may have written it meanwhile
             if out.exists():
                 old = out.parent / f".{out.name}.old-{os.getpid()}"
                 out.rename(old)

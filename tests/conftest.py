@@ -1,4 +1,4 @@
-"""Shared fixtures: no network, two threads, tiny models made once, the CLI run in-process."""
+"""Shared fixtures: no network, tiny models made once, the CLI run in-process."""
 
 from __future__ import annotations
 

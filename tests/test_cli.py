@@ -123,3 +123,11 @@ def test_an_output_folder_must_be_ours_to_replace(tmp_path):
     for out in (file, link, Path(tmp_path)):
         with pytest.raises(UsageError, match="change OUT"), new_folder(out, overwrite=True):
             pytest.fail("the block must not run")
+
+
+def test_a_model_is_never_replaced_by_its_own_export(cli, locks):
+    before = sorted(path.name for path in locks("llama").iterdir())
+    for out in (locks("llama"), locks("llama") / "onnx"):
+        done = cli("export", locks("llama"), out, "--overwrite")
+        assert done.code == 2 and "change OUT" in done.err
+    assert sorted(path.name for path in locks("llama").iterdir()) == before

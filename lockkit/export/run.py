@@ -23,7 +23,7 @@ from lockkit.errors import LockkitError, UsageError
 from lockkit.export.config import ExportConfig, Precision, Provider
 from lockkit.export.manifest import Manifest, write_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import check_output_folder, new_folder, sha256_of_file
+from lockkit.files import check_apart, check_output_folder, new_folder, sha256_of_file
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def export_model(
         raise UsageError("onnxruntime has no bf16 arithmetic on the CPU: change --precision, or give --provider cuda")
     check_output_folder(Path(out), config.overwrite)
     source = resolve_model(model)
+    check_apart(Path(out), source)
     load_tokenizer(source)
     network, family = load_model(source)
     base = base_config(network.config, family)

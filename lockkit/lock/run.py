@@ -20,7 +20,7 @@ import torch
 
 from lockkit.dlr.net import block_ranks
 from lockkit.errors import DistillationError, UsageError
-from lockkit.files import check_output_folder, new_folder
+from lockkit.files import check_apart, check_output_folder, new_folder
 from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
@@ -72,6 +72,7 @@ def lock_model(
     config, progress, started = config or LockConfig(), progress or NoProgress(), time.perf_counter()
     check_output_folder(out, overwrite)
     original = resolve_model(model)
+    check_apart(out, original)
     raw_config = load_config(original, trust_remote_code)
     family = require_unlocked(raw_config)
     if config.depth > raw_config.intermediate_size:
