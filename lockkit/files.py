@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,10 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"{parent} cannot be written to: change OUT")
+    try:
+        Path(tempfile.mkdtemp(prefix=".lockkit-", dir=parent)).rmdir()
+    except OSError as error:
+        raise UsageError(f"{parent} cannot be written to ({error.strerror}): change OUT") from error
 
 
 def check_apart(out: Path, source: Path) -> None:

@@ -70,23 +70,28 @@ def stdlib_documents(*, tests: bool = False) -> Iterator[Document]:
             yield Document(".".join(parts), text)
 
 
-def _paragraph_documents(prefix: str, text: str) -> Iterator[Document]:
-    """Cut `text` at blank lines into documents named by their own content."""
-    gathered: list[str] = []
-    length = 0
-    for paragraph in text.split("\n\n"):
-        gathered.append(paragraph)
-        length += len(paragraph)
-        if length >= FILE_DOCUMENT_CHARACTERS:
-            yield _content_document(prefix, "\n\n".join(gathered))
-            gathered, length = [], 0
-    if any(paragraph.strip() for paragraph in gathered):
-        yield _content_document(prefix, "\n\n".join(gathered))
+def _passages(text: str) -> Iterator[Document]:
+    """Cut `text` into documents of about `FILE_DOCUMENT_CHARACTERS`, named by their own content.
+
+    Cuts are made after blank lines; where a paragraph is longer, after a line; where a line is,
+    anywhere. Nothing is lost but white space at the end.
+    """
+    limit = FILE_DOCUMENT_CHARACTERS
+    gathered = ""
+    for paragraph in re.split(r"(?<=\n\n)", text):
+        for line in [paragraph] if len(paragraph) <= limit else paragraph.splitlines(keepends=True):
+            for start in range(0, len(line), limit):
+                gathered += line[start : start + limit]
+                if len(gathered) >= limit:
+                    yield _content_document(gathered)
+                    gathered = ""
+    if gathered.strip():
+        yield _content_document(gathered)
 
 
-def _content_document(prefix: str, text: str) -> Document:
-    # Named by content: the same passage in two files falls into the same split.
-    return Document(f"{prefix}:{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
+def _content_document(text: str) -> Document:
+    # Named by content alone: a passage has one split, whatever file or folder it is read from.
+    return Document("text:" + hashlib.sha256(text.encode()).hexdigest()[:16], text)
 
 
 def file_documents(path: Path) -> Iterator[Document]:
@@ -109,7 +114,7 @@ def file_documents(path: Path) -> Iterator[Document]:
             raise UsageError(f"{file} is not UTF-8 text (byte {error.start}): change --data") from error
         except OSError as error:
             raise UsageError(f"cannot read {file} ({error.strerror}): change --data") from error
-        for document in _paragraph_documents(path.name, text):
+        for document in _passages(text):
             empty = False
             yield document
     if empty:
@@ -135,7 +140,7 @@ def hub_documents(name: str) -> Iterator[Document]:
             if "text" not in row:
                 raise UsageError(f"dataset {name} has no column 'text': change --data")
             if row["text"].strip():
-                yield _content_document(repository, row["text"])
+                yield _content_document(row["text"])
     except UsageError:
         raise
     except Exception as error:  # the Hub's client raises dozens of kinds, all meaning "not to be had"

@@ -147,7 +147,7 @@ def test_a_seed_fixes_every_weight(originals, tmp_path):
 def test_self_sampled_text(originals, tmp_path):
     record = lock_model(str(originals("qwen3")), tmp_path / "out", quick(data="auto", tokens=2_048)).record
     assert record["data"]["source"] == "self"
-    assert record["data"]["train_sha256"] != record["data"]["validation_sha256"]
+    assert len({record["data"][f"{part}_sha256"] for part in ("train", "validation", "evaluation")}) == 3
 
 
 def test_dtype_is_the_originals_unless_asked(tmp_path):
@@ -233,6 +233,8 @@ def test_overwrite_never_removes_what_lockkit_did_not_write(cli, originals, tmp_
         (["--init", "magic"], "--init"),
         (["--data", "/no/such/file.txt"], "there is no file or folder /no/such/file.txt: change --data"),
         (["--data", "no-such-dataset"], "--data no-such-dataset is no local file or folder"),
+        (["--device", "meta"], "--device meta is not available"),
+        (["--learning-rate", "inf"], "--learning-rate"),
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--config", "./no-such-recipe.yaml"], "--config"),
         (["--tokens", "100000000"], "lower --tokens"),
@@ -243,6 +245,12 @@ def test_bad_options_end_with_one_line_and_code_2(cli, originals, tmp_path, opti
     assert done.code == 2
     assert message in done.err and len(done.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_impossible_output_is_refused_before_any_work(cli, originals, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "file" / "out"))
+    assert done.code == 2 and "change OUT" in done.err and "layer" not in done.err
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "holds no text"), ("a few words", "at least")])

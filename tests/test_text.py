@@ -47,16 +47,24 @@ def test_a_file_is_cut_into_documents_without_losing_text(tmp_path_factory, para
         with pytest.raises(UsageError, match="holds no text"):
             list(file_documents(file))
         return
-    found = "\n\n".join(d.text for d in file_documents(file))
+    found = "".join(d.text for d in file_documents(file))
     assert text.startswith(found) and not text[len(found) :].strip()
 
 
-def test_the_same_passage_has_one_split_in_any_file_of_a_name(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "corpus.txt").write_text("word " * 2000)
-    one, other = (next(file_documents(tmp_path / f / "corpus.txt")) for f in ("a", "b"))
-    assert split_of(one.name) == split_of(other.name)
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
+def test_long_text_becomes_many_documents_however_it_is_laid_out(tmp_path, separator):
+    (tmp_path / "a.txt").write_text(separator.join(f"sentence number {i}" for i in range(5_000)))
+    found = list(file_documents(tmp_path / "a.txt"))
+    assert len(found) > 20
+    assert {split_of(document.name) for document in found} >= {"train", "distill", "evaluate"}
+
+
+def test_a_passage_keeps_its_split_under_another_name(tmp_path):
+    text = "\n\n".join(f"paragraph {i} " * 50 for i in range(100))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "corpus.txt").write_text(text)
+    (tmp_path / "folder" / "renamed.txt").write_text(text)
+    assert list(file_documents(tmp_path / "corpus.txt")) == list(file_documents(tmp_path / "folder"))
 
 
 def test_blocks_hold_the_documents_tokens_in_order(tokenizer):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="`demo`, a model folder, an export, or a Hub id.")],
     second: Annotated[
-        str | None, typer.Argument(metavar="[SECOND]", help="Another one, to see both side by side.")
+        str | None, typer.Argument(metavar="SECOND", help="Another one, to see both side by side.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")] = "",
     max_new_tokens: Annotated[int | None, option(GenerateConfig, "max_new_tokens")] = None,

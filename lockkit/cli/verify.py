@@ -55,7 +55,7 @@ def verify(
     """
     config = config_from_options(VerifyConfig, locals())
     if json is not None and (json.is_dir() or not json.absolute().parent.is_dir()):
-        raise UsageError(f"{json} cannot be written, there is no such folder or it is one: change --json")
+        raise UsageError(f"{json} is a folder, or in a folder that does not exist: change --json")
 
     from lockkit.verify.run import verify_export
     from lockkit.verify.table import failure_line, print_result

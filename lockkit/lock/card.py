@@ -13,8 +13,7 @@ def locked_model_card(record: dict) -> str:
 library_name: transformers
 pipeline_tag: text-generation
 tags: [lockkit, dlr-lock]
-base_model: {record["model"]}
----
+{"base_model: " + record["model"] + chr(10) if "/" in record["model"] else ""}---
 # {record["model"]}, locked
 
 This is `{record["model"]}` ({record["model_type"]}) with every MLP replaced by a deep low-rank residual network
@@ -37,8 +36,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 | perplexity | {fidelity["original_perplexity"]:.3f} | {fidelity["perplexity"]:.3f} | **{fidelity["perplexity_ratio"]:.4f}** |
 
 KL divergence to the original {fidelity["kl_divergence"]:.5f} nats a token, same most likely token
-{fidelity["top1_agreement"]:.2%} of the time. Text: `{record["data"]["source"]}`, {record["data"]["validation_tokens"]:,} tokens
-that distillation did not see.
+{fidelity["top1_agreement"]:.2%} of the time. Text: `{record["data"]["source"]}`, {record["data"]["evaluation_tokens"]:,} tokens
+that neither trained the lock nor chose its state.{" The text was sampled from the original itself." if record["data"]["source"] == "self" else ""}
 
 | layer | NMSE after phase 1 |
 |---|---|

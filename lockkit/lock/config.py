@@ -18,7 +18,7 @@ from lockkit.settings import validated
 class LockConfig(BaseModel):
     """Settings of both phases of distillation (arXiv 2605.10777, phases 1 and 2)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     depth: int = Field(32, ge=2, description="Blocks in each chain. Their ranks add up to the MLP's width.")
     init: Literal["continuation", "random"] = Field(
@@ -47,7 +47,10 @@ class LockConfig(BaseModel):
     block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
     batch_tokens: int = Field(1024, ge=8, description="Tokens in a step of either phase.")
     validation_tokens: int = Field(
-        8_192, ge=64, description="Held-out tokens that measure each layer and choose phase 2's best state."
+        8_192,
+        ge=64,
+        description="Tokens in each of two held-out sets: one measures the layers and chooses phase 2's best state, the "
+        "other measures the result.",
     )
     learning_rate: float = Field(
         0.03, gt=0, description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix."

@@ -1,6 +1,6 @@
-"""Text for distillation, as rows of token ids: one set to train on, one held out.
+"""Text for distillation, as rows of token ids: to train on, to choose a state by, to measure.
 
-The two come from different splits of the same source (lockkit/text.py), or, for `self`, are
+The three come from different splits of the same source (lockkit/text.py), or, for `self`, are
 sampled from the teacher with different seeds.
 """
 
@@ -34,16 +34,22 @@ class DistillationData:
     source: str
     train: torch.Tensor
     validation: torch.Tensor
+    evaluation: torch.Tensor
 
     def record(self) -> dict:
         """What `lockkit.json` says of the data: sizes and hashes, no text."""
         return {
             "source": self.source,
-            "splits": {"train": "distill", "validation": "validate"} if self.source != "self" else None,
+            "splits": {"train": "distill", "validation": "validate", "evaluation": "evaluate"}
+            if self.source != "self"
+            else None,
+            "block_tokens": self.train.shape[1],
             "train_tokens": self.train.numel(),
             "train_sha256": _sha256(self.train),
             "validation_tokens": self.validation.numel(),
             "validation_sha256": _sha256(self.validation),
+            "evaluation_tokens": self.evaluation.numel(),
+            "evaluation_sha256": _sha256(self.evaluation),
         }
 
 
@@ -64,7 +70,7 @@ def load_data(
     tokenizer: PreTrainedTokenizerBase,
     progress: Progress,
 ) -> DistillationData:
-    """Read or sample the text of both sets.
+    """Read or sample the text of all three sets.
 
     Raises:
         UsageError: there is too little text, or it cannot be read.
@@ -72,11 +78,11 @@ def load_data(
     block = min(config.block_tokens, getattr(model.config, "max_position_embeddings", config.block_tokens))
     wanted = max(config.tokens, config.end_to_end_tokens, block)
     if source == "self":
-        return DistillationData(
-            source,
-            sample_rows(model, block, math.ceil(wanted / block), config.seed, progress),
-            sample_rows(model, block, math.ceil(config.validation_tokens / block), config.seed + 1, progress),
-        )
+        held_out = math.ceil(config.validation_tokens / block)
+        sizes = (math.ceil(wanted / block), held_out, held_out)
+        seeds = range(3 * config.seed, 3 * config.seed + 3)  # no two locks share one by accident
+        sets = [sample_rows(model, block, rows, seed, progress) for rows, seed in zip(sizes, seeds, strict=True)]
+        return DistillationData(source, *sets)
     train = token_blocks(tokenizer, documents(source, "distill"), block, wanted)
     if train.numel() * MAX_PASSES < wanted:
         raise UsageError(
@@ -84,13 +90,16 @@ def load_data(
             f"than {MAX_PASSES} times: give more text with --data, or lower --tokens"
         )
     try:
-        validation = token_blocks(tokenizer, documents(source, "validate"), block, config.validation_tokens)
+        held_out = [
+            token_blocks(tokenizer, documents(source, split), block, config.validation_tokens)
+            for split in ("validate", "evaluate")
+        ]
     except UsageError as error:
         raise UsageError(
-            f"{source} is too short to hold text out of it (3 % of its passages are, by a hash): "
+            f"{source} is too short to hold text out of it (13 % of its passages are, by a hash): "
             "give more text with --data, or lower --block-tokens"
         ) from error
-    return DistillationData(source, train, validation)
+    return DistillationData(source, train, *held_out)
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ Schema `lockkit-lock/1`:
     recipe                                  every setting (lockkit/lock/config.py)
     data                                    source, sizes and sha256 of the token ids, no text
     layers                                  per layer: gain, nmse, tokens, seconds
-    after_phase_1, end_to_end, fidelity     held-out KL, top-1 agreement and perplexities;
-                                            `fidelity` is measured on the weights as saved
+    after_phase_1, fidelity                 KL, top-1 agreement and perplexities on the split
+                                            `evaluate`; `fidelity` on the weights as saved
+    end_to_end                              phase 2: steps, best step, KL on the split `validate`
     scrubbed_rows                           rows that had to be freed from the teacher's bits
     dtype, seconds, peak_memory_bytes
 """

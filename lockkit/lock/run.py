@@ -5,12 +5,13 @@
 3. Phase 1, layer by layer (capture.py, modulewise.py).
 4. Phase 2, all layers together (end_to_end.py).
 5. Round to the dtype that is saved, remove the last traces of the teacher's rows, and measure
-   on held-out text what will really be published.
+   what will really be published, on text that neither trained it nor chose its state.
 6. Write the folder beside its final place, then rename it.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +90,12 @@ def lock_model(
     progress.say(_summary(raw_config, config, data))
     chains, layers = _distil_layers(teacher, family, data, config, progress)
     switch = MLPSwitch(teacher, chains)
-    after_phase_1 = measure_fidelity(switch, data.validation)
+    after_phase_1 = measure_fidelity(switch, data.evaluation)
     end_to_end = None
     if config.end_to_end_tokens >= config.batch_tokens:
         end_to_end = distil_end_to_end(switch, data.train, data.validation, config, progress)
     scrubbed = _round_and_scrub(switch, family, stored_dtype, config.seed)
-    fidelity = measure_fidelity(switch, data.validation)
+    fidelity = measure_fidelity(switch, data.evaluation)
     _require_usable(fidelity)
 
     record = lock_record(
@@ -128,7 +129,7 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
         f"{raw_config.num_hidden_layers} layers, each a chain of {config.depth} blocks of {rank}; "
         f"text: {data.source}, {data.train.numel():,} tokens"
         + (f", read {passes:.1f} times" if passes > 1 else "")
-        + f", and {data.validation.numel():,} held out"
+        + f", and twice {data.validation.numel():,} held out"
     )
 
 
@@ -194,6 +195,8 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+            raise RuntimeError("no such kind of device")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {device} is not available here: use cpu, or see `lockkit env`") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockkit.errors import UsageError
+from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import Family, family_of, is_locked
 from lockkit.models.locked import locked_classes
 
@@ -46,6 +47,8 @@ def resolve_model(model: str, option: str = "MODEL") -> Path:
         return DEMO
     path = Path(model)
     if path.is_dir():
+        if (path / EXPORT_MANIFEST).is_file():
+            raise UsageError(f"{path} is an ONNX export: give the model it was made from as {option}")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has no config.json, so it is not a model folder: change {option}")
         return path
@@ -138,7 +141,9 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:
-        raise UsageError(f"the weights in {folder} cannot be loaded ({_first_line(error)}): change MODEL") from error
+        mismatch = "ignore_mismatched_sizes" in str(error)
+        reason = "their shapes are not those of its config.json" if mismatch else _first_line(error)
+        raise UsageError(f"the weights in {folder} cannot be loaded ({reason}): change MODEL") from error
     missing = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", [])]
     if missing:
         raise UsageError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them: change MODEL")
