@@ -37,6 +37,21 @@ def test_help_answers_without_the_heavy_libraries():
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["lock", "demo", "x", "--depth", "abc"], "--depth"),
+        (["lock"], "MODEL"),
+        (["lokc"], "lokc"),
+        (["env", "--x"], "--x"),
+    ],
+)
+def test_bad_use_is_one_line_that_points_to_the_help(cli, arguments, named):
+    done = cli(*arguments)
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert named in done.err and "--help" in done.err
+
+
 def test_version_is_the_packages(cli):
     import importlib.metadata
 

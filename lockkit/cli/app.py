@@ -73,7 +73,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
@@ -81,6 +81,8 @@ def main() -> None:
     except _Interrupted:
         _fail("interrupted: nothing half-written is left; run the same command again", 2)
     except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type, ...
+            _bad_use(error)
         if _debug:
             raise
         # Python's, CUDA's and the CPU allocator's way of saying it.
@@ -88,6 +90,17 @@ def main() -> None:
             _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more", 2)
         reason = " ".join(str(error).split())[:300]
         _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
+    sys.exit(code or 0)
+
+
+def _bad_use(error: Exception) -> None:
+    """Typer's complaint in one line; without any argument, the help it stands for."""
+    message = error.format_message()
+    if not message:
+        error.show()
+        sys.exit(2)
+    context = getattr(error, "ctx", None)
+    _fail(f"{message.rstrip('.')} (see `{context.command_path if context else 'lockkit'} --help`)", 2)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -20,6 +20,8 @@ def option(config: type[BaseModel], field: str, *names: str, **settings: Any) ->
     """
     info = config.model_fields[field]
     default = "" if info.default is None else f" [default: {info.default}]"
+    if get_origin(info.annotation) is Literal:
+        settings.setdefault("metavar", "|".join(map(str, get_args(info.annotation))))
     return typer.Option(
         *(names or ("--" + field.replace("_", "-"),)),
         help=f"{info.description}{default}",

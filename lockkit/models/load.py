@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST
-from lockkit.models.families import Family, family_of, is_locked
-from lockkit.models.locked import locked_classes
+from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
+from lockkit.models.locked import base_config, locked_classes
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +85,6 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
     raw = _read_config(folder)
     model_type = str(raw.get("model_type", ""))
-    from lockkit.models.families import FAMILIES, LOCKED_PREFIX
-
     family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
     try:
         if family is not None and model_type.startswith(LOCKED_PREFIX):
@@ -204,7 +202,9 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
     try:
         # Left open, trust_remote_code makes transformers ask the user on a locked folder.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=_tokenizer_config(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise UsageError(
             f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): change {option}"
@@ -212,6 +212,17 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
     # Whole documents are tokenized and cut into blocks afterwards: no warning about their length.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:
+    """The original's configuration for a locked folder, whose own model type transformers warns about."""
+    if not (folder / "config.json").is_file():
+        return None
+    model_type = str(_read_config(folder).get("model_type", ""))
+    if not model_type.startswith(LOCKED_PREFIX):
+        return None
+    config = load_config(folder)
+    return base_config(config, family_of(config))
 
 
 def _first_line(error: BaseException) -> str:

@@ -47,7 +47,8 @@ def failure_line(result: VerifyResult) -> str:
         f"{outcome.gate} ({outcome.figure}) is {number(outcome.value)}, limit {number(outcome.limit)}"
         for outcome in failed
     ]
-    return f"{len(failed)} of {len(result.gates)} gates failed: {'; '.join(details)}"
+    hint = "" if result.same_weights else " (not the weights that were exported: is --reference the right model?)"
+    return f"{len(failed)} of {len(result.gates)} gates failed: {'; '.join(details)}{hint}"
 
 
 def number(value: float | None) -> str:
