@@ -68,6 +68,8 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
     """
     config = load_config(resolve_model(model), trust_remote_code)
     family = require_unlocked(config)
+    from lockkit.models.stream import empty_model
+
     network = empty_model(config, family)
     shape = _mlp_shape(network, family)
     width, layers = shape.intermediate_size, config.num_hidden_layers
@@ -102,15 +104,6 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
         original_saved_bytes_per_token=4 * mlp_saved_values(shape) * layers,
         rows=rows,
     )
-
-
-def empty_model(config, family: Family) -> nn.Module:
-    """The model of `config` without memory for its weights."""
-    import torch
-    import transformers
-
-    with torch.device("meta"):
-        return getattr(transformers, family.model_class)(config)
 
 
 def _mlp_shape(network: nn.Module, family: Family) -> MLPShape:

@@ -15,12 +15,15 @@ from tiny import VOCAB, save_tiny, tiny_config
 
 from lockkit.errors import UnsupportedModelError, UsageError
 from lockkit.files import LOCK_RECORD
+from lockkit.lock.cache import ActivationCache
 from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
+from lockkit.lock.workers import Workers
 from lockkit.models.families import FAMILIES, decoder_layers, family_of, mlp_weights, require_unlocked
 from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer, resolve_model
 from lockkit.models.locked import base_config
+from lockkit.models.stream import StreamedModel
 
 EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 
@@ -30,22 +33,31 @@ def remote_model(folder, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
+@pytest.mark.parametrize("kept_in", ["memory", "files"])
 @EVERY_FAMILY
-def test_capture_sees_what_the_whole_model_computes(model_type, originals):
-    model, _ = load_model(originals(model_type), torch.float32)
-    rows = torch.randint(0, VOCAB, (8, 24), generator=torch.Generator().manual_seed(1))
+def test_one_layer_at_a_time_computes_what_the_whole_model_does(model_type, kept_in, originals, tmp_path, monkeypatch):
+    model, family = load_model(originals(model_type), torch.float32)
+    rows = torch.randint(0, VOCAB, (7, 24), generator=torch.Generator().manual_seed(1))
     expected = [[] for _ in decoder_layers(model)]
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0].flatten(0, 1)))
+        layer.mlp.register_forward_pre_hook(lambda _m, args, into=into: into.append(args[0]))
         for layer, into in zip(decoder_layers(model), expected, strict=True)
     ]
     with torch.no_grad():
-        model(rows)
+        logits = model(rows).logits
     for hook in hooks:
         hook.remove()
-    capture = LayerwiseCapture(model, rows, batch_rows=4)
-    for inputs in expected:
-        torch.testing.assert_close(capture.next_layer(), torch.cat(inputs), rtol=1e-4, atol=1e-4)
+    stream = StreamedModel(originals(model_type), load_config(originals(model_type)), family, "cpu")
+    monkeypatch.setattr("lockkit.lock.capture.TOKENS_IN_A_BATCH", 96)  # batches of 4 and 3 rows
+    budget = {"memory": 10**9, "files": 0}[kept_in]
+    capture = LayerwiseCapture(stream, rows, ActivationCache(tmp_path, budget), "train", Workers())
+    for index, [inputs] in enumerate(expected):
+        found = torch.empty(inputs.shape)
+        with stream.layer(index) as layer:
+            capture.advance(index, layer, found)
+        torch.testing.assert_close(found, inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stream.logits(rows, capture.hidden), logits, rtol=1e-4, atol=1e-4)
+    assert all(parameter.is_meta for parameter in stream.layers.parameters())
 
 
 @EVERY_FAMILY

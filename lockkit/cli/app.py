@@ -77,9 +77,9 @@ def main() -> None:
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
-        _fail(str(error), 2)
+        _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), 2)
     except _Interrupted:
-        _fail("interrupted: nothing half-written is left; run the same command again", 2)
+        _fail("interrupted: nothing half-written is left; run the same command again to go on", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type, ...
             _bad_use(error)

@@ -31,7 +31,12 @@ def lock(
     ramp_share: Annotated[float | None, option(LockConfig, "ramp_share")] = None,
     seed: Annotated[int | None, option(LockConfig, "seed")] = None,
     dtype: Annotated[str | None, option(LockConfig, "dtype")] = None,
+    compute_dtype: Annotated[str | None, option(LockConfig, "compute_dtype")] = None,
+    layers_together: Annotated[int | None, option(LockConfig, "layers_together")] = None,
     device: Annotated[str | None, option(LockConfig, "device")] = None,
+    offload: Annotated[str | None, option(LockConfig, "offload")] = None,
+    cache_gigabytes: Annotated[float | None, option(LockConfig, "cache_gigabytes")] = None,
+    work: Annotated[str | None, option(LockConfig, "work")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A recipe in YAML: the same settings; options override it.")
     ] = None,
@@ -61,8 +66,19 @@ def lock(
         result = lock_model(
             model, out, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
         )
+    if result is None:  # not the first of several workers
+        return
     console.print(_table(result.record))
+    console.print(_memory(result.record["memory"]))
     console.print(f"wrote {out}: the locked model, its lockkit.json and a model card", soft_wrap=True)
+
+
+def _memory(memory: dict) -> str:
+    beyond = memory["peak_bytes"] - memory["idle_bytes"]
+    return (
+        f"peak memory {memory['peak_bytes'] / 1e9:.2f} GB, {beyond / 1e9:.2f} GB of it beyond the libraries' own "
+        f"(expected {memory['predicted_bytes'] / 1e9:.2f} GB)"
+    )
 
 
 def _table(record: dict):

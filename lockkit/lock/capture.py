@@ -1,101 +1,73 @@
-"""Teacher activations, one decoder layer at a time.
+"""Inputs of the MLPs, layer after layer, without running the model from its start for each.
 
-1. Run the model up to its first decoder layer on every batch of rows; keep the hidden states.
-2. On the way, note the other arguments each layer gets (masks, position embeddings). Batches
-   have equal shapes and no padding, so these are the same for all of them.
-3. `next_layer` runs one decoder layer on all batches, hands out its MLP's inputs, and keeps
-   its outputs as the hidden states of the layer after it.
-
-Only one layer's MLP inputs and one set of hidden states exist at a time.
+The hidden states of all rows are kept, from one decoder layer to the next; a layer is read from
+the checkpoint once, run over all rows, and freed (the idea of llm-compressor's sequential
+pipeline). Each worker runs its share of the rows; the MLPs' inputs go to a tensor they share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from lockkit.models.families import decoder_layers
+from lockkit.lock.cache import ActivationCache
+from lockkit.lock.workers import Workers
+from lockkit.models.stream import StreamedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-class _FirstLayerReached(Exception):
-    """Ends a forward pass early: nothing past the first decoder layer's input is needed."""
+TOKENS_IN_A_BATCH = 2048
 
 
 class LayerwiseCapture:
     """Walks through a model's decoder layers over a fixed set of rows.
 
     Args:
-        model: the teacher.
-        rows: token ids `[rows, block]`; as many are used as fill whole batches.
-        batch_rows: rows in a forward pass.
+        stream: the teacher.
+        rows: token ids `[rows, block]`.
+        cache: holds the hidden states, under names that begin with `name`.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: torch.Tensor, batch_rows: int):
-        self.layers = decoder_layers(model)
-        batch_rows = min(batch_rows, len(rows))
-        self.batches = list(rows[: len(rows) // batch_rows * batch_rows].split(batch_rows))
-        self.device = model.device
-        self.arguments = self._layer_arguments(model)
-        self.hidden = [self._first_hidden(model, batch) for batch in self.batches]
-        self.position = 0
+    def __init__(self, stream: StreamedModel, rows: torch.Tensor, cache: ActivationCache, name: str, workers: Workers):
+        self.stream = stream
+        block = rows.shape[1]
+        starts = range(0, len(rows), max(1, TOKENS_IN_A_BATCH // block))
+        self.batches = [slice(start, min(start + starts.step, len(rows))) for start in starts]
+        self.batches = self.batches[workers.rank :: workers.count]
+        own_rows = sum(batch.stop - batch.start for batch in self.batches)
+        self.arguments: dict[int, list[dict]] = {}  # by rows in a batch
+        self.hidden = cache.allocate(f"{name}-hidden-{workers.rank}", (own_rows, block, stream.config.hidden_size))
+        for batch, hidden in self._parts():
+            start, arguments = stream.begin(rows[batch])
+            hidden.copy_(start)
+            self.arguments.setdefault(len(hidden), arguments)
+
+    def _parts(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Each batch of this worker: its place among all rows, and its hidden states."""
+        sizes = [batch.stop - batch.start for batch in self.batches]
+        return zip(self.batches, self.hidden.split(sizes) if sizes else [], strict=True)
 
     @torch.no_grad()
-    def _layer_arguments(self, model: PreTrainedModel) -> list[dict]:
-        """Keyword arguments of every decoder layer, from one full forward pass."""
-        found: list[dict] = []
+    def advance(self, index: int, layer: nn.Module, mlp_inputs: torch.Tensor | None) -> None:
+        """Run decoder layer `index` over this worker's rows.
 
-        def note(_module, _args, kwargs):
-            found.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
-
-        hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in self.layers]
-        try:
-            model.model(self.batches[0].to(self.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
-
-    @torch.no_grad()
-    def _first_hidden(self, model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-        caught: list[torch.Tensor] = []
-
-        def catch(_module, args, kwargs):
-            caught.append((args[0] if args else kwargs["hidden_states"]).cpu())
-            raise _FirstLayerReached
-
-        hook = self.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            model.model(batch.to(self.device), use_cache=False)
-        except _FirstLayerReached:
-            pass
-        finally:
-            hook.remove()
-        return caught[0]
-
-    @torch.no_grad()
-    def next_layer(self) -> torch.Tensor:
-        """Advance by one decoder layer; return its MLP's inputs, `[tokens, hidden]`, on the CPU."""
-        layer, arguments = self.layers[self.position], self.arguments[self.position]
-        inputs: list[torch.Tensor] = []
-        with _inputs_of(layer.mlp, inputs):
-            for index, hidden in enumerate(self.hidden):
-                out = layer(hidden.to(self.device), **arguments)
-                self.hidden[index] = (out[0] if isinstance(out, tuple) else out).cpu()
-        self.position += 1
-        return torch.cat(inputs)
+        Args:
+            mlp_inputs: `[rows, block, hidden]`, gets the inputs of the layer's MLP; None: they are not wanted.
+        """
+        for batch, hidden in self._parts():
+            arguments = self.arguments[len(hidden)][index]
+            with _input_of(layer.mlp) as caught:
+                hidden.copy_(layer(hidden.to(self.stream.device), **arguments))
+            if mlp_inputs is not None:
+                mlp_inputs[batch] = caught[0].cpu()
 
 
 @contextmanager
-def _inputs_of(mlp: nn.Module, into: list[torch.Tensor]) -> Iterator[None]:
-    hook = mlp.register_forward_pre_hook(lambda _module, args: into.append(args[0].flatten(0, -2).cpu()))
+def _input_of(mlp: nn.Module) -> Iterator[list[torch.Tensor]]:
+    caught: list[torch.Tensor] = []
+    hook = mlp.register_forward_pre_hook(lambda _module, args: caught.append(args[0]))
     try:
-        yield
+        yield caught
     finally:
         hook.remove()

@@ -7,12 +7,15 @@ this class; a help text is a field's description.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.errors import UsageError
 from lockkit.settings import validated
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LockConfig(BaseModel):
@@ -63,9 +66,41 @@ class LockConfig(BaseModel):
     )
     seed: int = Field(0, ge=0, description="Seed of grouping, initialisation, order of text and sampling.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the saved weights; `auto` keeps the original's. Distillation itself is float32."
+        "auto", description="Type of the saved weights; `auto` keeps the original's."
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type the chains are computed in while they are trained; weights and losses are float32."
+    )
+    layers_together: int | None = Field(
+        None,
+        ge=1,
+        description="Layers trained in one batched computation in phase 1. Default: 1 on a CPU, where more is "
+        "slower; as many as fit on a GPU.",
     )
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one.")
+    offload: Literal["auto", "none", "disk"] = Field(
+        "auto",
+        description="Where phase 2 keeps layers between their turns: `none` in memory, `disk` in the work folder; "
+        "`auto` decides by what is free.",
+    )
+    cache_gigabytes: float = Field(
+        2.0, ge=0, description="Memory for activations; what is more goes to files in the work folder."
+    )
+    work: str | None = Field(
+        None,
+        description="Folder for finished layers and activations, from which a killed lock goes on. "
+        "Default: a hidden folder beside OUT, deleted at the end.",
+    )
+
+    @property
+    def torch_compute_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.compute_dtype)
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that a lock's weights depend on: all but where and with how much memory it is made."""
+        return self.model_dump(exclude={"device", "offload", "cache_gigabytes", "work"})
 
 
 def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:

@@ -15,10 +15,13 @@ import torch
 
 from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
+from lockkit.models.load import load_model
 from lockkit.text import documents, token_blocks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lockkit.progress import Progress
 
@@ -64,25 +67,14 @@ def effective_source(config: LockConfig, model: str) -> str:
 
 
 def load_data(
-    config: LockConfig,
-    source: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    progress: Progress,
+    config: LockConfig, source: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> DistillationData:
-    """Read or sample the text of all three sets.
+    """Read the text of all three sets.
 
     Raises:
         UsageError: there is too little text, or it cannot be read.
     """
-    block = min(config.block_tokens, getattr(model.config, "max_position_embeddings", config.block_tokens))
-    wanted = max(config.tokens, config.end_to_end_tokens, block)
-    if source == "self":
-        held_out = math.ceil(config.validation_tokens / block)
-        sizes = (math.ceil(wanted / block), held_out, held_out)
-        seeds = range(3 * config.seed, 3 * config.seed + 3)  # no two locks share one by accident
-        sets = [sample_rows(model, block, rows, seed, progress) for rows, seed in zip(sizes, seeds, strict=True)]
-        return DistillationData(source, *sets)
+    block, wanted = _sizes(config, model_config)
     train = token_blocks(tokenizer, documents(source, "distill"), block, wanted)
     if train.numel() * MAX_PASSES < wanted:
         raise UsageError(
@@ -100,6 +92,35 @@ def load_data(
             "give more text with --data, or lower --block-tokens"
         ) from error
     return DistillationData(source, train, *held_out)
+
+
+def _sizes(config: LockConfig, model_config: PreTrainedConfig) -> tuple[int, int]:
+    """Tokens in a row, and tokens to train on."""
+    block = min(config.block_tokens, getattr(model_config, "max_position_embeddings", config.block_tokens))
+    return block, max(config.tokens, config.end_to_end_tokens, block)
+
+
+def sample_from_model(
+    folder: Path,
+    config: LockConfig,
+    model_config: PreTrainedConfig,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """All three sets of rows, written by the model in `folder` itself.
+
+    The model is in memory as a whole while it writes; a larger one needs text from `--data`.
+    """
+    block, wanted = _sizes(config, model_config)
+    held_out = math.ceil(config.validation_tokens / block)
+    sizes = {"train": math.ceil(wanted / block), "validation": held_out, "evaluation": held_out}
+    model, _ = load_model(folder, torch.float32, device, trust_remote_code)
+    return {
+        # no two locks share a seed by accident
+        name: sample_rows(model, block, rows, 3 * config.seed + number, progress)
+        for number, (name, rows) in enumerate(sizes.items())
+    }
 
 
 @torch.no_grad()

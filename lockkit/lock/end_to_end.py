@@ -1,79 +1,40 @@
 """Phase 2: all chains together, in place, on the KL divergence to the teacher's logits.
 
-1. One model serves as teacher and student: `MLPSwitch` puts the MLPs or the chains into its
-   decoder layers. Everything else is shared and frozen.
-2. A step: logits with the MLPs, no gradient; logits with the chains; minimise
-   KL(teacher || student), averaged over tokens (arXiv 2605.10777, phase 2).
-3. Several times on the way and at the end, measure held-out KL and perplexity. The lowest KL
-   wins, among states whose perplexity is no higher than phase 1's; phase 1's own counts too,
-   so this phase never makes the lock worse.
+A step, with never more than one decoder layer's activations in memory:
+
+1. Forward, layer by layer: the teacher's stream through the layer with its MLP, the student's
+   through the same layer with its chain. Only the student's input of each layer is kept.
+2. Loss: KL(teacher || student) of the logits, averaged over tokens (arXiv 2605.10777, phase 2).
+3. Backward, layer by layer: run the layer again, this time with gradients, take the step of its
+   chain, hand the gradient of its input on. Workers share a batch's rows and add up gradients.
+
+Everything but the chains is frozen. Where the chains, the optimiser and the teacher do not fit
+into memory together, each layer's share of them lives on disk between its turns (`ChainStack`).
+Several times on the way and at the end, measure held-out KL and perplexity. The lowest KL wins,
+among states whose perplexity is no higher than phase 1's; phase 1's own counts too, so this
+phase never makes the lock worse.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from lockkit.errors import DistillationError
+from lockkit.files import read_json, write_json
 from lockkit.lock.config import LockConfig
-from lockkit.lock.optimiser import RelativeAdam
-from lockkit.models.families import decoder_layers
+from lockkit.lock.fidelity import Fidelity, FidelityMeter, mean_kl_divergence
+from lockkit.lock.stack import ChainStack
+from lockkit.lock.work import Work
+from lockkit.lock.workers import Workers
+from lockkit.models.stream import StreamedModel
 from lockkit.progress import Progress
 
 EVALUATIONS = 4
-EVALUATION_ROWS = 4  # in one forward pass
+SAVE_EVERY_SECONDS = 120
 MAX_GRADIENT_NORM = 1.0
-
-
-class MLPSwitch:
-    """The two sets of MLPs of one model, of which one is in place at a time."""
-
-    def __init__(self, model: nn.Module, chains: list[nn.Module]):
-        self.model = model
-        self.layers = decoder_layers(model)
-        self.teachers = [layer.mlp for layer in self.layers]
-        self.chains = chains
-
-    def use_teachers(self) -> None:
-        self._put(self.teachers)
-
-    def use_chains(self) -> None:
-        self._put(self.chains)
-
-    def _put(self, mlps: list[nn.Module]) -> None:
-        for layer, mlp in zip(self.layers, mlps, strict=True):
-            layer.mlp = mlp
-
-    @torch.no_grad()
-    def teacher_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        self.use_teachers()
-        return self.model(ids, use_cache=False).logits
-
-    def student_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        self.use_chains()
-        return self.model(ids, use_cache=False).logits
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How the chains compare with the MLPs on held-out rows; perplexities are per token."""
-
-    kl_divergence: float
-    top1_agreement: float
-    perplexity: float
-    original_perplexity: float
-
-    @property
-    def perplexity_ratio(self) -> float:
-        return self.perplexity / self.original_perplexity
-
-    def record(self) -> dict:
-        return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
 
 
 @dataclass(frozen=True)
@@ -91,90 +52,158 @@ class EndToEndResult:
         return asdict(self)
 
 
-def mean_kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats, averaged over all tokens of `[..., vocab]` logits."""
-    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+@dataclass
+class _Position:
+    """Where phase 2 stands; saved with every snapshot."""
+
+    step: int
+    best_step: int
+    best_kl: float
+    before_kl: float
+    before_perplexity: float
+    seconds: float
 
 
-@torch.no_grad()
-def measure_fidelity(switch: MLPSwitch, rows: torch.Tensor) -> Fidelity:
-    """Compare chains and MLPs on rows of token ids, `[rows, block]`."""
-    device = switch.model.device
-    totals = torch.zeros(4, dtype=torch.float64)
-    for ids in rows.split(EVALUATION_ROWS):
-        ids = ids.to(device)
-        teacher = switch.teacher_logits(ids)[:, :-1].float()
-        student = switch.student_logits(ids)[:, :-1].float()
-        targets = ids[:, 1:].flatten()
-        totals += torch.tensor(
-            [
-                mean_kl_divergence(student, teacher).item() * targets.numel(),
-                (student.argmax(-1) == teacher.argmax(-1)).sum().item(),
-                F.cross_entropy(student.flatten(0, 1), targets, reduction="sum").item(),
-                F.cross_entropy(teacher.flatten(0, 1), targets, reduction="sum").item(),
-            ],
-            dtype=torch.float64,
-        )
-    kl, agreement, loss, original_loss = (totals / (len(rows) * (rows.shape[1] - 1))).tolist()
-    return Fidelity(kl, agreement, _exp(loss), _exp(original_loss))
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def distil_end_to_end(
-    switch: MLPSwitch, train: torch.Tensor, validation: torch.Tensor, config: LockConfig, progress: Progress
-) -> EndToEndResult:
-    """Train all chains on the logits; leave the best held-out state in place.
+class EndToEnd:
+    """Phase 2 of one lock.
 
     Args:
-        train, validation: rows of token ids, `[rows, block]`.
-
-    Raises:
-        DistillationError: the loss is no longer finite.
+        stream: the teacher.
+        stack: the chains as phase 1 left them.
+        train: rows of token ids, `[rows, block]`.
+        meter: measures on held-out rows.
     """
-    started = time.perf_counter()
-    device = switch.model.device
-    parameters = [p for chain in switch.chains for p in chain.parameters()]
-    before = best = measure_fidelity(switch, validation)
-    best_step = 0
-    best_state = [p.detach().clone() for p in parameters]
 
-    batch_rows = min(len(train), max(1, config.batch_tokens // train.shape[1]))
-    steps = config.end_to_end_tokens // (batch_rows * train.shape[1])
-    order = _row_order(len(train), steps * batch_rows, config.seed).split(batch_rows)
-    switch.model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimiser = RelativeAdam(parameters, config.end_to_end_learning_rate, max(1, steps))
-    evaluate_at = {round(steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-    progress.start("end to end", steps)
-    for step, chosen in enumerate(order[:steps], 1):
-        ids = train[chosen].to(device)
-        teacher = switch.teacher_logits(ids)
-        loss = mean_kl_divergence(switch.student_logits(ids), teacher)
-        loss.backward()
-        if not torch.isfinite(loss):
-            raise DistillationError(f"phase 2 diverged (loss {loss.item()}): lower --end-to-end-learning-rate")
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimiser.step()
-        progress.advance(1, f"kl {loss.item():.5f}")
-        if step in evaluate_at:
-            held_out = measure_fidelity(switch, validation)
-            if held_out.kl_divergence < best.kl_divergence and held_out.perplexity <= before.perplexity:
-                best, best_step = held_out, step
-                best_state = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, best_state, strict=True):
-            parameter.copy_(value)
-            parameter.requires_grad_(False)
-    tokens = steps * batch_rows * train.shape[1]
-    progress.finish(f"held-out kl {before.kl_divergence:.5f} -> {best.kl_divergence:.5f}")
-    seconds = time.perf_counter() - started
-    return EndToEndResult(steps, best_step, tokens, seconds, before.kl_divergence, best.kl_divergence)
+    def __init__(
+        self,
+        stream: StreamedModel,
+        stack: ChainStack,
+        train: torch.Tensor,
+        meter: FidelityMeter,
+        config: LockConfig,
+        work: Work,
+        workers: Workers,
+        progress: Progress,
+    ):
+        self.stream, self.stack, self.train, self.meter = stream, stack, train, meter
+        self.config, self.work, self.workers, self.progress = config, work, workers, progress
+        self.batch_rows = min(len(train), max(1, config.batch_tokens // train.shape[1]))
+        self.steps = config.end_to_end_tokens // (self.batch_rows * train.shape[1])
+
+    def run(self) -> EndToEndResult:
+        """Train; leave the best held-out state in `stack`.
+
+        Raises:
+            DistillationError: the loss is no longer finite.
+        """
+        started = time.perf_counter()
+        position = self._resume() or self._begin()
+        before_seconds = position.seconds
+        order = _row_order(len(self.train), self.steps * self.batch_rows, self.config.seed).split(self.batch_rows)
+        evaluate_at = {round(self.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
+        self.progress.start("end to end", self.steps)
+        self.progress.advance(position.step)
+        saved = time.perf_counter()
+        for step in range(position.step, self.steps):
+            loss = self._step(order[step], step)
+            position.step = step + 1
+            position.seconds = before_seconds + time.perf_counter() - started
+            self.progress.advance(1, f"kl {loss:.5f}")
+            if position.step in evaluate_at:
+                self._keep_if_better(position, self.meter.measure(self.stack.chain))
+            if position.step in evaluate_at or time.perf_counter() - saved > SAVE_EVERY_SECONDS:
+                self._save(position)
+                saved = time.perf_counter()
+        if position.best_step:
+            best = self.work.state("best")
+            self.stack.load(best[0])
+        else:
+            self.stack.reset()
+        self.progress.finish(f"held-out kl {position.before_kl:.5f} -> {position.best_kl:.5f}")
+        tokens = self.steps * self.batch_rows * self.train.shape[1]
+        return EndToEndResult(
+            self.steps, position.best_step, tokens, position.seconds, position.before_kl, position.best_kl
+        )
+
+    def _begin(self) -> _Position:
+        before = self.meter.measure(self.stack.chain)
+        return _Position(0, 0, before.kl_divergence, before.kl_divergence, before.perplexity, 0.0)
+
+    def _resume(self) -> _Position | None:
+        snapshot = self.work.state("snapshot")
+        if snapshot is None:
+            return None
+        self.stack.load(snapshot[0], with_optimiser=True)
+        return _Position(**read_json(snapshot[0] / "position.json", "--work"))
+
+    def _keep_if_better(self, position: _Position, held_out: Fidelity) -> None:
+        if held_out.kl_divergence < position.best_kl and held_out.perplexity <= position.before_perplexity:
+            position.best_kl, position.best_step = held_out.kl_divergence, position.step
+            if self.workers.first:
+                with self.work.new_state("best", position.step) as folder:
+                    self.stack.save(folder)
+            self.workers.wait()
+
+    def _save(self, position: _Position) -> None:
+        """A snapshot to go on from; what it does not need any more is deleted after it stands."""
+        if self.workers.first:
+            with self.work.new_state("snapshot", position.step) as folder:
+                self.stack.save(folder, with_optimiser=True)
+                write_json(folder / "position.json", asdict(position))
+            self.work.drop_states("snapshot", position.step)
+            self.work.drop_states("best", position.best_step)
+        self.workers.wait()
+
+    def _step(self, chosen: torch.Tensor, step: int) -> float:
+        """One step on the rows `chosen`; returns the loss over all workers' rows."""
+        mine = chosen[self.workers.rank :: self.workers.count]
+        share = len(mine) / len(chosen)
+        ids = self.train[mine].to(self.stream.device)
+        if share:
+            inputs, arguments, teacher, student = self._forward(ids)
+            loss, gradient = self._loss(ids, teacher, student, share)
+        else:  # more workers than rows
+            inputs, arguments, loss, gradient = [], [], torch.zeros(()), None
+        total = loss.detach().double().cpu().reshape(1)
+        self.workers.sum_([total])
+        if not torch.isfinite(total):
+            raise DistillationError(f"phase 2 diverged (loss {total.item()}): lower --end-to-end-learning-rate")
+        for index in reversed(range(len(self.stream))):
+            with self.stack.trained(index) as (layer, chain, optimiser):
+                if gradient is not None:
+                    hidden = inputs.pop().requires_grad_(index > 0)
+                    layer(hidden, **arguments[index]).backward(gradient)
+                    gradient = hidden.grad
+                for parameter in chain.parameters():
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                self.workers.sum_([parameter.grad for parameter in chain.parameters()])
+                torch.nn.utils.clip_grad_norm_(chain.parameters(), MAX_GRADIENT_NORM)
+                optimiser.step(step)
+        return total.item()
+
+    @torch.no_grad()
+    def _forward(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[dict], torch.Tensor, torch.Tensor]:
+        """The student's input of every layer, the layers' arguments, and both last hidden states."""
+        hidden, arguments = self.stream.begin(ids)
+        teacher = student = hidden
+        inputs = []
+        for index in range(len(self.stream)):
+            with self.stack.both(index) as (run_teacher, run_student):
+                inputs.append(student)
+                teacher = run_teacher(teacher, **arguments[index])
+                student = run_student(student, **arguments[index])
+        return inputs, arguments, teacher, student
+
+    def _loss(
+        self, ids: torch.Tensor, teacher: torch.Tensor, student: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This worker's part of the loss, and its gradient with respect to the student's last hidden state."""
+        with torch.no_grad():
+            target = self.stream.logits(ids, teacher)
+        student = student.detach().requires_grad_(True)
+        loss = mean_kl_divergence(self.stream.logits(ids, student), target) * share
+        (gradient,) = torch.autograd.grad(loss, student)
+        return loss, gradient
 
 
 def _row_order(available: int, wanted: int, seed: int) -> torch.Tensor:

@@ -1,18 +1,22 @@
 """Phase 1: every chain learns its own teacher MLP's map, on the teacher's activations.
 
-For one layer, given its MLP's inputs:
+For a group of layers (one at a time, or as many as fit where batching them is faster), given
+their MLPs' inputs:
 
-1. Choose the gain that gives the stream its share of the input (`coupling`), and build the
-   chain, from the teacher's units or from noise (lockkit/lock/initialise.py).
+1. Choose the gain that gives each stream its share of its input (`coupling`), and build the
+   chains, from the teacher's units or from noise (lockkit/lock/initialise.py).
 2. For `tokens` tokens in random order: minimise the squared error over the teacher's output
    variance (NMSE; arXiv 2605.10777, phase 1). With `init: continuation`, the coupling between
    blocks rises linearly from 0 to 1 over the first part of the steps.
 3. Measure the NMSE on held-out activations, with full coupling.
+
+Layers do not touch each other: each has its own seed, order of tokens and step size.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -23,11 +27,13 @@ from lockkit.errors import DistillationError
 from lockkit.lock.config import LockConfig
 from lockkit.lock.initialise import build_chain, start_from_noise, start_from_teacher
 from lockkit.lock.optimiser import RelativeAdam
+from lockkit.lock.packed import PackedChains
 from lockkit.models.families import MLPWeights
 from lockkit.progress import Progress
 
 EVALUATION_TOKENS = 4096  # in one forward pass
 SAMPLE_TOKENS = 4096
+REPORT_EVERY = 20  # steps; reading a loss waits for the GPU
 
 
 @dataclass(frozen=True)
@@ -44,60 +50,77 @@ class LayerResult:
         return asdict(self)
 
 
-def distil_layer(
-    layer: int,
-    teacher: nn.Module,
-    weights: MLPWeights,
-    train: torch.Tensor,
-    validation: torch.Tensor,
-    config: LockConfig,
-    progress: Progress,
-) -> tuple[DLRNet, LayerResult]:
-    """Distil one MLP into a chain.
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer to distil: its MLP and inputs of it, `[tokens, hidden]`, in memory or mapped."""
 
-    Args:
-        teacher: the MLP, `[..., hidden]` to `[..., hidden]`.
-        train, validation: inputs of the MLP, `[tokens, hidden]`, on the CPU.
+    layer: int
+    teacher: nn.Module
+    weights: MLPWeights
+    train: torch.Tensor
+    validation: torch.Tensor
+
+    def seed(self, config: LockConfig) -> int:
+        return config.seed * 100_003 + self.layer  # layers differ, runs do not
+
+
+def distil_layers(
+    tasks: Sequence[LayerTask], config: LockConfig, progress: Progress
+) -> list[tuple[DLRNet, LayerResult]]:
+    """Distil the MLPs of a group of layers into chains, in one batched computation.
 
     Raises:
-        DistillationError: the loss is no longer finite.
+        DistillationError: a loss is no longer finite.
     """
     started = time.perf_counter()
-    device = weights.up.device
-    seed = config.seed * 100_003 + layer  # layers differ, runs do not
-    activation = getattr(teacher, "act_fn", None) or teacher.activation_fn
-    sample = train[:SAMPLE_TOKENS].to(device)
-    with torch.no_grad():
-        sample_outputs = teacher(sample)
-    gain = config.gain or config.coupling * (_rms(sample) / _rms(sample_outputs))
-    chain = build_chain(weights.shape, config.depth, gain, activation).to(device)
-    if config.init == "continuation":
-        start_from_teacher(chain, weights, seed)
-    else:
-        start_from_noise(chain, sample, sample_outputs, seed)
-
-    batch = min(config.batch_tokens, len(train))
+    device = tasks[0].weights.up.device
+    chains = [_start(task, config) for task in tasks]
+    available = len(tasks[0].train)
+    batch = min(config.batch_tokens, available)
     steps = max(1, config.tokens // batch)
-    optimiser = RelativeAdam(chain.parameters(), config.learning_rate, steps)
+    orders = [_token_order(available, steps * batch, task.seed(config)).split(batch) for task in tasks]
     ramp_steps = config.ramp_share * steps if config.init == "continuation" else 0
-    order = _token_order(len(train), steps * batch, seed).split(batch)
-    progress.start(f"layer {layer}", steps)
-    for step, chosen in enumerate(order):
-        x = train[chosen].to(device)
+
+    packed = PackedChains(chains)
+    optimiser = RelativeAdam(packed.parameters(), config.learning_rate, steps)
+    names = f"layer {tasks[0].layer}" if len(tasks) == 1 else f"layers {tasks[0].layer}-{tasks[-1].layer}"
+    progress.start(names, steps)
+    for step in range(steps):
+        x = torch.stack([task.train[order[step]].to(device) for task, order in zip(tasks, orders, strict=True)])
         with torch.no_grad():
-            y = teacher(x)
-        ramp = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
-        loss = nmse(chain(x, gain * ramp), y)
-        loss.backward()
-        optimiser.step()
-        if step % 20 == 0 or step == steps - 1:
-            _require_finite(loss, layer)
-            progress.advance(20 if step + 20 < steps else steps - step, f"nmse {loss.item():.4f}")
-    result = LayerResult(
-        layer, gain, chain_nmse(chain, teacher, validation), steps * batch, time.perf_counter() - started
-    )
-    progress.finish(f"nmse {result.nmse:.5f}")
-    return chain.requires_grad_(False), result
+            y = torch.stack([task.teacher(inputs) for task, inputs in zip(tasks, x, strict=True)])
+        coupling = min(1.0, (step + 1) / ramp_steps) if ramp_steps else 1.0
+        losses = nmse(packed(x, coupling, config.torch_compute_dtype), y)
+        losses.sum().backward()
+        optimiser.step(step)
+        if step % REPORT_EVERY == 0 or step == steps - 1:
+            _require_finite(losses, tasks)
+            done = min(REPORT_EVERY, steps - step)
+            progress.advance(done, f"nmse {losses.mean().item():.4f}")
+    packed.unpack(chains)
+    seconds = (time.perf_counter() - started) / len(tasks)
+    results = [
+        LayerResult(task.layer, chain.gain, chain_nmse(chain, task.teacher, task.validation), steps * batch, seconds)
+        for task, chain in zip(tasks, chains, strict=True)
+    ]
+    progress.finish("nmse " + ", ".join(f"{result.nmse:.5f}" for result in results))
+    return list(zip(chains, results, strict=True))
+
+
+@torch.no_grad()
+def _start(task: LayerTask, config: LockConfig) -> DLRNet:
+    """The chain of a layer before its first step."""
+    device = task.weights.up.device
+    sample = task.train[:SAMPLE_TOKENS].to(device)
+    outputs = task.teacher(sample)
+    gain = config.gain or config.coupling * (_rms(sample) / _rms(outputs))
+    activation = getattr(task.teacher, "act_fn", None) or task.teacher.activation_fn
+    chain = build_chain(task.weights.shape, config.depth, gain, activation).to(device).requires_grad_(False)
+    if config.init == "continuation":
+        start_from_teacher(chain, task.weights, task.seed(config))
+    else:
+        start_from_noise(chain, sample, outputs, task.seed(config))
+    return chain
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -105,13 +128,13 @@ def _rms(values: torch.Tensor) -> float:
 
 
 def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared error over the variance of the teacher's outputs, both `[tokens, hidden]`."""
-    centred = teacher - teacher.mean(0)
-    return (student - teacher).square().mean() / centred.square().mean()
+    """Squared error over the variance of the teacher's outputs, `[..., tokens, hidden]` to `[...]`."""
+    centred = teacher - teacher.mean(-2, keepdim=True)
+    return (student - teacher).square().mean((-2, -1)) / centred.square().mean((-2, -1))
 
 
 @torch.no_grad()
-def chain_nmse(chain: DLRNet, teacher: nn.Module, inputs: torch.Tensor) -> float:
+def chain_nmse(chain: nn.Module, teacher: nn.Module, inputs: torch.Tensor) -> float:
     """NMSE of a chain on `inputs`, `[tokens, hidden]`, at full coupling."""
     device = next(chain.parameters()).device
     parts = [part.to(device) for part in inputs.split(EVALUATION_TOKENS)]
@@ -126,8 +149,9 @@ def _token_order(available: int, wanted: int, seed: int) -> torch.Tensor:
     return torch.cat(passes)[:wanted]
 
 
-def _require_finite(loss: torch.Tensor, layer: int) -> None:
-    if not torch.isfinite(loss):
-        raise DistillationError(
-            f"distillation of layer {layer} diverged (loss {loss.item()}): lower --learning-rate or --coupling"
-        )
+def _require_finite(losses: torch.Tensor, tasks: Sequence[LayerTask]) -> None:
+    for loss, task in zip(losses.tolist(), tasks, strict=True):
+        if not loss < float("inf"):
+            raise DistillationError(
+                f"distillation of layer {task.layer} diverged (loss {loss}): lower --learning-rate or --coupling"
+            )

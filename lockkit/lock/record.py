@@ -12,15 +12,14 @@ Schema `lockkit-lock/1`:
                                             `evaluate`; `fidelity` on the weights as saved
     end_to_end                              phase 2: steps, best step, KL on the split `validate`
     scrubbed_rows                           rows that had to be freed from the teacher's bits
-    dtype, seconds, peak_memory_bytes
+    memory                                  peak and predicted, and the process's size before the lock
+    dtype, seconds, workers
 """
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -29,7 +28,8 @@ from lockkit.dlr.net import block_ranks
 from lockkit.files import sha256_of_file
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
-from lockkit.lock.end_to_end import EndToEndResult, Fidelity
+from lockkit.lock.end_to_end import EndToEndResult
+from lockkit.lock.fidelity import Fidelity
 from lockkit.lock.modulewise import LayerResult
 from lockkit.models.families import Family
 from lockkit.models.load import load_config
@@ -57,6 +57,8 @@ def lock_record(
     scrubbed_rows: int,
     dtype: torch.dtype,
     seconds: float,
+    workers: int,
+    memory: dict,
 ) -> dict:
     """Collect everything that belongs into `lockkit.json`."""
     width = load_config(original).intermediate_size
@@ -76,7 +78,7 @@ def lock_record(
             "smallest_rank": min(ranks),
             "gains": [layer.gain for layer in layers],
         },
-        "recipe": config.model_dump() | {"data": source},
+        "recipe": config.model_dump(exclude={"work"}) | {"data": source},
         "data": data.record() | {"source": source},
         "layers": [layer.record() for layer in layers],
         "after_phase_1": after_phase_1.record(),
@@ -85,7 +87,8 @@ def lock_record(
         "scrubbed_rows": scrubbed_rows,
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "workers": workers,
+        "memory": memory,
     }
 
 
@@ -95,11 +98,3 @@ def weights_sha256(folder: Path) -> str:
     for file in sorted(folder.glob("*.safetensors")):
         total.update(f"{file.name} {sha256_of_file(file)}\n".encode())
     return total.hexdigest()
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU if one was used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

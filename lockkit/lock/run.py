@@ -1,12 +1,16 @@
 """The lock, from a model to a finished locked checkpoint.
 
-1. Load the original; refuse what cannot be locked; check the output folder.
-2. Read or sample the text (lockkit/lock/data.py).
-3. Phase 1, layer by layer (capture.py, modulewise.py).
+1. Refuse what cannot be locked; check the output folder; open the work folder, in which a lock
+   that was killed goes on (work.py).
+2. Read or sample the text (data.py).
+3. Phase 1, group of layers by group of layers (phase_1.py, capture.py, modulewise.py).
 4. Phase 2, all layers together (end_to_end.py).
-5. Round to the dtype that is saved, remove the last traces of the teacher's rows, and measure
-   what will really be published, on text that neither trained it nor chose its state.
-6. Write the folder beside its final place, then rename it.
+5. Round to the dtype that is saved, remove the last traces of the teacher's rows, write the
+   folder beside its final place, measure what will really be published, on text that neither
+   trained it nor chose its state, and rename it.
+
+The teacher is read decoder layer by decoder layer (lockkit/models/stream.py): memory does not
+grow with their number, unless there is room to keep them (`--offload`).
 """
 
 from __future__ import annotations
@@ -19,27 +23,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockkit.dlr.net import block_ranks
-from lockkit.errors import DistillationError, UsageError
+from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.errors import DistillationError, LockkitError, UsageError
 from lockkit.files import check_apart, check_output_folder, new_folder
-from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
-from lockkit.lock.data import DistillationData, effective_source, load_data
-from lockkit.lock.end_to_end import Fidelity, MLPSwitch, distil_end_to_end, measure_fidelity
-from lockkit.lock.initialise import scrub_teacher_rows
-from lockkit.lock.modulewise import LayerResult, distil_layer
-from lockkit.lock.record import lock_record, public_name
-from lockkit.models.families import Family, activation_name, decoder_layers, mlp_weights, require_unlocked
-from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
-from lockkit.models.locked import locked_classes, locked_config
-from lockkit.models.save import save_locked
+from lockkit.lock.data import DistillationData, effective_source, load_data, sample_from_model
+from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
+from lockkit.lock.fidelity import Chains, Fidelity, FidelityMeter
+from lockkit.lock.initialise import build_chain, scrub_teacher_rows
+from lockkit.lock.memory import keeps_everything, peak_memory_bytes, predicted_memory
+from lockkit.lock.modulewise import LayerResult
+from lockkit.lock.phase_1 import distil_all_layers
+from lockkit.lock.record import lock_record, public_name, weights_sha256
+from lockkit.lock.stack import ChainStack
+from lockkit.lock.work import Work, work_folder
+from lockkit.lock.workers import Workers
+from lockkit.models.families import Family, mlp_weights, require_unlocked
+from lockkit.models.load import load_config, load_tokenizer, resolve_model
+from lockkit.models.save import save_description, save_locked_weights
+from lockkit.models.stream import Checkpoint, StreamedModel
 from lockkit.progress import NoProgress, Progress
+from lockkit.version import versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-MIN_CAPTURE_ROWS = 4
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -58,64 +66,195 @@ def lock_model(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
-) -> LockResult:
+) -> LockResult | None:
     """Lock a pretrained causal language model (arXiv 2605.10777) and save it to `out`.
+
+    Run again after a crash, with the same arguments, it goes on from the last finished layer.
+    Under torchrun all processes share the work; the first writes and returns the result.
 
     Args:
         model: `demo`, a local folder, or a Hub id.
         out: the folder to write; it appears only once it is complete.
+
+    Returns:
+        The result; None on workers other than the first.
 
     Raises:
         UsageError: the model, the text or the output folder cannot be used.
         UnsupportedModelError: the model is of a kind that cannot be locked.
         DistillationError: distillation diverged; nothing was written.
     """
-    config, progress, started = config or LockConfig(), progress or NoProgress(), time.perf_counter()
-    check_output_folder(out, overwrite)
-    original = resolve_model(model)
-    check_apart(out, original)
-    raw_config = load_config(original, trust_remote_code)
-    family = require_unlocked(raw_config)
-    if config.depth > raw_config.intermediate_size:
-        raise UsageError(
-            f"--depth {config.depth} is larger than the MLP's width {raw_config.intermediate_size}: lower it"
+    return _Lock(model, out, config or LockConfig(), overwrite, trust_remote_code, progress or NoProgress()).run()
+
+
+class _Lock:
+    """One run of `lock_model`; the methods are its steps."""
+
+    def __init__(
+        self, model: str, out: Path, config: LockConfig, overwrite: bool, trust_remote_code: bool, progress: Progress
+    ):
+        self.started = time.perf_counter()
+        self.idle_memory_bytes = peak_memory_bytes()
+        self.model, self.out, self.config, self.overwrite = model, Path(out), config, overwrite
+        self.workers = Workers()
+        self.progress = progress if self.workers.first else NoProgress()
+        check_output_folder(self.out, overwrite)
+        self.original = resolve_model(model)
+        check_apart(self.out, self.original)
+        self.trust_remote_code = trust_remote_code
+        self.raw_config = load_config(self.original, trust_remote_code)
+        self.family: Family = require_unlocked(self.raw_config)
+        if config.depth > self.raw_config.intermediate_size:
+            raise UsageError(
+                f"--depth {config.depth} is larger than the MLP's width {self.raw_config.intermediate_size}: lower it"
+            )
+        self.tokenizer = load_tokenizer(self.original)
+        self.dtype = _stored_dtype(self.raw_config, config)
+        self.device = choose_device(config.device, self.workers)
+        self.work = Work(work_folder(self.out, config.work), self.workers.first)
+        check_apart(self.work.folder, self.original)
+
+    def run(self) -> LockResult | None:
+        self.workers.join(self.device)
+        finished = False
+        try:
+            with self.workers.together():
+                if self.workers.first:
+                    self.work.open()
+            result = self._lock()
+            finished = True
+            return result
+        except LockkitError as error:
+            if self.work.claimed and self.work.worth_keeping():
+                error.add_note(f"finished layers are kept in {self.work.folder}: run the same command again to go on")
+            raise
+        finally:
+            self.work.close(finished)
+            self.workers.leave()
+
+    def _lock(self) -> LockResult | None:
+        with self.workers.together():
+            self.stream = StreamedModel(self.original, self.raw_config, self.family, self.device)
+            data = self._data()
+        self.workers.require_same(versions() | self._fingerprint(data))
+        with self.workers.together():
+            if self.workers.first:
+                self.work.require_same(self._fingerprint(data))
+        prediction = predicted_memory(self.stream, self.config, data)
+        self.progress.say(_summary(self.raw_config, self.config, data))
+        self.progress.say(prediction.line())
+        layers = distil_all_layers(
+            self.stream, self.empty_chain, data, self.config, self.work, self.workers, self.progress
         )
-    tokenizer = load_tokenizer(original)
-    stored_dtype = _stored_dtype(raw_config, config)
-    device = choose_device(config.device)
-    teacher, _ = load_model(original, torch.float32, device, trust_remote_code)
-    teacher.requires_grad_(False)
-    data = load_data(config, effective_source(config, model), teacher, tokenizer, progress)
+        final, after_phase_1, end_to_end = self._end_to_end(data)
+        if not self.workers.first:
+            self.workers.wait()
+            return None
+        with new_folder(self.out, self.overwrite) as folder:
+            scrubbed, fidelity = self._publish(folder, final, layers, data)
+            record = lock_record(
+                model=public_name(self.model),
+                original=self.original,
+                family=self.family,
+                config=self.config,
+                data=data,
+                layers=layers,
+                after_phase_1=after_phase_1,
+                end_to_end=end_to_end,
+                fidelity=fidelity,
+                scrubbed_rows=scrubbed,
+                dtype=self.dtype,
+                seconds=time.perf_counter() - self.started,
+                workers=self.workers.count,
+                memory=prediction.record(self.idle_memory_bytes),
+            )
+            save_description(folder, record, locked_model_card(record))
+        self.workers.wait()
+        return LockResult(self.out, record)
 
-    progress.say(_summary(raw_config, config, data))
-    chains, layers = _distil_layers(teacher, family, data, config, progress)
-    switch = MLPSwitch(teacher, chains)
-    after_phase_1 = measure_fidelity(switch, data.evaluation)
-    end_to_end = None
-    if config.end_to_end_tokens >= config.batch_tokens:
-        end_to_end = distil_end_to_end(switch, data.train, data.validation, config, progress)
-    scrubbed = _round_and_scrub(switch, family, stored_dtype, config.seed)
-    fidelity = measure_fidelity(switch, data.evaluation)
-    _require_usable(fidelity)
+    def _data(self) -> DistillationData:
+        """The text; what the model itself has to write is written once and kept in the work folder."""
+        source = effective_source(self.config, self.model)
+        if source != "self":
+            return load_data(self.config, source, self.stream.config, self.tokenizer)
+        if self.workers.first and not self.work.has_rows():
+            self.work.save_rows(
+                sample_from_model(
+                    self.original, self.config, self.stream.config, self.device, self.trust_remote_code, self.progress
+                )
+            )
+        self.workers.wait()
+        return DistillationData(source, **self.work.load_rows())
 
-    record = lock_record(
-        model=public_name(model),
-        original=original,
-        family=family,
-        config=config,
-        data=data,
-        layers=layers,
-        after_phase_1=after_phase_1,
-        end_to_end=end_to_end,
-        fidelity=fidelity,
-        scrubbed_rows=scrubbed,
-        dtype=stored_dtype,
-        seconds=time.perf_counter() - started,
-    )
-    with new_folder(out, overwrite) as folder:
-        locked = assemble(switch, family, config, stored_dtype)
-        save_locked(locked, family, folder, original, record, locked_model_card(record))
-    return LockResult(out, record)
+    def _fingerprint(self, data: DistillationData) -> dict:
+        """Everything the weights depend on."""
+        rows = {name: value for name, value in data.record().items() if name.endswith("sha256")}
+        return {
+            "recipe": self.config.result_settings() | {"data": public_name(data.source)},
+            "model_sha256": weights_sha256(self.original),
+            "text": rows,
+            "versions": {name: versions().get(name) for name in ("lockkit", "torch", "transformers")},
+            "processor": "GPU" if self.device.startswith("cuda") else "CPU",
+        }
+
+    def empty_chain(self, gain: float) -> DLRNet:
+        """An untrained chain for any layer of this model."""
+        mlp = self.stream.layers[0].mlp
+        shape = mlp_weights(mlp, self.family).shape
+        activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
+        return build_chain(shape, self.config.depth, gain, activation)
+
+    def _phase_1_chain(self, layer: int) -> DLRNet:
+        return self.work.load_chain(self.work.layer_file(layer), self.empty_chain)[0].to(self.device)
+
+    def _end_to_end(self, data: DistillationData) -> tuple[Chains, Fidelity, EndToEndResult | None]:
+        """Phase 2, if it was asked for; returns the final chains, and phase 1's fidelity."""
+        after_phase_1 = FidelityMeter(self.stream, data.evaluation, self.workers).measure(self._phase_1_chain)
+        if self.config.end_to_end_tokens < self.config.batch_tokens:
+            return self._phase_1_chain, after_phase_1, None
+        in_memory = keeps_everything(self.stream, self.config)
+        folder = None if in_memory else self.work.folder / f"working-{self.workers.rank}"
+        steps = self.config.end_to_end_tokens // self.config.batch_tokens
+        stack = ChainStack(self.stream, self._phase_1_chain, self.config, steps, folder)
+        meter = FidelityMeter(self.stream, data.validation, self.workers)
+        result = EndToEnd(
+            self.stream, stack, data.train, meter, self.config, self.work, self.workers, self.progress
+        ).run()
+        self.stream.drop_layers()
+        return stack.unpacked, after_phase_1, result
+
+    def _publish(
+        self, folder: Path, final: Chains, layers: list[LayerResult], data: DistillationData
+    ) -> tuple[int, Fidelity]:
+        """Write the weights; return how many rows were scrubbed, and the fidelity of what was written."""
+        scrubbed = 0
+
+        @torch.no_grad()
+        def rounded(layer: int) -> DLRNet:
+            nonlocal scrubbed
+            chain = final(layer).to(self.dtype)
+            with self.stream.layer(layer) as teacher:
+                scrubbed += scrub_teacher_rows(chain, mlp_weights(teacher.mlp, self.family), self.config.seed)
+            return chain
+
+        gains = [layer.gain for layer in layers]
+        save_locked_weights(self.stream, rounded, folder, self.config.depth, gains, self.dtype)
+        written = Checkpoint(folder)
+
+        def published(layer: int) -> DLRNet:
+            chain = self.empty_chain(gains[layer])
+            prefix = f"model.layers.{layer}.mlp."
+            tensors = written.read([prefix + name for name in chain.state_dict()], self.device, torch.float32)
+            chain.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
+            return chain.to(self.device)
+
+        fidelity = FidelityMeter(self.stream, data.evaluation).measure(published)
+        if not fidelity.kl_divergence < float("inf"):
+            raise DistillationError(
+                f"the locked model's held-out KL divergence is {fidelity.kl_divergence}: lower --learning-rate or "
+                "--coupling, or save with --dtype float32"
+            )
+        return scrubbed, fidelity
 
 
 def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: DistillationData) -> str:
@@ -133,67 +272,16 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
     )
 
 
-def _distil_layers(
-    teacher: PreTrainedModel, family: Family, data: DistillationData, config: LockConfig, progress: Progress
-) -> tuple[list, list[LayerResult]]:
-    """Phase 1 for every layer, from the first to the last."""
-    block = data.train.shape[1]
-    train_rows = min(len(data.train), -(-config.tokens // block))
-    batch_rows = max(MIN_CAPTURE_ROWS, 2048 // block)
-    train = LayerwiseCapture(teacher, data.train[:train_rows], batch_rows)
-    validation = LayerwiseCapture(teacher, data.validation, batch_rows)
-    chains, results = [], []
-    for index, layer in enumerate(decoder_layers(teacher)):
-        weights = mlp_weights(layer.mlp, family)
-        chain, result = distil_layer(
-            index, layer.mlp, weights, train.next_layer(), validation.next_layer(), config, progress
-        )
-        chains.append(chain)
-        results.append(result)
-    return chains, results
-
-
-@torch.no_grad()
-def _round_and_scrub(switch: MLPSwitch, family: Family, dtype: torch.dtype, seed: int) -> int:
-    """Round the chains to `dtype`, free them of the teacher's rows, and return them to float32."""
-    scrubbed = 0
-    for chain, teacher in zip(switch.chains, switch.teachers, strict=True):
-        chain.to(dtype)
-        scrubbed += scrub_teacher_rows(chain, mlp_weights(teacher, family), seed)
-        chain.float()
-    return scrubbed
-
-
-def assemble(switch: MLPSwitch, family: Family, config: LockConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the locked model around the chains, in `dtype`; the original's MLPs stay behind."""
-    teacher, shape = switch.model, mlp_weights(switch.teachers[0], family).shape
-    dlr = {
-        "depth": config.depth,
-        "gains": [chain.gain for chain in switch.chains],
-        "activation": activation_name(teacher.config),
-        "gated": shape.gated,
-        "bias": shape.bias,
-        "output_bias": shape.output_bias,
-    }
-    configuration = locked_config(teacher.config, family, dlr)
-    configuration.dtype = dtype
-    switch.use_chains()
-    with torch.device("meta"):
-        locked = locked_classes(family)[1](configuration)
-    locked.load_state_dict(teacher.state_dict(), strict=True, assign=True)
-    locked.tie_weights()
-    locked.generation_config = teacher.generation_config
-    return locked.to(dtype).eval()
-
-
-def choose_device(device: str) -> str:
-    """Resolve `auto`, and refuse a device that is not there.
+def choose_device(device: str, workers: Workers | None = None) -> str:
+    """Resolve `auto`, and refuse a device that is not there; each worker of a machine gets a GPU of its own.
 
     Raises:
         UsageError: no such device.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and workers and workers.count > 1:
+        device = f"cuda:{workers.local_rank}"
     try:
         if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
             raise RuntimeError("no such kind of device")
@@ -208,11 +296,3 @@ def _stored_dtype(raw_config: PreTrainedConfig, config: LockConfig) -> torch.dty
         return getattr(torch, config.dtype)
     stored = getattr(raw_config, "dtype", None)
     return stored if isinstance(stored, torch.dtype) else getattr(torch, stored) if stored else torch.float32
-
-
-def _require_usable(fidelity: Fidelity) -> None:
-    if not fidelity.kl_divergence < float("inf"):
-        raise DistillationError(
-            f"the locked model's held-out KL divergence is {fidelity.kl_divergence}: lower --learning-rate or --coupling, "
-            "or save with --dtype float32"
-        )

@@ -4,41 +4,128 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import save_file
+
 from lockkit.files import LOCK_RECORD, write_json
-from lockkit.models.load import TOKENIZER_FILES, no_progress_bars
-from lockkit.models.locked import AUTO_MAP, MODELING_FILE, render_modeling_file
+from lockkit.models.families import activation_name, mlp_weights
+from lockkit.models.load import TOKENIZER_FILES
+from lockkit.models.locked import AUTO_MAP, MODELING_FILE, locked_config, render_modeling_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig
 
-    from lockkit.models.families import Family
+    from lockkit.dlr.net import DLRNet
+    from lockkit.models.stream import StreamedModel
+
+# Layers are collected up to this size before they are written: it bounds memory, not the model.
+SHARD_BYTES = 256 * 2**20
 
 
-def save_locked(model: PreTrainedModel, family: Family, folder: Path, original: Path, record: dict, card: str) -> None:
-    """Write a locked model into `folder`.
+def save_locked_weights(
+    stream: StreamedModel,
+    chain: Callable[[int], DLRNet],
+    folder: Path,
+    depth: int,
+    gains: list[float],
+    dtype: torch.dtype,
+) -> None:
+    """Write weights, configuration, modelling file and tokenizer of a locked model, one layer at a time.
 
-    Besides weights and configuration: the self-contained modelling file, the original's
-    tokenizer files byte for byte, `lockkit.json` (`record`) and a model card.
+    Args:
+        stream: the original; everything but its MLPs is taken over, rounded to `dtype`.
+        chain: from a layer's index to its chain, already in `dtype`.
+        gains: of the chains.
     """
-    with no_progress_bars():
-        model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # the library writes them for the owner alone
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config["auto_map"] = AUTO_MAP
-    config["architectures"] = ["DLRLockForCausalLM"]
-    config |= transformers_4_rope(config)
-    write_json(config_file, config)
-    (folder / MODELING_FILE).write_text(render_modeling_file(family), encoding="utf-8")
-    copy_tokenizer(original, folder)
-    if (original / "generation_config.json").is_file():
-        shutil.copyfile(original / "generation_config.json", folder / "generation_config.json")
+    _write_shards(_locked_tensors(stream, chain, dtype), folder)
+    _write_config(stream, folder, depth, gains, dtype)
+    (folder / MODELING_FILE).write_text(render_modeling_file(stream.family), encoding="utf-8")
+    copy_tokenizer(stream.folder, folder)
+    if (stream.folder / "generation_config.json").is_file():
+        shutil.copyfile(stream.folder / "generation_config.json", folder / "generation_config.json")
+    else:
+        stream.model.generation_config.save_pretrained(folder)
+
+
+def save_description(folder: Path, record: dict, card: str) -> None:
+    """Write `lockkit.json` and the model card beside the weights."""
     write_json(folder / LOCK_RECORD, record)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _locked_tensors(
+    stream: StreamedModel, chain: Callable[[int], DLRNet], dtype: torch.dtype
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The locked model's tensors by name: what is outside the layers, then layer by layer."""
+    # Tied matrices (a head that is the embedding) appear once, under their first name.
+    outside = {id(value): (name, value) for name, value in reversed(stream.model.state_dict(keep_vars=True).items())}
+    rest = {name: value for name, value in reversed(outside.values()) if ".layers." not in name}
+    yield {name: _published(value, dtype) for name, value in rest.items()}
+    for index in range(len(stream)):
+        with stream.layer(index) as layer:
+            own = {name: value for name, value in layer.state_dict().items() if not name.startswith("mlp.")}
+        mlp = {f"mlp.{name}": value for name, value in chain(index).state_dict().items()}
+        yield {f"model.layers.{index}.{name}": _published(value, dtype) for name, value in (own | mlp).items()}
+
+
+def _published(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+
+
+def _write_shards(pieces: Iterator[dict[str, torch.Tensor]], folder: Path) -> None:
+    """Write pieces into as few safetensors as their size allows, with an index if there are several."""
+    shards: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for piece in pieces:
+        size = sum(value.nbytes for value in piece.values())
+        if pending and size + sum(value.nbytes for value in pending.values()) > SHARD_BYTES:
+            flush()
+        pending.update(piece)
+        total += size
+    flush()
+    count = len(shards)
+    names = (
+        [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)] if count > 1 else ["model.safetensors"]
+    )
+    for number, name in enumerate(names):
+        (folder / f"shard-{number}").rename(folder / name)
+        (folder / name).chmod(0o644)  # the library writes them for the owner alone
+    if count > 1:
+        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _write_config(stream: StreamedModel, folder: Path, depth: int, gains: list[float], dtype: torch.dtype) -> None:
+    shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
+    dlr = {
+        "depth": depth,
+        "gains": gains,
+        "activation": activation_name(stream.config),
+        "gated": shape.gated,
+        "bias": shape.bias,
+        "output_bias": shape.output_bias,
+    }
+    configuration: PreTrainedConfig = locked_config(stream.config, stream.family, dlr)
+    configuration.dtype = dtype
+    configuration.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["auto_map"] = AUTO_MAP
+    config["architectures"] = ["DLRLockForCausalLM"]
+    write_json(file, config | transformers_4_rope(config))
 
 
 def transformers_4_rope(config: dict) -> dict:

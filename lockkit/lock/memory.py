@@ -1,0 +1,155 @@
+"""Memory of a lock: predicted before it starts, measured when it ends."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+
+from lockkit.dlr.cost import MLPShape, mlp_parameters
+from lockkit.dlr.net import block_ranks
+from lockkit.lock.capture import TOKENS_IN_A_BATCH
+from lockkit.lock.config import LockConfig
+from lockkit.lock.data import DistillationData
+from lockkit.lock.fidelity import ROWS_IN_A_BATCH
+from lockkit.models.families import mlp_weights
+from lockkit.models.stream import StreamedModel
+
+FLOAT_BYTES = 4
+SHARE_TO_USE = 0.6  # of the memory that is free
+# In training, a chain is there as it is published, packed, scaled, as gradient and as Adam's two moments.
+COPIES_OF_A_CHAIN = 6
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Peak memory of a lock beyond the interpreter and libraries, in bytes, by what takes it.
+
+    Parts that are not there at the same time count by the larger one.
+    """
+
+    outside_layers_bytes: int
+    decoder_layers_bytes: int
+    chains_bytes: int
+    step_bytes: int
+    activation_cache_bytes: int
+    logits_bytes: int
+    phase_2_keeps_all_layers: bool
+
+    @property
+    def total_bytes(self) -> int:
+        working = max(self.step_bytes, self.logits_bytes)
+        fixed = self.outside_layers_bytes + self.decoder_layers_bytes + self.chains_bytes
+        return fixed + working + self.activation_cache_bytes
+
+    def line(self) -> str:
+        where = "all layers in memory in phase 2" if self.phase_2_keeps_all_layers else "one layer at a time"
+        return f"expected peak memory: {self.total_bytes / 1e9:.2f} GB beyond the libraries' own ({where})"
+
+    def record(self, idle_bytes: int) -> dict:
+        """What `lockkit.json` says of memory; `idle_bytes` is the process's size before the lock began."""
+        return {
+            "predicted_bytes": self.total_bytes,
+            "prediction": asdict(self),
+            "idle_bytes": idle_bytes,
+            "peak_bytes": peak_memory_bytes(),
+        }
+
+
+def predicted_memory(stream: StreamedModel, config: LockConfig, data: DistillationData) -> MemoryPrediction:
+    """Predict the peak memory of a lock of `stream` with `data`."""
+    tokens = min(data.train.numel(), -(-config.tokens // data.train.shape[1]) * data.train.shape[1])
+    return predict(
+        shape=mlp_weights(stream.layers[0].mlp, stream.family).shape,
+        layers=len(stream),
+        layer_parameters=sum(p.numel() for p in stream.layers[0].parameters()),
+        outside_parameters=sum(p.numel() for n, p in stream.model.named_parameters() if ".layers." not in n),
+        vocab_size=stream.config.vocab_size,
+        tokens=tokens + data.validation.numel(),
+        together=layers_together(stream, config),
+        in_memory=keeps_everything(stream, config),
+        config=config,
+    )
+
+
+def predict(
+    *,
+    shape: MLPShape,
+    layers: int,
+    layer_parameters: int,
+    outside_parameters: int,
+    vocab_size: int,
+    tokens: int,
+    together: int,
+    in_memory: bool,
+    config: LockConfig,
+) -> MemoryPrediction:
+    """Predict from sizes alone; `tokens` counts those whose activations are kept."""
+    kept = layers if in_memory and config.end_to_end_tokens else 1
+    block = min(config.block_tokens, tokens)
+    cache = FLOAT_BYTES * tokens * shape.hidden_size * (1 + together)
+    return MemoryPrediction(
+        outside_layers_bytes=FLOAT_BYTES * outside_parameters,
+        decoder_layers_bytes=FLOAT_BYTES * layer_parameters * max(kept, together),
+        chains_bytes=FLOAT_BYTES * mlp_parameters(shape) * COPIES_OF_A_CHAIN * max(kept, together),
+        step_bytes=max(
+            together * step_bytes(shape, config.depth, min(config.batch_tokens, tokens)),
+            # attention and MLP of one layer in a capture's forward pass
+            FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
+        ),
+        activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
+        # logits of teacher and student, their logarithms, and the loss
+        logits_bytes=FLOAT_BYTES * 6 * ROWS_IN_A_BATCH * block * vocab_size,
+        phase_2_keeps_all_layers=kept > 1,
+    )
+
+
+def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:
+    """What one training step of a packed chain holds (lockkit/lock/packed.py), in bytes.
+
+    Every block's input, and for its units: pre-activations and their gradient, activated, slope, product.
+    """
+    padded = depth * max(block_ranks(shape.intermediate_size, depth))
+    read = 2 if shape.gated else 1
+    values = depth * shape.hidden_size + (2 * read + 4) * padded + 6 * shape.hidden_size
+    return FLOAT_BYTES * batch_tokens * values
+
+
+def available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def layers_together(stream: StreamedModel, config: LockConfig) -> int:
+    """Layers that phase 1 trains in one batched computation."""
+    if config.layers_together:
+        return min(config.layers_together, len(stream))
+    if stream.device.type == "cpu":
+        return 1  # measured: batching layers is slower there (tools/benchmark_lock.py)
+    shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
+    layer = sum(p.numel() for p in stream.layers[0].parameters())
+    each = FLOAT_BYTES * (layer + COPIES_OF_A_CHAIN * mlp_parameters(shape))
+    each += step_bytes(shape, config.depth, config.batch_tokens)
+    return max(1, min(len(stream), int(SHARE_TO_USE * available_bytes(stream.device) / each)))
+
+
+def keeps_everything(stream: StreamedModel, config: LockConfig) -> bool:
+    """Whether phase 2 keeps all layers, chains and optimisers in memory."""
+    if config.offload != "auto":
+        return config.offload == "none"
+    shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
+    layer = sum(p.numel() for p in stream.layers[0].parameters())
+    needed = FLOAT_BYTES * len(stream) * (layer + COPIES_OF_A_CHAIN * mlp_parameters(shape))
+    return needed <= SHARE_TO_USE * available_bytes(stream.device)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process so far: allocated on the GPU if one was used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,132 @@
+"""Phase 1 for a whole model, by one worker or several.
+
+Layers are cut into groups; a wave is one group for each worker. For each wave:
+
+1. Capture: every worker runs its share of the rows through the wave's layers, one layer in
+   memory at a time; the MLPs' inputs go where all can read them.
+2. Train: every worker distils its own group (modulewise.py) and saves its chains.
+
+Groups do not depend on the number of workers, so neither do the weights. Layers that the work
+folder holds already are only run through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from lockkit.dlr.net import DLRNet
+from lockkit.lock.cache import ActivationCache
+from lockkit.lock.capture import LayerwiseCapture
+from lockkit.lock.config import LockConfig
+from lockkit.lock.data import DistillationData
+from lockkit.lock.memory import layers_together
+from lockkit.lock.modulewise import LayerResult, LayerTask, distil_layers
+from lockkit.lock.work import Work
+from lockkit.lock.workers import Workers
+from lockkit.models.families import mlp_weights
+from lockkit.models.stream import StreamedModel
+from lockkit.progress import Progress
+
+
+def distil_all_layers(
+    stream: StreamedModel,
+    empty_chain: Callable[[float], DLRNet],
+    data: DistillationData,
+    config: LockConfig,
+    work: Work,
+    workers: Workers,
+    progress: Progress,
+) -> list[LayerResult]:
+    """Distil every MLP of `stream`; the chains are in `work` afterwards, their figures are returned.
+
+    Raises:
+        DistillationError: a layer diverged, or a worker was lost; finished layers are kept.
+        UsageError: the disk is full.
+    """
+    indices = list(range(len(stream)))
+    size = layers_together(stream, config)
+    groups = [indices[start : start + size] for start in range(0, len(indices), size)]
+    waves = [groups[start : start + workers.count] for start in range(0, len(groups), workers.count)]
+    with workers.together():
+        cache = ActivationCache(work.folder / "activations", int(config.cache_gigabytes * 1e9))
+        if not all(work.has_layer(index) for index in indices):
+            _distil_waves(stream, waves, data, config, cache, work, workers, progress)
+    figures = [work.load_chain(work.layer_file(index), empty_chain)[1] for index in indices]
+    return [LayerResult(**layer) for layer in figures]
+
+
+def _distil_waves(
+    stream: StreamedModel,
+    waves: list[list[list[int]]],
+    data: DistillationData,
+    config: LockConfig,
+    cache: ActivationCache,
+    work: Work,
+    workers: Workers,
+    progress: Progress,
+) -> None:
+    train_rows = data.train[: -(-config.tokens // data.train.shape[1])]
+    parts = {"train": train_rows, "validation": data.validation}
+    captures = {name: LayerwiseCapture(stream, rows, cache, name, workers) for name, rows in parts.items()}
+    last = max(index for wave in waves for group in wave for index in group if not work.has_layer(index))
+    for wave in waves:
+        layers = [index for group in wave for index in group]
+        if layers[0] > last:
+            break
+        wanted = [i for group in wave if not all(map(work.has_layer, group)) for i in group]
+        with workers.together():
+            inputs = _allocate(stream, parts, wanted, cache, workers)
+            for index in layers:
+                with stream.layer(index) as layer:
+                    for name, capture in captures.items():
+                        capture.advance(index, layer, inputs.get((name, index)))
+        with workers.together():
+            if workers.rank < len(wave):
+                _distil_group(stream, wave[workers.rank], inputs, config, work, progress)
+        del inputs
+    for name in parts:
+        cache.release(f"{name}-hidden-{workers.rank}")
+
+
+def _allocate(
+    stream: StreamedModel,
+    parts: dict[str, torch.Tensor],
+    layers: list[int],
+    cache: ActivationCache,
+    workers: Workers,
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Room for the MLPs' inputs of `layers`, `[rows, block, hidden]` each, shared between workers."""
+    shared = workers.count > 1
+    slots = [(part, index, number) for number, index in enumerate(layers) for part in parts]
+    shapes = {part: (*rows.shape, stream.config.hidden_size) for part, rows in parts.items()}
+    if workers.first:
+        tensors = {(p, i): cache.allocate(f"{p}-inputs-{number}", shapes[p], shared) for p, i, number in slots}
+    workers.wait()
+    if not workers.first:
+        tensors = {(p, i): cache.attach(f"{p}-inputs-{number}", shapes[p]) for p, i, number in slots}
+    workers.wait()  # names are used again in the next wave
+    return tensors
+
+
+def _distil_group(
+    stream: StreamedModel,
+    group: list[int],
+    inputs: dict[tuple[str, int], torch.Tensor],
+    config: LockConfig,
+    work: Work,
+    progress: Progress,
+) -> None:
+    """Distil the layers of a group and save them; a group is computed as a whole or not at all."""
+    if all(work.has_layer(index) for index in group):
+        return
+    tasks = []
+    for index in group:
+        mlp = stream.read_layer(index).mlp
+        train, validation = (inputs[part, index].flatten(0, 1) for part in ("train", "validation"))
+        tasks.append(LayerTask(index, mlp, mlp_weights(mlp, stream.family), train, validation))
+    for chain, result in distil_layers(tasks, config, progress):
+        work.save_chain(work.layer_file(result.layer), chain, result.record())
+    for index in group:
+        stream.drop_layer(index)

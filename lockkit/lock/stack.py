@@ -1,0 +1,150 @@
+"""All layers' chains with their optimisers, in memory or, between a layer's turns, on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lockkit.dlr.net import DLRNet
+from lockkit.lock.config import LockConfig
+from lockkit.lock.fidelity import mlp_replaced
+from lockkit.lock.optimiser import RelativeAdam
+from lockkit.lock.packed import PackedChains
+from lockkit.models.stream import StreamedModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class PackedMLP(nn.Module):
+    """One packed chain with the interface of an MLP, `[..., hidden]` to `[..., hidden]`."""
+
+    def __init__(self, chain: DLRNet, dtype: torch.dtype):
+        super().__init__()
+        self.packed = PackedChains([chain])
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.packed(x.flatten(0, -2).unsqueeze(0), dtype=self.dtype).view_as(x)
+
+
+class ChainStack:
+    """The chains of a model in training.
+
+    Args:
+        stream: the teacher; kept in memory too unless `folder` is given.
+        start: from a layer's index to its chain before training.
+        steps: steps of training, for the learning rate's schedule.
+        folder: where layers live between their turns; None keeps all in memory.
+    """
+
+    def __init__(
+        self,
+        stream: StreamedModel,
+        start: Callable[[int], DLRNet],
+        config: LockConfig,
+        steps: int,
+        folder: Path | None = None,
+    ):
+        self.stream, self.start, self.config, self.steps, self.folder = stream, start, config, steps, folder
+        self.held: dict[int, tuple[PackedMLP, RelativeAdam]] = {}
+        stream.keep_layers = folder is None
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def chain(self, index: int) -> nn.Module:
+        """The chain of a layer as it is now, for a forward pass."""
+        return self._take(index)[0]
+
+    def unpacked(self, index: int) -> DLRNet:
+        """The chain of a layer as it is now, in the form that is published."""
+        chain = self.start(index)
+        self._take(index)[0].packed.unpack([chain])
+        return chain
+
+    @contextmanager
+    def both(self, index: int) -> Iterator[tuple[Callable, Callable]]:
+        """A decoder layer as functions of hidden states: with its own MLP, and with its chain."""
+        mlp = self.chain(index)
+        with self.stream.layer(index) as layer:
+
+            def student(hidden: torch.Tensor, **arguments) -> torch.Tensor:
+                with mlp_replaced(layer, mlp):
+                    return layer(hidden, **arguments)
+
+            yield layer, student
+
+    @contextmanager
+    def trained(self, index: int) -> Iterator[tuple[nn.Module, PackedMLP, RelativeAdam]]:
+        """A decoder layer with its chain in it, the chain, and its optimiser; kept afterwards."""
+        mlp, optimiser = self._take(index)
+        with self.stream.layer(index) as layer, mlp_replaced(layer, mlp):
+            yield layer, mlp, optimiser
+        if self.folder:
+            _write(self._file(self.folder, index), mlp, optimiser)
+
+    def reset(self) -> None:
+        """Back to the chains before training."""
+        self.held.clear()
+        if self.folder:
+            for file in self.folder.iterdir():
+                file.unlink()
+
+    def save(self, folder: Path, with_optimiser: bool = False) -> None:
+        """Write every layer's state into `folder`."""
+        for index in range(len(self.stream)):
+            mlp, optimiser = self._take(index)
+            _write(self._file(folder, index), mlp, optimiser if with_optimiser else None)
+
+    def load(self, folder: Path, with_optimiser: bool = False) -> None:
+        """Read every layer's state from `folder`, as `save` wrote it."""
+        for index in range(len(self.stream)):
+            mlp, optimiser = self._new(index)
+            _read(self._file(folder, index), mlp, optimiser if with_optimiser else None)
+            if self.folder:
+                _write(self._file(self.folder, index), mlp, optimiser)
+            else:
+                self.held[index] = mlp, optimiser
+
+    def _take(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
+        if index in self.held:
+            return self.held[index]
+        mlp, optimiser = self._new(index)
+        if self.folder is None:
+            self.held[index] = mlp, optimiser
+        elif self._file(self.folder, index).is_file():
+            _read(self._file(self.folder, index), mlp, optimiser)
+        return mlp, optimiser
+
+    def _new(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
+        mlp = PackedMLP(self.start(index), self.config.torch_compute_dtype).to(self.stream.device)
+        return mlp, RelativeAdam(mlp.parameters(), self.config.end_to_end_learning_rate, self.steps)
+
+    @staticmethod
+    def _file(folder: Path, index: int) -> Path:
+        return folder / f"layer-{index:04}.safetensors"
+
+
+def _write(file: Path, mlp: PackedMLP, optimiser: RelativeAdam | None) -> None:
+    tensors = {f"chain.{name}": value.contiguous() for name, value in mlp.state_dict().items()}
+    if optimiser:
+        for number, state in optimiser.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{moment}": state[moment] for moment in MOMENTS}
+    save_file(tensors, file)
+
+
+def _read(file: Path, mlp: PackedMLP, optimiser: RelativeAdam | None) -> None:
+    tensors = load_file(file, device=str(next(mlp.parameters()).device))
+    mlp.load_state_dict({n.removeprefix("chain."): v for n, v in tensors.items() if n.startswith("chain.")})
+    moments = {name: value for name, value in tensors.items() if name.startswith("optimiser.")}
+    if optimiser and moments:
+        state = optimiser.optimiser.state_dict()
+        numbers = sorted({int(name.split(".")[1]) for name in moments})
+        state["state"] = {n: {m: moments[f"optimiser.{n}.{m}"] for m in MOMENTS} for n in numbers}
+        optimiser.optimiser.load_state_dict(state)

@@ -1,0 +1,127 @@
+"""A lock that was killed goes on, and ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUICK
+
+from lockkit.errors import UsageError
+from lockkit.lock.config import LockConfig
+from lockkit.lock.run import lock_model
+
+# A process that imports everything once and then lets forked copies of itself lock: a kill costs
+# no start of an interpreter. It runs no tensor operation itself, so that forking is safe.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lockkit.lock import end_to_end
+from lockkit.lock.config import LockConfig
+from lockkit.lock.run import lock_model
+
+model, folder, settings, kills = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+end_to_end.SAVE_EVERY_SECONDS = 0  # a snapshot after every step
+
+def lock(out, offload):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            lock_model(model, out, LockConfig(**settings, offload=offload))
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+started = time.monotonic()
+assert os.waitpid(lock(folder / "undisturbed", "none"), 0)[1] == 0
+whole = time.monotonic() - started
+moments = random.Random(0)
+killed = lost = 0
+for offload in ("none", "disk"):
+    out = folder / offload
+    while killed < kills * (1 if offload == "none" else 2) // 2:
+        child = lock(out, offload)
+        time.sleep(moments.uniform(0, 0.5 * whole))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFEXITED(status):  # it was faster
+            assert status == 0, status
+            if out.exists():
+                lost += 1
+                import shutil
+                shutil.rmtree(out)
+        else:
+            killed += 1
+    if not out.exists():
+        assert os.waitpid(lock(out, offload), 0)[1] == 0
+print(json.dumps({"killed": killed, "finished_before_the_kill": lost}))
+"""
+
+
+def test_twenty_kills_change_nothing(originals, tmp_path):
+    settings = QUICK | {"end_to_end_learning_rate": 0.003}
+    command = [sys.executable, "-c", KILLER, str(originals("qwen3")), str(tmp_path), json.dumps(settings), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["killed"] == 20
+    expected = (tmp_path / "undisturbed" / "model.safetensors").read_bytes()
+    for offload in ("none", "disk"):
+        assert (tmp_path / offload / "model.safetensors").read_bytes() == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "none", "undisturbed"]
+
+
+@pytest.fixture
+def unfinished(originals, tmp_path, monkeypatch):
+    """An output folder whose lock stopped after its first layer."""
+    from lockkit.errors import DistillationError
+    from lockkit.lock import phase_1
+
+    real = phase_1.distil_layers
+
+    def stop_at_the_second(tasks, *others):
+        if tasks[0].layer == 1:
+            raise DistillationError("stopped by the test")
+        return real(tasks, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(DistillationError) as error:
+        patch.setattr(phase_1, "distil_layers", stop_at_the_second)
+        lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK))
+    assert "run the same command again" in error.value.__notes__[0]
+    return tmp_path / "out"
+
+
+def test_another_recipe_is_refused_with_the_difference(originals, unfinished):
+    with pytest.raises(UsageError, match=r"recipe\.depth: 5 there, 6 now") as error:
+        lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK | {"depth": 6}))
+    assert "--work" in str(error.value)
+    with pytest.raises(UsageError, match="model_sha256"):
+        lock_model(str(originals("qwen2")), unfinished, LockConfig(**QUICK))
+    # Where and with how much memory it is made is nobody's business.
+    lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK | {"cache_gigabytes": 0, "offload": "disk"}))
+    assert [path.name for path in unfinished.parent.iterdir()] == ["out"]
+
+
+def test_two_locks_do_not_share_a_work_folder(originals, unfinished):
+    import fcntl
+
+    work = unfinished.parent / ".out.lockkit-work"
+    with (work / "in-use").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="another lockkit lock is at work"):
+            lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK))
+    assert (work / "layer-0000.safetensors").is_file()
+
+
+def test_a_folder_of_somebody_else_is_no_work_folder(originals, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="not a work folder"):
+        lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK, work=str(tmp_path / "thesis")))
+    assert Path(tmp_path / "thesis" / "chapter.txt").is_file()

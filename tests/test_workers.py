@@ -1,0 +1,104 @@
+"""Several processes make one lock: torchrun on the CPU, for real."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK
+from tiny import save_tiny
+
+from lockkit.files import LOCK_RECORD, read_json
+
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Three layers: two workers get two waves, and one of them nothing in the second."""
+    return save_tiny("qwen3", tmp_path_factory.mktemp("original") / "model", num_hidden_layers=3)
+
+
+def lock(workers: int, original, out, *options: object, setup: dict | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (setup or {})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [f"--nproc-per-node={workers}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    start = ["-m", "torch.distributed.run", *launcher, "-m", "lockkit"] if workers > 1 else ["-m", "lockkit"]
+    command = [sys.executable, *start, "lock", original, out, *OPTIONS, *options]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_two_workers_make_the_weights_of_one(original, tmp_path):
+    for workers in (1, 2, 4):  # four: one has no layer at all
+        done = lock(workers, original, tmp_path / str(workers), "--end-to-end-tokens=0")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("wrote") == 1  # the first worker speaks for all
+    expected = (tmp_path / "1" / "model.safetensors").read_bytes()
+    assert (tmp_path / "2" / "model.safetensors").read_bytes() == expected
+    assert (tmp_path / "4" / "model.safetensors").read_bytes() == expected
+    assert read_json(tmp_path / "2" / LOCK_RECORD, "")["workers"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "4"]
+
+
+def test_phase_2_shares_out_each_batch(original, tmp_path):
+    """Gradients are summed in another order, so the same within rounding."""
+    records = []
+    for workers in (1, 2):
+        done = lock(workers, original, tmp_path / str(workers), "--end-to-end-learning-rate=0.005", "--coupling=1")
+        assert done.returncode == 0, done.stderr
+        records.append(read_json(tmp_path / str(workers) / LOCK_RECORD, ""))
+    one, two = (record["end_to_end"]["kl_divergence_after"] for record in records)
+    assert one < records[0]["end_to_end"]["kl_divergence_before"]
+    assert two == pytest.approx(one, rel=0.02)
+
+
+DYING = """
+import os, sys
+if os.environ.get("RANK") == "1":
+    from lockkit.lock import phase_1
+    real = phase_1.distil_layers
+    def die(tasks, *others):
+        {what}
+    phase_1.distil_layers = die
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("os._exit(9)", "another worker stopped"),
+        (
+            "from lockkit.errors import DistillationError; raise DistillationError('layer 1 diverged')",
+            "worker 1: layer 1 diverged",
+        ),
+    ],
+)
+def test_a_worker_that_fails_stops_all_and_keeps_finished_layers(original, tmp_path, what, message):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(DYING.format(what=what))
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    done = lock(2, original, tmp_path / "out", setup={"PYTHONPATH": path})
+    assert done.returncode != 0
+    assert message in done.stderr and "run the same command again" in done.stderr
+    assert (tmp_path / ".out.lockkit-work" / "layer-0000.safetensors").is_file()
+    done = lock(2, original, tmp_path / "out")
+    assert done.returncode == 0 and "layer 0" not in done.stderr, done.stderr
+
+
+def test_workers_with_different_recipes_are_stopped(original, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("learning_rate: 0.02\n")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('RANK') == '1' and 'lock' in sys.argv:\n"
+        f"    sys.argv += ['--config', {str(tmp_path / 'recipe.yaml')!r}]\n"
+    )
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    done = lock(2, original, tmp_path / "out", setup={"PYTHONPATH": path})
+    assert done.returncode != 0
+    assert "workers differ in 'recipe'" in done.stderr and "same command" in done.stderr
+    assert not (tmp_path / "out").exists()
