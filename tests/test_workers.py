@@ -30,7 +30,9 @@ def lock(workers: int, original, out, *options: object, setup: dict | None = Non
     launcher = [f"--nproc-per-node={workers}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     start = ["-m", "torch.distributed.run", *launcher, "-m", "lockkit"] if workers > 1 else ["-m", "lockkit"]
     command = [sys.executable, *start, "lock", original, out, *OPTIONS, *options]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, env=environment, check=False, timeout=120
+    )
 
 
 def test_two_workers_make_the_weights_of_one(original, tmp_path):
@@ -71,7 +73,7 @@ if os.environ.get("RANK") == "1":
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("os._exit(9)", "another worker stopped"),
+        ("import time; time.sleep(5); os._exit(9)", "another worker stopped"),
         (
             "from lockkit.errors import DistillationError; raise DistillationError('layer 1 diverged')",
             "worker 1: layer 1 diverged",

@@ -60,11 +60,13 @@ def quiet_libraries() -> None:
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C. Not KeyboardInterrupt, which Typer would report in its own words and code."""
+    """Ctrl-C, or a scheduler's SIGTERM. Not KeyboardInterrupt, which Typer would report in its own words and code."""
 
 
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise _Interrupted
+def _interrupt(number: int, _frame: object) -> None:
+    if number == signal.SIGTERM:
+        raise _Interrupted("told to stop, by a scheduler or because another worker stopped")
+    raise _Interrupted("interrupted")
 
 
 def main() -> None:
@@ -72,14 +74,15 @@ def main() -> None:
     from lockkit.cli import commands  # noqa: F401  (registers the commands)
 
     signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(standalone_mode=False)
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
         _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), 2)
-    except _Interrupted:
-        _fail("interrupted: nothing half-written is left; run the same command again to go on", 2)
+    except _Interrupted as error:
+        _fail(f"{error}: nothing half-written is left; run the same command again to go on", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type, ...
             _bad_use(error)

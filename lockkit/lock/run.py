@@ -96,7 +96,7 @@ class _Lock:
         self.started = time.perf_counter()
         self.idle_memory_bytes = peak_memory_bytes()
         self.model, self.out, self.config, self.overwrite = model, Path(out), config, overwrite
-        self.workers = Workers()
+        self.workers = Workers.from_environment()
         self.progress = progress if self.workers.first else NoProgress()
         check_output_folder(self.out, overwrite)
         self.original = resolve_model(model)

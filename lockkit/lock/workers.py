@@ -19,15 +19,20 @@ from lockkit.errors import DistillationError, LockkitError
 
 # Workers wait for each other while one trains its last layers; who dies is noticed at once.
 LONGEST_WAIT = datetime.timedelta(hours=24)
+_TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 class Workers:
-    """This process among the workers of one lock."""
+    """This process among the workers of one lock; the only one by default."""
 
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-        self.rank = int(os.environ["RANK"]) if self.count > 1 else 0
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0")) if self.count > 1 else 0
+    def __init__(self, count: int = 1, rank: int = 0, local_rank: int = 0):
+        self.count, self.rank, self.local_rank = count, rank, local_rank
+
+    @classmethod
+    def from_environment(cls) -> Workers:
+        """The workers that torchrun started."""
+        count, rank, local_rank = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
+        return cls(count, rank, local_rank) if "RANK" in os.environ else cls()
 
     @property
     def first(self) -> bool:
