@@ -29,7 +29,7 @@ from lockkit.lock.fidelity import Fidelity, FidelityMeter, mean_kl_divergence
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
 from lockkit.lock.workers import Workers
-from lockkit.models.stream import StreamedModel
+from lockkit.models.stream import StreamedModel, return_free_memory
 from lockkit.progress import Progress
 
 EVALUATIONS = 4
@@ -160,10 +160,11 @@ class EndToEnd:
         share = len(mine) / len(chosen)
         ids = self.train[mine].to(self.stream.device)
         if share:
-            inputs, arguments, teacher, student = self._forward(ids)
+            arguments, teacher, student = self._forward(ids)
             loss, gradient = self._loss(ids, teacher, student, share)
         else:  # more workers than rows
-            inputs, arguments, loss, gradient = [], [], torch.zeros(()), None
+            arguments, loss, gradient = [], torch.zeros(()), None
+        return_free_memory()
         total = loss.detach().double().cpu().reshape(1)
         self.workers.sum_([total])
         if not torch.isfinite(total):
@@ -171,7 +172,7 @@ class EndToEnd:
         for index in reversed(range(len(self.stream))):
             with self.stack.trained(index) as (layer, chain, optimiser):
                 if gradient is not None:
-                    hidden = inputs.pop().requires_grad_(index > 0)
+                    hidden = self.stack.take_input(index).requires_grad_(index > 0)
                     layer(hidden, **arguments[index]).backward(gradient)
                     gradient = hidden.grad
                 for parameter in chain.parameters():
@@ -182,17 +183,16 @@ class EndToEnd:
         return total.item()
 
     @torch.no_grad()
-    def _forward(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[dict], torch.Tensor, torch.Tensor]:
-        """The student's input of every layer, the layers' arguments, and both last hidden states."""
+    def _forward(self, ids: torch.Tensor) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
+        """The layers' arguments and both last hidden states; the stack keeps the student's input of every layer."""
         hidden, arguments = self.stream.begin(ids)
         teacher = student = hidden
-        inputs = []
         for index in range(len(self.stream)):
             with self.stack.both(index) as (run_teacher, run_student):
-                inputs.append(student)
+                self.stack.keep_input(index, student)
                 teacher = run_teacher(teacher, **arguments[index])
                 student = run_student(student, **arguments[index])
-        return inputs, arguments, teacher, student
+        return arguments, teacher, student
 
     def _loss(
         self, ids: torch.Tensor, teacher: torch.Tensor, student: torch.Tensor, share: float

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lockkit.lock.workers import Workers
-from lockkit.models.stream import StreamedModel
+from lockkit.models.stream import StreamedModel, return_free_memory
 
 ROWS_IN_A_BATCH = 4
 Chains = Callable[[int], nn.Module]  # from a layer's index to what stands in for its MLP
@@ -91,6 +91,7 @@ class FidelityMeter:
                 self.stream.logits(ids, student.to(self.stream.device))[:, :-1],
                 ids[:, 1:].flatten(),
             )
+        return_free_memory()
         self.workers.sum_([totals])
         kl, agreement, loss, original_loss = (totals / self.tokens).tolist()
         return Fidelity(kl, agreement, _exp(loss), _exp(original_loss))

@@ -16,6 +16,7 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.fidelity import ROWS_IN_A_BATCH
 from lockkit.models.families import mlp_weights
+from lockkit.models.save import SHARD_BYTES
 from lockkit.models.stream import StreamedModel
 
 FLOAT_BYTES = 4
@@ -28,7 +29,7 @@ COPIES_OF_A_CHAIN = 6
 class MemoryPrediction:
     """Peak memory of a lock beyond the interpreter and libraries, in bytes, by what takes it.
 
-    Parts that are not there at the same time count by the larger one.
+    Training, comparing logits and writing follow each other: the largest of them counts.
     """
 
     outside_layers_bytes: int
@@ -37,13 +38,14 @@ class MemoryPrediction:
     step_bytes: int
     activation_cache_bytes: int
     logits_bytes: int
+    writing_bytes: int
     phase_2_keeps_all_layers: bool
 
     @property
     def total_bytes(self) -> int:
-        working = max(self.step_bytes, self.logits_bytes)
-        fixed = self.outside_layers_bytes + self.decoder_layers_bytes + self.chains_bytes
-        return fixed + working + self.activation_cache_bytes
+        phase_1_or_2 = self.chains_bytes + self.step_bytes + self.activation_cache_bytes
+        working = max(phase_1_or_2, self.logits_bytes, self.writing_bytes)
+        return self.outside_layers_bytes + self.decoder_layers_bytes + working
 
     def line(self) -> str:
         where = "all layers in memory in phase 2" if self.phase_2_keeps_all_layers else "one layer at a time"
@@ -103,6 +105,7 @@ def predict(
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
         # logits of teacher and student, their logarithms, and the loss
         logits_bytes=FLOAT_BYTES * 6 * ROWS_IN_A_BATCH * block * vocab_size,
+        writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
         phase_2_keeps_all_layers=kept > 1,
     )
 

@@ -16,7 +16,7 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.fidelity import mlp_replaced
 from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.packed import PackedChains
-from lockkit.models.stream import StreamedModel
+from lockkit.models.stream import StreamedModel, return_free_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -53,6 +53,7 @@ class ChainStack:
     ):
         self.stream, self.start, self.config, self.steps, self.folder = stream, start, config, steps, folder
         self.held: dict[int, tuple[PackedMLP, RelativeAdam]] = {}
+        self.inputs: dict[int, torch.Tensor] = {}
         stream.keep_layers = folder is None
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,6 +90,19 @@ class ChainStack:
         if self.folder:
             _write(self._file(self.folder, index), mlp, optimiser)
 
+    def keep_input(self, index: int, hidden: torch.Tensor) -> None:
+        """Keep the student's input of a layer, `[rows, block, hidden]`, for the backward pass."""
+        if self.folder:
+            save_file({"hidden": hidden}, self.folder / f"input-{index}")
+        else:
+            self.inputs[index] = hidden
+
+    def take_input(self, index: int) -> torch.Tensor:
+        """What `keep_input` kept."""
+        if self.folder:
+            return load_file(self.folder / f"input-{index}", device=str(self.stream.device))["hidden"]
+        return self.inputs.pop(index)
+
     def reset(self) -> None:
         """Back to the chains before training."""
         self.held.clear()
@@ -101,6 +115,7 @@ class ChainStack:
         for index in range(len(self.stream)):
             mlp, optimiser = self._take(index)
             _write(self._file(folder, index), mlp, optimiser if with_optimiser else None)
+            return_free_memory()
 
     def load(self, folder: Path, with_optimiser: bool = False) -> None:
         """Read every layer's state from `folder`, as `save` wrote it."""
@@ -109,6 +124,7 @@ class ChainStack:
             _read(self._file(folder, index), mlp, optimiser if with_optimiser else None)
             if self.folder:
                 _write(self._file(self.folder, index), mlp, optimiser)
+                return_free_memory()
             else:
                 self.held[index] = mlp, optimiser
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from lockkit.dlr.net import DLRNet
     from lockkit.models.stream import StreamedModel
 
-# Layers are collected up to this size before they are written: it bounds memory, not the model.
-SHARD_BYTES = 256 * 2**20
+# Layers are collected up to this size before they are written (safetensors needs twice that to write
+# them): it bounds memory, not the model.
+SHARD_BYTES = 48 * 2**20
 
 
 def save_locked_weights(

@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -152,6 +154,7 @@ class StreamedModel:
     def drop_layer(self, index: int) -> None:
         """Free the weights of a decoder layer."""
         self.layers[index].to("meta")
+        return_free_memory()
 
     def drop_layers(self) -> None:
         """Free all decoder layers' weights, and keep none from now on."""
@@ -197,6 +200,12 @@ class StreamedModel:
         finally:
             for layer in self.layers:
                 del layer.forward
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system; glibc's allocator keeps it otherwise, layer after layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def empty_model(config: PreTrainedConfig, family: Family) -> nn.Module:
