@@ -55,19 +55,16 @@ def reversible_chain(
     """
     if anchor_every is not None and anchor_every < 1:
         raise ValueError(f"anchor_every must be at least 1, not {anchor_every}")
-    gain = chain.gain if gain is None else gain
-    if all(type(layer) is nn.Linear for block in chain.blocks for layer in block.children()):
-        parameters = [parameter for block in chain.blocks for parameter in _matrices(block)]
-        function = _PlainChain
-    else:
-        if any(isinstance(part, nn.Dropout) and part.p and part.training for part in chain.modules()):
-            raise ValueError("dropout inside a chain cannot be rebuilt: set it to 0, or call .eval()")
-        parameters = [parameter for block in chain.blocks for parameter in _trained(block)]
-        function = _AnyChain
-    everything = [x, chain.output_bias, *parameters]
-    if not torch.is_grad_enabled() or not any(value is not None and value.requires_grad for value in everything):
+    if not torch.is_grad_enabled():
         return DLRNet.forward(chain, x, gain)
-    return function.apply(chain, anchor_every, gain, *everything)
+    run = _Run(chain, x, chain.gain if gain is None else gain, anchor_every)
+    stream = None
+    for index, block in enumerate(chain.blocks):
+        if run.plain:
+            stream = _PlainBlock.apply(run, index, x, stream, *_matrices(block))
+        else:
+            stream = _AnyBlock.apply(run, index, x, stream, *_trained(block))
+    return stream if chain.output_bias is None else stream + chain.output_bias
 
 
 @contextlib.contextmanager
@@ -110,53 +107,51 @@ def _trained(block: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in block.parameters() if parameter.requires_grad]
 
 
-def _kept_inputs(depth: int, anchor_every: int | None) -> list[int]:
-    """The blocks whose input is kept: the last one, and every `anchor_every`-th."""
-    return [i for i in range(depth) if i == depth - 1 or (anchor_every is not None and i % anchor_every == 0)]
+class _Run:
+    """One pass through a chain. Its blocks are nodes of the graph, which runs backwards in their order.
 
+    One node a block, not one a chain: so gradients of a block's matrices are handed on before those of
+    the next come into being.
+    """
 
-class _Stream:
-    """The blocks' inputs in the backward pass, from the last block's to the first's."""
-
-    def __init__(self, kept: list[int], inputs: tuple[torch.Tensor, ...]):
-        self.anchors = dict(zip(kept, inputs, strict=True))
-        self.dtype = inputs[0].dtype
-        self.current: torch.Tensor | None = None
-
-    def step_back(self, index: int, update: Callable[[], torch.Tensor], gain: float) -> torch.Tensor:
-        """`t_index`, which is kept, or follows from the one after it and this block's update."""
-        if index in self.anchors:
-            anchor = self.anchors[index]
-            self.current = anchor.to(torch.promote_types(anchor.dtype, torch.float32))
-        else:
-            self.current = torch.sub(self.current, update(), alpha=gain)
-        return self.current.to(self.dtype)
-
-
-class _Gradients:
-    """What both functions do alike: note the forward pass's types, and carry gradients back."""
-
-    def __init__(self, x: torch.Tensor, output_bias: torch.Tensor | None, gain: float):
+    def __init__(self, chain: DLRNet, x: torch.Tensor, gain: float, anchor_every: int | None):
+        self.chain, self.gain, self.anchor_every = chain, gain, anchor_every
+        linears = [layer for block in chain.blocks for layer in block.children()]
+        self.plain = all(type(layer) is nn.Linear for layer in linears)
+        if not self.plain and any(
+            isinstance(part, nn.Dropout) and part.p and part.training for part in chain.modules()
+        ):
+            raise ValueError("dropout inside a chain cannot be rebuilt: set it to 0, or call .eval()")
+        # A block's input is needed for the gradients of its gate and up matrices, and only there.
+        readers = [getattr(block, name) for block in chain.blocks for name in ("gate_proj", "up_proj")]
+        self.rebuilds = not self.plain or any(layer.weight.requires_grad for layer in readers if layer is not None)
         device = x.device.type
-        # A cached cast from here, made without gradient, would serve a later pass that needs one.
         self.autocast = {
             "device_type": device,
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
+            # A cast cached here, where there is no gradient, would serve a later pass that needs one.
             "cache_enabled": False,
         }
-        self.x_dtype, self.gain = x.dtype, gain
-        self.bias_dtype = None if output_bias is None else output_bias.dtype
+        self.input: torch.Tensor | None = None  # of the block whose turn it is in the backward pass
+        self.dtype: torch.dtype | None = None  # of the blocks' inputs but, perhaps, the first's
 
-    def start(self, gradient: torch.Tensor, stream_dtype: torch.dtype, needs_bias: bool) -> None:
-        self.bias = _bias_gradient(gradient, self.bias_dtype) if needs_bias else None
-        self.stream, self.x = gradient.to(stream_dtype), None
+    def keeps(self, index: int) -> bool:
+        """Whether the input of block `index` is kept: the last one's, and every `anchor_every`-th."""
+        anchor = self.anchor_every is not None and index % self.anchor_every == 0
+        return self.rebuilds and (anchor or index == len(self.chain.blocks) - 1)
 
-    def add(self, t_gradient: torch.Tensor) -> None:
-        """A block reads `x + gain * s`: its input's gradient goes to both."""
-        self.stream = torch.add(self.stream, t_gradient.to(self.stream.dtype), alpha=self.gain)
-        t_gradient = t_gradient.to(self.x_dtype)
-        self.x = t_gradient if self.x is None else self.x + t_gradient
+    def step_back(self, index: int, kept: torch.Tensor | None, update: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`t_index`: as kept, or from the one after it and this block's update."""
+        if kept is not None:
+            self.dtype = kept.dtype
+            self.input = kept.to(torch.promote_types(kept.dtype, torch.float32))
+        else:
+            self.input = torch.sub(self.input, update(), alpha=self.gain)
+        found = self.input.to(self.dtype)
+        if index == 0:
+            self.input = None
+        return found
 
 
 def _once(backward: Callable) -> Callable:
@@ -171,98 +166,69 @@ def _once(backward: Callable) -> Callable:
     return guarded
 
 
-class _PlainChain(torch.autograd.Function):
-    """Blocks of plain linear layers, differentiated by hand."""
+def _gradients_of_streams(run: _Run, gradient: torch.Tensor, t_gradient: torch.Tensor, first: bool):
+    """Of `x` and `s_l`, given those of `s_{l+1}` and `t_l = x + gain * s_l`."""
+    return t_gradient, None if first else torch.add(gradient, t_gradient.to(gradient.dtype), alpha=run.gain)
+
+
+class _PlainBlock(torch.autograd.Function):
+    """A block of plain linear layers, differentiated by hand; returns the stream after it."""
 
     @staticmethod
-    def forward(ctx, chain, anchor_every, gain, x, output_bias, *parameters):
-        blocks = [parameters[start : start + 5] for start in range(0, len(parameters), 5)]
-        # A block's input is needed for the gradients of its gate and up matrices, and only there.
-        needs = ctx.needs_input_grad[5:]
-        kept = _kept_inputs(len(blocks), anchor_every) if any(needs[0::5]) or any(needs[2::5]) else []
-        inputs, units, stream = [], [], None
-        common = _Gradients(x, output_bias, gain)
-        with autocast(**common.autocast):
-            for index, (gate, gate_bias, up, up_bias, down) in enumerate(blocks):
-                t = x if stream is None else torch.add(x, stream, alpha=gain)
-                if index in kept:
-                    inputs.append(t)
-                gated = [] if gate is None else [F.linear(t, gate, gate_bias)]
-                before = [*gated, F.linear(t, up, up_bias)]  # pre-activations, [..., rank] each
-                units.extend(before)
-                update = F.linear(_activate(chain.activation, before), down)
-                stream = update if stream is None else stream + update
-        ctx.activation, ctx.common, ctx.kept, ctx.stream_dtype = chain.activation, common, kept, stream.dtype
-        ctx.save_for_backward(*parameters, *inputs, *units)
-        return stream if output_bias is None else stream + output_bias
+    def forward(ctx, run, index, x, stream, gate, gate_bias, up, up_bias, down):
+        with autocast(**run.autocast):
+            t = x if stream is None else torch.add(x, stream, alpha=run.gain)
+            gated = [] if gate is None else [F.linear(t, gate, gate_bias)]
+            before = [*gated, F.linear(t, up, up_bias)]  # pre-activations, [..., rank] each
+            update = F.linear(_activate(run.chain.activation, before), down)
+        ctx.run, ctx.index = run, index
+        ctx.save_for_backward(gate, gate_bias, up, up_bias, down, t if run.keeps(index) else None, *before)
+        return update if stream is None else stream + update
 
     @staticmethod
     @_once
     def backward(ctx, gradient):
-        common, needs = ctx.common, ctx.needs_input_grad[5:]
-        count, kept, saved = len(needs), len(ctx.kept), ctx.saved_tensors
-        parameters, units = saved[:count], saved[count + kept :]
-        depth = count // 5
-        each = len(units) // depth
-        stream = _Stream(ctx.kept, saved[count : count + kept]) if kept else None
-        common.start(gradient, ctx.stream_dtype, ctx.needs_input_grad[4])
-        gradients: list[torch.Tensor | None] = [None] * count
-        with autocast(**common.autocast):
-            for index in reversed(range(depth)):
-                part = slice(5 * index, 5 * index + 5)
-                gate, _, up, _, down = parameters[part]
-                before = units[each * index : each * index + each]
-                after, unit_gradients = _through_activation(ctx.activation, before, common.stream, down)
-                t = None
-                if stream is not None:
-                    t = stream.step_back(index, functools.partial(F.linear, after, down), common.gain)
-                gradients[part] = _matrix_gradients(
-                    parameters[part], needs[part], t, after, unit_gradients, common.stream
+        run, index = ctx.run, ctx.index
+        *matrices, kept = ctx.saved_tensors[:6]
+        gate, _, up, _, down = matrices
+        with autocast(**run.autocast):
+            after, unit_gradients = _through_activation(run.chain.activation, ctx.saved_tensors[6:], gradient, down)
+            t = run.step_back(index, kept, lambda: F.linear(after, down)) if run.rebuilds else None
+            found = _matrix_gradients(matrices, ctx.needs_input_grad[4:], t, after, unit_gradients, gradient)
+            t_gradient = unit_gradients[-1] @ up
+            if gate is not None:
+                t_gradient = t_gradient + unit_gradients[0] @ gate
+        return None, None, *_gradients_of_streams(run, gradient, t_gradient, index == 0), *found
+
+
+class _AnyBlock(torch.autograd.Function):
+    """A block of any linear layers, rebuilt from its units and run again; returns the stream after it."""
+
+    @staticmethod
+    def forward(ctx, run, index, x, stream, *trained):
+        block = run.chain.blocks[index]
+        with autocast(**run.autocast):
+            t = x if stream is None else torch.add(x, stream, alpha=run.gain)
+            units = _units(block, run.chain.activation, t)
+            update = block.down_proj(units)
+        ctx.run, ctx.index = run, index
+        ctx.save_for_backward(*((t, None) if run.keeps(index) else (None, units)))
+        return update if stream is None else stream + update
+
+    @staticmethod
+    @_once
+    def backward(ctx, gradient):
+        run, index = ctx.run, ctx.index
+        block = run.chain.blocks[index]
+        kept, units = ctx.saved_tensors
+        with autocast(**run.autocast):
+            t = run.step_back(index, kept, lambda: block.down_proj(units)).detach().requires_grad_()
+            with torch.enable_grad():
+                update = block.down_proj(_units(block, run.chain.activation, t))
+                t_gradient, *found = torch.autograd.grad(
+                    update, [t, *_trained(block)], gradient.to(update.dtype), allow_unused=True
                 )
-                t_gradient = unit_gradients[-1] @ up
-                common.add(t_gradient if gate is None else t_gradient + unit_gradients[0] @ gate)
-        return None, None, None, common.x, common.bias, *gradients
-
-
-class _AnyChain(torch.autograd.Function):
-    """Blocks of any linear layers: rebuilt from their units, and differentiated by running them again."""
-
-    @staticmethod
-    def forward(ctx, chain, anchor_every, gain, x, output_bias, *parameters):
-        kept = _kept_inputs(len(chain.blocks), anchor_every)
-        inputs, units, stream = [], [], None
-        common = _Gradients(x, output_bias, gain)
-        with autocast(**common.autocast):
-            for index, block in enumerate(chain.blocks):
-                t = x if stream is None else torch.add(x, stream, alpha=gain)
-                after = _units(block, chain.activation, t)
-                (inputs if index in kept else units).append(t if index in kept else after)
-                update = block.down_proj(after)
-                stream = update if stream is None else stream + update
-        ctx.chain, ctx.common, ctx.kept, ctx.stream_dtype = chain, common, kept, stream.dtype
-        ctx.save_for_backward(*inputs, *units)
-        return stream if output_bias is None else stream + output_bias
-
-    @staticmethod
-    @_once
-    def backward(ctx, gradient):
-        common, chain, saved = ctx.common, ctx.chain, ctx.saved_tensors
-        stream, units = _Stream(ctx.kept, saved[: len(ctx.kept)]), list(saved[len(ctx.kept) :])
-        common.start(gradient, ctx.stream_dtype, ctx.needs_input_grad[4])
-        gradients: list[torch.Tensor | None] = []
-        with autocast(**common.autocast):
-            for index in reversed(range(len(chain.blocks))):
-                block = chain.blocks[index]
-                t = stream.step_back(index, lambda: block.down_proj(units.pop()), common.gain)  # noqa: B023
-                with torch.enable_grad():
-                    t = t.detach().requires_grad_()
-                    update = block.down_proj(_units(block, chain.activation, t))
-                    t_gradient, *found = torch.autograd.grad(
-                        update, [t, *_trained(block)], common.stream.to(update.dtype), allow_unused=True
-                    )
-                gradients = [*found, *gradients]
-                common.add(t_gradient)
-        return None, None, None, common.x, common.bias, *gradients
+        return None, None, *_gradients_of_streams(run, gradient, t_gradient, index == 0), *found
 
 
 def _activate(activation: Callable, before: list[torch.Tensor]) -> torch.Tensor:
