@@ -74,6 +74,7 @@ def svg(curve: Curve, salt: str) -> str:
             axes.plot(across, up, marker="o", markersize=3, label=label)
     if curve.log:
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")  # labels between decades run into each other
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=curve.title, xlabel=curve.across, ylabel=curve.up)

@@ -232,10 +232,11 @@ def _attack_curves(rows: list[dict]) -> list[Curve]:
         if lines:
             curves.append(Curve(f"Held-out loss against {RESOURCES[resource]}", resource, "loss", lines, log=True))
     best: dict[str, list[tuple[float, float]]] = {}
-    for model in dict.fromkeys(str(row.get("model")) for row in rows):
-        losses = [row["loss"] for row in rows if str(row.get("model")) == model and _finite(row.get("loss"))]
-        if len(losses) > 1:
-            best[model] = [(trial + 1, min(losses[: trial + 1])) for trial in range(len(losses))]
+    for row in rows:  # in the order of trials; losses of two tasks cannot be compared
+        if _finite(row.get("loss")):
+            points = best.setdefault(" ".join(str(row[part]) for part in ("model", "task") if part in row), [])
+            points.append((len(points) + 1, min([row["loss"], *[loss for _, loss in points]])))
+    best = {name: points for name, points in best.items() if len(points) > 1}
     if best:
         curves.append(Curve("Best loss so far", "trial", "loss", best))
     return curves
