@@ -28,7 +28,12 @@ def start_from_teacher(chain: DLRNet, weights: MLPWeights, seed: int) -> None:
 
     With coupling 0 the chain then computes exactly what the teacher does.
     """
-    order = torch.randperm(weights.up.shape[0], generator=torch.Generator().manual_seed(seed))
+    fill_blocks(chain, weights, torch.randperm(weights.up.shape[0], generator=torch.Generator().manual_seed(seed)))
+
+
+@torch.no_grad()
+def fill_blocks(chain: DLRNet, weights: MLPWeights, order: torch.Tensor) -> None:
+    """Deal the teacher's units out to the blocks in `order`, `[intermediate]`."""
     groups = order.to(weights.up.device).split([block.up_proj.out_features for block in chain.blocks])
     for block, units in zip(chain.blocks, groups, strict=True):
         block.up_proj.weight.copy_(weights.up[units])

@@ -1,0 +1,254 @@
+"""Trainable PyTorch weights out of a published ONNX export: what "we only ship ONNX" is worth.
+
+Only the graph, its weights and `config.json` are read; neither the manifest nor any PyTorch model.
+
+1. Read the graph; weights stay on disk until they are asked for.
+2. Tell from the names of weights whether there are chains, how deep they are, and what they are made of;
+   a layer's gain is the divisor at the end of its chain.
+3. Make an untrained model of that shape, in fp32.
+4. For every one of its weights, find the tensor in the graph and undo what the builder did to it
+   (lockkit/export/builders.py): transposed matrices, q, k and v in one, Gemma's and Nemotron's norms plus 1,
+   the last matrix of a block times the gain, and blocks of int8 or int4 with a scale each
+   (onnxruntime's operator MatMulNBits).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lockkit.errors import UsageError
+from lockkit.files import read_json
+from lockkit.models.families import FAMILIES, Family, activation_name
+
+if TYPE_CHECKING:
+    import onnx
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+MODEL_FILE = "model.onnx"
+# Families whose norms multiply by one plus their weight; the graph has the sum.
+_NORMS_PLUS_ONE = ("gemma2", "gemma3_text", "nemotron")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def recover_onnx(export: Path | str) -> PreTrainedModel:
+    """Rebuild the model of an export as an ordinary PyTorch model.
+
+    Args:
+        export: a folder that `lockkit export` wrote, of any precision, locked or not.
+
+    Returns:
+        A model of the original family, or its locked form, in fp32 and in evaluation mode; all its
+        weights need gradients. Quantised weights are what the graph computes with. Embeddings and
+        output matrix are tied where the graph has one matrix for both.
+
+    Raises:
+        UsageError: the folder is no export, or its graph is not laid out as lockkit's.
+    """
+    import transformers
+
+    folder = Path(export)
+    raw = read_json(folder / "config.json", "EXPORT")
+    family = FAMILIES.get(raw.get("model_type", ""))
+    if family is None:
+        raise UsageError(f"{folder} is of type '{raw.get('model_type')}', none of lockkit's families: change EXPORT")
+    graph = _Graph(folder)
+    config = getattr(transformers, family.config_class).from_pretrained(folder)
+    config.tie_word_embeddings = not graph.has("model.embed_tokens.weight")
+    model = _untrained(config, family, graph)
+    state = {name: _find(name, model, family, graph) for name in model.state_dict()}
+    for name, value in model.state_dict().items():
+        if state[name].shape != value.shape:
+            raise UsageError(
+                f"{folder}: {name} is {list(state[name].shape)} in the graph, its config.json makes it "
+                f"{list(value.shape)}: change EXPORT"
+            )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@dataclass
+class _Layout:
+    """What the names of a graph's weights say of its chains."""
+
+    depth: int
+    gains: list[float]
+    gated: bool
+    bias: bool
+    output_bias: bool
+
+
+class _Graph:
+    """The weights of a graph, by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path):
+        import onnx
+
+        self.folder = folder
+        if not (folder / MODEL_FILE).is_file():
+            raise UsageError(f"{folder} has no {MODEL_FILE}, so it is not an export: change EXPORT")
+        try:
+            graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+        except Exception as error:  # protobuf has errors of its own
+            raise UsageError(f"{folder / MODEL_FILE} is not a readable graph: change EXPORT") from error
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+        self.nodes = {node.output[0]: node for node in graph.node}
+        self.quantised = {node.input[1]: node for node in graph.node if node.op_type == "MatMulNBits"}
+
+    def has(self, name: str) -> bool:
+        return name in self.weights
+
+    def has_matrix(self, name: str) -> bool:
+        return any(f"{name}.MatMul.weight{suffix}" in self.weights for suffix in ("", "_Q4", "_Q8"))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight as it is, in fp32."""
+        if name not in self.weights:
+            raise UsageError(f"{self.folder}: the graph has no {name}: change EXPORT to an export of lockkit's")
+        return torch.from_numpy(self._array(self.weights[name]).astype(np.float32))
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A product's matrix, `[out, in]` as `nn.Linear` has it."""
+        for suffix in ("_Q4", "_Q8"):
+            if f"{name}.MatMul.weight{suffix}" in self.quantised:
+                return self._dequantised(self.quantised[f"{name}.MatMul.weight{suffix}"])
+        return self.tensor(f"{name}.MatMul.weight").T.contiguous()
+
+    def gain(self, layer: int) -> float:
+        """The divisor at the end of a chain; 1 without one, 0 where no block reads the stream."""
+        division = self.nodes.get(f"/model/layers.{layer}/mlp/gain/Div/output_0")
+        if division is not None:
+            # The exact value is in the name, the tensor's is rounded to the graph's arithmetic.
+            return float(division.input[1].rsplit("/", 1)[1])
+        reads = f"/model/layers.{layer}/mlp/blocks.1/input/Add/output_0" in self.nodes
+        return 1.0 if reads else 0.0
+
+    def _array(self, tensor: onnx.TensorProto) -> np.ndarray:
+        from onnx import numpy_helper
+
+        try:
+            return numpy_helper.to_array(tensor, str(self.folder))
+        except Exception as error:
+            raise UsageError(
+                f"{self.folder}: the weight {tensor.name} cannot be read, its data file is missing or cut short: "
+                "change EXPORT"
+            ) from error
+
+    def _dequantised(self, node: onnx.NodeProto) -> torch.Tensor:
+        """`[out, in]` from MatMulNBits: uint8 `[out, blocks, bytes]`, low bits first; a scale a block."""
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        if settings.get("weight_prepacked"):
+            raise UsageError(f"{self.folder}: {node.name} is packed for one kind of GPU: change EXPORT")
+        rows, columns, bits = settings["N"], settings["K"], settings["bits"]
+        packed = self._array(self.weights[node.input[1]]).reshape(rows, -1)
+        values = _unpacked(packed, bits).reshape(rows, -1, settings["block_size"])
+        scales = self._array(self.weights[node.input[2]]).astype(np.float32).reshape(rows, -1, 1)
+        zero: np.ndarray | float = float(1 << (bits - 1))
+        if len(node.input) > 3 and node.input[3]:
+            zero = self._array(self.weights[node.input[3]]).reshape(rows, -1)
+            zero = _unpacked(zero, bits) if zero.dtype == np.uint8 else zero
+            zero = zero[:, : scales.shape[1], None].astype(np.float32)
+        whole = ((values.astype(np.float32) - zero) * scales).reshape(rows, -1)
+        return torch.from_numpy(np.ascontiguousarray(whole[:, :columns]))
+
+
+def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of 4 or 8 bits out of bytes, `[rows, bytes]`, the low half first."""
+    if bits == 8:
+        return values
+    if bits != 4:
+        raise UsageError(f"weights of {bits} bits are not read yet: change EXPORT")
+    return np.stack([values & 15, values >> 4], axis=-1).reshape(len(values), -1)
+
+
+def _untrained(config: PreTrainedConfig, family: Family, graph: _Graph) -> PreTrainedModel:
+    import transformers
+
+    from lockkit.models.locked import locked_classes, locked_config
+
+    layout = _layout(config, graph)
+    if layout is None:
+        return getattr(transformers, family.model_class)._from_config(config, dtype=torch.float32)
+    dlr = vars(layout) | {"activation": activation_name(config)}
+    locked = locked_config(config, family, dlr)
+    locked.tie_word_embeddings = config.tie_word_embeddings
+    return locked_classes(family)[1]._from_config(locked, dtype=torch.float32)
+
+
+def _layout(config: PreTrainedConfig, graph: _Graph) -> _Layout | None:
+    """The chains, or None where the MLPs are ordinary ones."""
+    block = "model.layers.0.mlp.blocks.{}"
+    depth = 0
+    while graph.has_matrix(f"{block.format(depth)}.up_proj"):
+        depth += 1
+    if depth == 0:
+        return None
+    first = block.format(0)
+    return _Layout(
+        depth=depth,
+        gains=[graph.gain(layer) for layer in range(config.num_hidden_layers)],
+        gated=graph.has_matrix(f"{first}.gate_proj"),
+        bias=graph.has(f"{first}.up_proj.Add.bias"),
+        output_bias=graph.has("model.layers.0.mlp.output.Add.bias"),
+    )
+
+
+def _find(name: str, model: PreTrainedModel, family: Family, graph: _Graph) -> torch.Tensor:
+    """The weight that PyTorch calls `name`."""
+    offset = 1.0 if family.model_type in _NORMS_PLUS_ONE and name.endswith("weight") else 0.0
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        own = name == "model.embed_tokens.weight" and graph.has(name)
+        return graph.tensor(name) if own else graph.matrix("lm_head")
+    if name == "lm_head.bias":
+        return graph.tensor("lm_head.Add.bias")
+    match = _LAYER.fullmatch(name)
+    if match is None:  # the norm after the last layer
+        last = model.config.num_hidden_layers
+        return graph.tensor(f"model.layers.{last}.final_norm_layernorm.{name.rsplit('.', 1)[1]}") - offset
+    layer, rest = int(match[1]), match[2]
+    if rest.startswith("self_attn."):
+        return _attention_weight(f"model.layers.{layer}.attn", rest.removeprefix("self_attn."), model, graph, offset)
+    if rest.startswith("mlp."):
+        return _mlp_weight(f"model.layers.{layer}", rest, family, graph, layer)
+    return graph.tensor(name) - offset
+
+
+def _attention_weight(prefix: str, name: str, model: PreTrainedModel, graph: _Graph, offset: float) -> torch.Tensor:
+    module, kind = name.rsplit(".", 1)
+    if module in ("q_norm", "k_norm"):
+        return graph.tensor(f"{prefix}.{module}.layernorm.weight") - offset
+    read = graph.matrix if kind == "weight" else lambda at: graph.tensor(f"{at}.Add.bias")
+    if module in ("o_proj", "dense"):
+        return read(f"{prefix}.o_proj")
+    parts = ("q_proj", "k_proj", "v_proj")
+    packed = graph.has_matrix(f"{prefix}.qkv_proj")
+    if module == "qkv_proj":
+        return read(f"{prefix}.qkv_proj") if packed else torch.cat([read(f"{prefix}.{part}") for part in parts])
+    bias_packed = graph.has(f"{prefix}.qkv_proj.Add.bias")
+    if not (packed if kind == "weight" else bias_packed):
+        return read(f"{prefix}.{module}")
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = [size * config.num_attention_heads, *[size * config.num_key_value_heads] * 2]
+    return read(f"{prefix}.qkv_proj").split(sizes)[parts.index(module)].clone()
+
+
+def _mlp_weight(prefix: str, name: str, family: Family, graph: _Graph, layer: int) -> torch.Tensor:
+    if name == "mlp.output_bias":
+        return graph.tensor(f"{prefix}.mlp.output.Add.bias")
+    module, kind = name.rsplit(".", 1)
+    read = graph.matrix if kind == "weight" else lambda at: graph.tensor(f"{at}.Add.bias")
+    if module == "mlp.gate_up_proj" and not graph.has_matrix(f"{prefix}.{module}"):
+        return torch.cat([read(f"{prefix}.mlp.gate_proj"), read(f"{prefix}.mlp.up_proj")])
+    if ".blocks." not in module and not graph.has_matrix(f"{prefix}.{module}"):  # two layers with biases
+        module = {"mlp.up_proj": "mlp.fc1", "mlp.down_proj": "mlp.fc2"}.get(module, module)
+    value = read(f"{prefix}.{module}")
+    if ".blocks." in module and module.endswith("down_proj"):
+        value = value / (graph.gain(layer) or 1.0)  # the builder's factor is 1 at gain 0
+    return value

@@ -1,0 +1,37 @@
+"""`lockkit report`: results as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lockkit.cli.app import app
+from lockkit.cli.console import console
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="What `lock`, `verify --json` or `attack` wrote, or a folder of these.", metavar="DIR"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page to write. Default: report.html in DIR.", metavar="FILE.html")
+    ] = None,
+) -> None:
+    """Turn results into one HTML page that opens offline, with Markdown and JSON beside it.
+
+    Needs matplotlib: pip install 'lockkit[report]'.
+
+    Examples:
+
+        lockkit report demo-locked
+
+        lockkit report results --out audit.html
+    """
+    from lockkit.report.run import write_report
+
+    written = write_report(folder, out)
+    console.print(f"{written.page}, {written.markdown.name} and {written.record.name}: {written.sections} sections")

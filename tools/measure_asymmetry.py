@@ -1,0 +1,414 @@
+"""The three mechanisms of a lock, measured: what depth does to forward, to backward, and to memory.
+
+    python tools/measure_asymmetry.py                          # a GPU if there is one, else the CPU
+    python tools/measure_asymmetry.py --device cpu --shape qwen3-0.6b --depth 8 --depth 32 --tokens 128
+
+For one MLP, and for a stack of decoder layers (attention, norms, MLP; no embeddings, no head), of random
+weights, since none of these figures depends on the weights:
+
+(With few tokens the peak is not activations but one matrix's gradient, on its way to its sum.)
+
+1. Build the original, and for one depth after the other its locked form.
+2. Measure the original and that lock in turns, `--rounds` times, after a warm-up: seconds forward without
+   gradients, and seconds forward and backward (all weights and the input need gradients). Take medians.
+3. Once each: bytes autograd saves for the backward pass (each storage once, weights left out), and the
+   peak of memory during forward and backward beyond weights, gradients and input: what the allocator
+   reports on a GPU, bytes of live tensors on the CPU.
+4. Repeat with the ways around it: reversal (lockkit/dlr/reversal.py) without and with anchors, and
+   checkpointing of the MLP or of each decoder layer, of the original as well.
+5. Print ratios to the plain original *of the same turn*; write JSON, a table and a plot.
+
+Results: `asymmetry-cpu.{json,md,svg}` or `asymmetry-cuda.*` in tools/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+
+from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.dlr.reversal import reversal
+from lockkit.version import git_hash
+
+SCHEMA = "lockkit-asymmetry/1"
+ANCHOR_EVERY = 6
+GAIN = 0.1  # keeps a chain of random weights from growing without bound
+# hidden size, MLP width, attention heads, key and value heads, head size
+SHAPES = {
+    "tiny": (64, 192, 4, 2, 16),
+    "qwen3-0.6b": (1024, 3072, 16, 8, 128),
+    "qwen3-8b": (4096, 12288, 32, 8, 128),
+}
+SUBJECTS = ("mlp", "layers")
+SAVERS = ("plain", "reversal", "reversal, anchors", "checkpointing")
+METRICS = {
+    "forward_seconds": "forward time",
+    "training_seconds": "forward and backward time",
+    "saved_bytes": "saved bytes",
+    "peak_bytes": "peak memory",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one subject; figures are absolute, `ratios` are to the plain original of its turn."""
+
+    shape: str
+    subject: str
+    depth: int | None  # None: the original
+    saver: str
+    measured_with_depth: int  # the lock that this was measured in turns with
+    forward_seconds: float | None = None  # the same for all savers
+    training_seconds: float = 0.0
+    saved_bytes: int | None = None  # checkpointing keeps its inputs out of autograd's hands
+    peak_bytes: int = 0
+    ratios: dict[str, float] | None = None
+
+
+class LivePeak(TorchDispatchMode):
+    """Peak bytes of the tensors made inside, on the CPU, where no allocator keeps count."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: set[int] = set()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {value.untyped_storage()._cdata for value in tree_iter((args, kwargs)) if torch.is_tensor(value)}
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if torch.is_tensor(value) and value.untyped_storage()._cdata not in given | self.live:
+                storage = value.untyped_storage()
+                self.live.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.live.discard(key)
+        self.bytes -= size
+
+
+def build(subject: str, shape: str, depth: int | None, options: argparse.Namespace) -> nn.Module:
+    """A subject of random weights; with a depth, its MLPs replaced by chains."""
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model
+
+    hidden, width, heads, kv_heads, head_size = SHAPES[shape]
+    config = Qwen3Config(
+        vocab_size=8, hidden_size=hidden, intermediate_size=width, num_hidden_layers=options.layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_size, use_cache=False,
+        max_position_embeddings=max(options.tokens, 32),
+    )  # fmt: skip
+
+    def chain() -> DLRNet:
+        return DLRNet(hidden, block_ranks(width, depth), nn.SiLU(), gain=GAIN)
+
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        if subject == "mlp":
+            model = Qwen3MLP(config) if depth is None else chain()
+        else:
+            model = Qwen3Model(config)
+            model.embed_tokens = None
+            for layer in model.layers if depth is not None else []:
+                layer.mlp = chain()
+    return model.to(getattr(torch, options.dtype)).train()
+
+
+@contextlib.contextmanager
+def using(saver: str, model: nn.Module):
+    """Put one way of saving memory in place."""
+    if saver == "checkpointing":
+        parts = list(model.layers) if hasattr(model, "layers") else [model]
+        for part in parts:
+            part.forward = _checkpointed(part.forward)
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.forward
+    elif saver == "plain":
+        yield
+    else:
+        with reversal(model, ANCHOR_EVERY if saver == "reversal, anchors" else None):
+            yield
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class Runner:
+    """Passes through one model, timed or counted."""
+
+    def __init__(self, model: nn.Module, options: argparse.Namespace, hidden: int):
+        self.model, self.cuda = model, options.device.startswith("cuda")
+        shape = (1, options.tokens, hidden)
+        self.x = torch.randn(shape, device=options.device, dtype=getattr(torch, options.dtype), requires_grad=True)
+
+    def output(self) -> torch.Tensor:
+        if hasattr(self.model, "layers"):
+            return self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state
+        return self.model(self.x)
+
+    def train(self) -> None:
+        out = self.output()
+        out.backward(torch.ones_like(out))
+
+    def seconds(self, action: Callable[[], object]) -> float:
+        self._wait()
+        started = time.perf_counter()
+        action()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def saved_bytes(self) -> int:
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = self.output()
+        del out
+        return sum(storage.nbytes() for storage in kept.values())
+
+    def peak_bytes(self) -> int:
+        self.train()  # gradients exist from here on, as they do in all steps but the first
+        gc.collect()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.train()
+            return torch.cuda.max_memory_allocated() - before
+        with LivePeak() as meter:
+            self.train()
+        return meter.peak
+
+
+def measure(shape: str, subject: str, depth: int, options: argparse.Namespace) -> list[Row]:
+    """The original and one lock, in turns."""
+    runners, variants = {}, []
+    for kind, kind_depth in (("original", None), ("locked", depth)):
+        runners[kind] = Runner(build(subject, shape, kind_depth, options), options, SHAPES[shape][0])
+        variants += [
+            (kind, saver, Row(shape, subject, kind_depth, saver, depth))
+            for saver in SAVERS
+            if kind == "locked" or not saver.startswith("reversal")
+        ]
+    forward: list[list[float]] = [[] for _ in variants]
+    training: list[list[float]] = [[] for _ in variants]
+    for turn in range(options.warm_up + options.rounds):
+        for index, (kind, saver, _) in enumerate(variants):
+            runner = runners[kind]
+            with using(saver, runner.model):
+                seconds = runner.seconds(runner.train)
+            if turn >= options.warm_up:
+                training[index].append(seconds)
+            if saver == "plain":
+                with torch.no_grad():
+                    seconds = runner.seconds(runner.output)
+                if turn >= options.warm_up:
+                    forward[index].append(seconds)
+    rows = []
+    for index, (kind, saver, row) in enumerate(variants):
+        with using(saver, runners[kind].model):
+            row = replace(
+                row,
+                forward_seconds=statistics.median(forward[index]) if forward[index] else None,
+                training_seconds=statistics.median(training[index]),
+                saved_bytes=None if saver == "checkpointing" else runners[kind].saved_bytes(),
+                peak_bytes=runners[kind].peak_bytes(),
+            )
+        rows.append(row)
+    return [replace(row, ratios=_ratios(row, rows[0])) for row in rows]
+
+
+def _ratios(row: Row, original: Row) -> dict[str, float]:
+    return {name: getattr(row, name) / getattr(original, name) for name in METRICS if getattr(row, name) is not None}
+
+
+def describe(options: argparse.Namespace) -> dict:
+    """What made the figures: no host name, no path."""
+    machine = {"cores": os.cpu_count(), "processor": _processor(), "torch_threads": torch.get_num_threads()}
+    if options.device.startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {
+        "schema": SCHEMA,
+        "commit": git_hash(),
+        "command": shlex.join(["python", "tools/measure_asymmetry.py", *options.arguments]),
+        "machine": machine,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "settings": {
+            name: getattr(options, name) for name in ("device", "dtype", "tokens", "layers", "rounds", "warm_up")
+        },
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown(result: dict) -> str:
+    """The table, under a header that says what was measured on what."""
+    machine, settings = result["machine"], result["settings"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    layers = settings["layers"]
+    lines = [
+        "# What depth costs: locked over original",
+        "",
+        f"{where}, {machine['torch_threads']} thread(s), torch {result['torch']}, {settings['dtype']}, "
+        f"{settings['tokens']} tokens, commit {result['commit']}. Random weights. `mlp` is one MLP, `layers` is "
+        f"{layers} decoder layer{'s' if layers > 1 else ''} without embeddings and head"
+        + ("" if "gpu" in machine else " (reduced: this is a CPU)")
+        + f". Medians of {settings['rounds']} rounds, taken in turns with the original; every figure is a ratio to the "
+        "original under plain autograd. Saved bytes of checkpointing are not autograd's to count: see its peak.",
+        "",
+        f"    {result['command']}",
+        "",
+        "| shape | what | depth | backward by | " + " | ".join(METRICS.values()) + " |",
+        "|---|---|---:|---|" + "---:|" * len(METRICS),
+    ]
+    seen = set()
+    for row in result["rows"]:
+        key = (row["shape"], row["subject"], row["depth"], row["saver"])
+        if key in seen or (row["depth"] is None and row["saver"] == "plain"):
+            continue  # the original comes once a shape in the table; JSON has every turn of it
+        seen.add(key)
+        ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in METRICS]
+        depth = "original" if row["depth"] is None else row["depth"]
+        lines.append(f"| {row['shape']} | {row['subject']} | {depth} | {row['saver']} | " + " | ".join(ratios) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, path: Path) -> None:
+    """Ratios against depth: a row of panels for each shape and subject, a column for each figure."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row["shape"], row["subject"]) for row in result["rows"]))
+    size = (3.4 * len(METRICS), 2.7 * len(panels) + 0.5)
+    figure, axes = pyplot.subplots(len(panels), len(METRICS), figsize=size, squeeze=False, layout="constrained")
+    for line, (shape, subject) in zip(axes, panels, strict=True):
+        for panel, (metric, label) in zip(line, METRICS.items(), strict=True):
+            for saver in SAVERS:
+                points = sorted(
+                    (row["depth"], row["ratios"][metric])
+                    for row in result["rows"]
+                    if (row["shape"], row["subject"], row["saver"]) == (shape, subject, saver)
+                    and row["depth"] is not None
+                    and metric in row["ratios"]
+                )
+                if points:
+                    panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=saver)
+            panel.axhline(1, color="0.6", linewidth=1)
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.set_ylim(bottom=0)
+            panel.set_title(f"{shape}, {subject}: {label}", fontsize=9)
+            panel.set_xlabel("depth", fontsize=8)
+            panel.tick_params(labelsize=8)
+        line[0].set_ylabel("locked over original", fontsize=8)
+    axes[0][1].legend(fontsize=8, frameon=False)
+    with matplotlib.rc_context({"svg.hashsalt": "lockkit"}):
+        figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--shape",
+        action="append",
+        choices=SHAPES,
+        help="default: both Qwen3 shapes, qwen3-0.6b alone on the CPU; repeat for more",
+    )
+    parser.add_argument("--subject", action="append", choices=SUBJECTS, help="default: both")
+    parser.add_argument("--depth", action="append", type=int, help="default: 8 16 32 64 128")
+    parser.add_argument("--tokens", type=int, help="in a pass; default: 4096 on a GPU, 512 on the CPU")
+    parser.add_argument("--layers", type=int, help="in the stack; default: 4 on a GPU, 1 on the CPU")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU"
+    )
+    parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 5 on the CPU")
+    parser.add_argument("--warm-up", type=int, help="rounds not counted; default: 3 on a GPU, 1 on the CPU")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device.startswith("cuda")
+    defaults = {"tokens": (4096, 512), "layers": (4, 1), "dtype": ("bfloat16", "float32"), "rounds": (20, 5)}
+    for name, (gpu, cpu) in (defaults | {"warm_up": (3, 1)}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, gpu if on_gpu else cpu)
+    options.shape = options.shape or ["qwen3-0.6b", "qwen3-8b"][: 2 if on_gpu else 1]
+    options.subject = options.subject or list(SUBJECTS)
+    options.depth = sorted(set(options.depth or [8, 16, 32, 64, 128]))
+    for name in ("tokens", "layers", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    narrowest = min(SHAPES[shape][1] for shape in options.shape)
+    if not 1 <= options.depth[0] <= options.depth[-1] <= narrowest:
+        parser.error(f"--depth must be between 1 and the narrowest MLP's width, {narrowest}")
+    options.arguments = arguments
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    rows: list[Row] = []
+    for shape in options.shape:
+        for subject in options.subject:
+            for depth in options.depth:
+                rows += measure(shape, subject, depth, options)
+                locked = next(row for row in rows[::-1] if row.saver == "plain")
+                figures = ", ".join(f"{METRICS[name]} {value:.2f}x" for name, value in locked.ratios.items())
+                print(f"{shape} {subject} depth {depth}: {figures}", flush=True)
+                gc.collect()
+                if options.device.startswith("cuda"):
+                    torch.cuda.empty_cache()
+    result = describe(options) | {"rows": [asdict(row) for row in rows]}
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = options.out / f"asymmetry-{options.device.split(':')[0]}"
+    name.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    name.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    plot(result, name.with_suffix(".svg"))
+    print(f"written: {name.name}.json, .md and .svg")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
