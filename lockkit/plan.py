@@ -18,6 +18,7 @@ from lockkit.dlr.cost import (
 )
 from lockkit.dlr.net import block_ranks
 from lockkit.errors import UsageError
+from lockkit.lock.config import LockConfig
 from lockkit.models.families import Family, require_unlocked
 from lockkit.models.load import load_config, resolve_model
 
@@ -30,7 +31,11 @@ DEPTHS = (8, 16, 32, 64, 96, 128)
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One depth: counts are for one decoder layer's MLP; bytes per token, 4-byte values."""
+    """One depth: counts are for one decoder layer's MLP; bytes per token, 4-byte values.
+
+    `lock_memory_bytes` is what `lockkit lock` is expected to need beyond the interpreter and libraries with
+    its default settings and one layer in memory at a time, `lock_memory_all_layers_bytes` with all of them.
+    """
 
     depth: int
     rank: int
@@ -39,6 +44,8 @@ class PlanRow:
     saved_bytes_per_token: int
     saved_bytes_ratio: float
     expected_decode_slowdown: float
+    lock_memory_bytes: int
+    lock_memory_all_layers_bytes: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
     """
     config = load_config(resolve_model(model), trust_remote_code)
     family = require_unlocked(config)
+    from lockkit.lock.memory import predict
     from lockkit.models.stream import empty_model
 
     network = empty_model(config, family)
@@ -79,6 +87,21 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
         if not 1 <= depth <= width:
             raise UsageError(f"--depth {depth} is not between 1 and the MLP's width {width}: change it")
     rows = []
+    recipe = LockConfig()
+
+    def memory(depth: int, in_memory: bool) -> int:
+        return predict(
+            shape=shape,
+            layers=layers,
+            layer_parameters=layer_parameters,
+            outside_parameters=parameters - layers * layer_parameters,
+            vocab_size=config.vocab_size,
+            tokens=recipe.tokens + recipe.validation_tokens,
+            together=1,
+            in_memory=in_memory,
+            config=recipe.model_copy(update={"depth": depth}),
+        ).total_bytes
+
     for depth in depths or [depth for depth in DEPTHS if depth <= width]:
         ranks = block_ranks(width, depth)
         saved = dlr_saved_values(shape, depth)
@@ -91,6 +114,8 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
                 saved_bytes_per_token=4 * saved * layers,
                 saved_bytes_ratio=saved / mlp_saved_values(shape),
                 expected_decode_slowdown=expected_decode_slowdown(layer_parameters, depth),
+                lock_memory_bytes=memory(depth, in_memory=False),
+                lock_memory_all_layers_bytes=memory(depth, in_memory=True),
             )
         )
     return Plan(

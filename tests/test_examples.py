@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from conftest import QUICK
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
@@ -25,3 +28,28 @@ def test_demo_goes_all_the_way_and_reports_what_it_measured(tmp_path):
     assert "locked-onnx" in promised
     for name in ("locked/model.safetensors", "locked-onnx/model.onnx_data", "original-onnx/model.onnx", "verify.json"):
         assert (tmp_path / "run" / name).is_file()
+
+
+def test_slurm_script_locks_with_several_workers(originals, tmp_path):
+    """With stand-ins for Slurm's own programs, which no test machine has: one node, two tasks on the CPU."""
+    programs = {
+        "srun": 'exec "$@"',
+        "scontrol": "echo 127.0.0.1",
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    script = Path(__file__).parents[1] / "examples" / "slurm" / "lock.sbatch"
+    done = subprocess.run(
+        ["bash", script, originals("qwen3"), tmp_path / "out", *options],
+        capture_output=True, text=True, check=False, env=environment, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "lockkit.json").read_text())["workers"] == 2

@@ -252,14 +252,17 @@ def rows_of(bench: Bench, plain: LockConfig) -> Iterator[tuple[str, LockConfig, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=60_000)
-    parser.add_argument("--end-to-end-tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=40_960)
+    parser.add_argument("--end-to-end-tokens", type=int, default=12_288)
     parser.add_argument("--coupling", type=float, default=0.5)
     parser.add_argument("--only", help="rows whose name contains this, beside the plain recipe")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON, after every row")
     arguments = parser.parse_args()
     plain = LockConfig(
-        tokens=arguments.tokens, end_to_end_tokens=arguments.end_to_end_tokens, coupling=arguments.coupling
+        tokens=arguments.tokens,
+        end_to_end_tokens=arguments.end_to_end_tokens,
+        coupling=arguments.coupling,
+        validation_tokens=4096,
     )
     bench = Bench(plain)
     rows = []

@@ -70,3 +70,9 @@ def plan(
         "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
         "The last column is an estimate for one token on a CPU, not a measurement."
     )
+    deepest = result.rows[-1]
+    console.print(
+        f"Making a lock of depth {deepest.depth} needs about {deepest.lock_memory_bytes / 1e9:,.1f} GB of memory with "
+        f"one layer at a time, {deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in "
+        "phase 2, beyond the libraries' own (--data self needs the whole model in memory besides)."
+    )

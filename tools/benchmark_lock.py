@@ -1,0 +1,168 @@
+"""Speed of phase 1: the way lockkit trains chains against a plain loop over layers, in one run.
+
+    python tools/benchmark_lock.py --out tools/results/lock-speed-cpu.json
+
+Every way takes the same optimiser steps on the same tokens, in turns, round after round; a round
+gives one ratio for each, and the median of the rounds is printed with their range:
+
+    plain       a DLRNet of nn.Linear modules per layer, autograd, AdamW over its matrices
+    packed      lockkit/lock/packed.py, one layer at a time (--layers-together 1)
+    packed xG   the same, G layers in one batched computation
+    + bf16, + compile    on top of the fastest of these
+
+The share of peak is arithmetic of the training step (forward and backward passes of the chain, the
+teacher's forward pass) over the machine's own matrix product of 2048 x 2048 in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from lockkit.dlr.cost import MLPShape, mlp_parameters
+from lockkit.files import write_json
+from lockkit.lock.initialise import build_chain
+from lockkit.lock.modulewise import nmse
+from lockkit.lock.packed import PackedChains
+from lockkit.version import git_hash, versions
+
+SHAPES = {"demo": (256, 768, 4), "qwen3-0.6b": (1024, 3072, 8)}
+
+
+class Setting:
+    """Chains, inputs and targets of `layers` layers of one shape."""
+
+    def __init__(self, shape: MLPShape, depth: int, layers: int, tokens: int, device: str):
+        self.shape, self.depth, self.layers, self.tokens, self.device = shape, depth, layers, tokens, device
+        generator = torch.Generator().manual_seed(0)
+        size = (layers, tokens, shape.hidden_size)
+        self.x = torch.randn(size, generator=generator).to(device)
+        self.y = torch.randn(size, generator=generator).to(device)
+
+    def chains(self, count: int) -> list:
+        torch.manual_seed(0)
+        return [build_chain(self.shape, self.depth, 0.1, F.silu).to(self.device) for _ in range(count)]
+
+    def flops(self) -> float:
+        """Of one step of all layers: 2 a weight and token forward, 4 backward."""
+        return 6 * mlp_parameters(self.shape) * self.tokens * self.layers
+
+
+def plain(setting: Setting) -> Callable[[], None]:
+    chains = setting.chains(setting.layers)
+    optimisers = [torch.optim.AdamW(chain.parameters(), lr=1e-4, weight_decay=0.0) for chain in chains]
+
+    def step() -> None:
+        for chain, optimiser, x, y in zip(chains, optimisers, setting.x, setting.y, strict=True):
+            nmse(chain(x), y).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return step
+
+
+def packed(setting: Setting, together: int, dtype: torch.dtype | None = None, compiled: bool = False) -> Callable:
+    groups = [PackedChains(setting.chains(together)) for _ in range(setting.layers // together)]
+    optimisers = [torch.optim.AdamW(group.parameters(), lr=1e-4, weight_decay=0.0, fused=True) for group in groups]
+    runs = [torch.compile(group) if compiled else group for group in groups]
+
+    def step() -> None:
+        parts = zip(runs, optimisers, setting.x.split(together), setting.y.split(together), strict=True)
+        for run, optimiser, x, y in parts:
+            nmse(run(x, dtype=dtype), y).sum().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return step
+
+
+def seconds_of(step: Callable, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the machine's own large matrix product."""
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = min(seconds_of(lambda: a @ a, device) for _ in range(8))
+    return 2 * 2048**3 / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="demo")
+    parser.add_argument("--depth", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=1024, help="in a step")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, intermediate, layers = SHAPES[arguments.shape]
+    setting = Setting(MLPShape(hidden, intermediate), arguments.depth, layers, arguments.tokens, device)
+    ways = {"plain loop": plain(setting)}
+    for together in (1, 2, 4, 8):
+        if layers % together == 0:
+            ways[f"packed x{together}"] = packed(setting, together)
+    if device == "cuda":
+        ways["packed, all, bf16"] = packed(setting, layers, torch.bfloat16)
+    if arguments.compile:
+        ways["packed x1, compiled"] = packed(setting, 1, compiled=True)
+    for step in ways.values():
+        step()
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(arguments.rounds):
+        for name, step in ways.items():
+            taken[name].append(seconds_of(step, device))
+    peak = peak_flops(device, torch.float32)
+    rows = []
+    print(
+        "| way | times the plain loop's speed: median (range) | tokens/s a layer | share of peak |\n|---|---|---|---|"
+    )
+    for name, seconds in taken.items():
+        ratios = sorted(a / b for a, b in zip(taken["plain loop"], seconds, strict=True))
+        median = statistics.median(seconds)
+        row = {
+            "way": name,
+            "speed_over_plain": statistics.median(ratios),
+            "range": [ratios[0], ratios[-1]],
+            "layer_tokens_per_second": setting.tokens * layers / median,
+            "share_of_peak": setting.flops() / median / peak,
+        }
+        rows.append(row)
+        print(
+            f"| {name} | {row['speed_over_plain']:.2f} ({ratios[0]:.2f} - {ratios[-1]:.2f}) | "
+            f"{row['layer_tokens_per_second']:,.0f} | {row['share_of_peak']:.0%} |"
+        )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        machine = {
+            "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+        head = {"schema": "lockkit-lock-speed/1", "command": shlex.join(["python", *sys.argv]), "machine": machine}
+        settings = {"shape": arguments.shape, "layers": layers, "depth": arguments.depth, "tokens": arguments.tokens}
+        write_json(
+            arguments.out,
+            head | {"git_hash": git_hash(), "versions": versions(), "settings": settings, "rows": rows},
+        )
+
+
+if __name__ == "__main__":
+    main()
