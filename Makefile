@@ -15,10 +15,11 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 demo: .venv/ready
 	$(PY) examples/demo.py
 
+# Two processes of one thread each: tests of tiny models gain nothing from a second thread.
 test: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf .venv .venv-consumers .cache demo-run .pytest_cache .ruff_cache .hypothesis

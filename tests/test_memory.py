@@ -1,0 +1,62 @@
+"""Memory of a lock: it does not grow with the layers, and what is predicted is what it takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK
+from tiny import save_tiny
+
+from lockkit.files import LOCK_RECORD, read_json
+from lockkit.lock.cache import ActivationCache
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
+
+
+def beyond_the_libraries(tmp_path, layers: int) -> dict:
+    """Lock a model of `layers` wide layers in a process of its own; return what it says of memory."""
+    original, out = tmp_path / f"{layers}-layers", tmp_path / f"{layers}-locked"
+    save_tiny("qwen3", original, num_hidden_layers=layers, **WIDE)
+    quick = QUICK | {"tokens": 1_024, "end_to_end_tokens": 512}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items()]
+    command = [sys.executable, "-m", "lockkit", "lock", original, out, *options, "--offload", "disk"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    memory = read_json(out / LOCK_RECORD, "")["memory"]
+    assert f"{memory['peak_bytes'] / 1e9:.2f} GB" in done.stdout
+    return memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
+def test_four_times_the_layers_take_no_more_memory(tmp_path):
+    few, many = (beyond_the_libraries(tmp_path, layers) for layers in (3, 12))
+    sizes = [memory["peak_bytes"] - memory["idle_bytes"] for memory in (few, many)]
+    weights = sum(file.stat().st_size for file in (tmp_path / "12-layers").glob("*.safetensors"))
+    assert weights > 2 * (sizes[1] - sizes[0]) + 50e6
+    assert sizes[1] < 1.15 * sizes[0]
+    assert many["predicted_bytes"] == few["predicted_bytes"]
+    assert 0.4 < sizes[1] / many["predicted_bytes"] < 2.5
+
+
+def test_activations_beyond_the_budget_go_to_files(tmp_path):
+    cache = ActivationCache(tmp_path, budget_bytes=4_000)
+    small, large = cache.allocate("small", (500,)), cache.allocate("large", (10, 100))
+    assert [file.name for file in tmp_path.iterdir()] == ["large.float32"]
+    small[:], large[:] = 1, 2
+    assert (cache.attach("large", (10, 100)) == 2).all() and (small == 1).all()
+    cache.release("large")
+    assert list(tmp_path.iterdir()) == [] and (large == 2).all()  # still there for who holds it
+
+
+def test_a_full_disk_is_named_before_it_kills(tmp_path):
+    """Space for a mapped file is claimed at once; running out later would be a bus error."""
+    program = (
+        "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from pathlib import Path\nfrom lockkit.lock.cache import ActivationCache\n"
+        f"ActivationCache(Path({str(tmp_path)!r}), 0).allocate('x', (1000,))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "UsageError: the disk is full: activations need" in done.stderr and "--work" in done.stderr
