@@ -31,7 +31,7 @@ SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads"),
 )
-PROBE_TEXT = "def probe(a, b=None):\n    \"\"\"Any text will do: 0123456789, été, 日本語.\"\"\"\n    return a\n"
+PROBE_TEXT = 'def probe(a, b=None):\n    """Any text will do: 0123456789, été, 日本語."""\n    return a\n'
 TEXT_BLOCK_TOKENS = 256
 MEASURED_ROWS = 4  # in one forward pass
 
@@ -68,7 +68,9 @@ class Bench:
         self.record = self._lock_record()
         context = getattr(load_config(self.folders["original"]), "max_position_embeddings", None) or 2**31
         if config.block_tokens > context:
-            raise UsageError(f"--block-tokens {config.block_tokens} exceed the model's context of {context}: lower them")
+            raise UsageError(
+                f"--block-tokens {config.block_tokens} exceed the model's context of {context}: lower them"
+            )
         self.source = self._source()
         self.text_block = min(TEXT_BLOCK_TOKENS, context)
         self.unlabelled = self._text("distill", max(config.unlock_tokens, config.redistill_tokens))

@@ -76,7 +76,9 @@ def _chunks(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
         yield part, index % HELD_OUT_SHARE == HELD_OUT_SHARE - 1
 
 
-def _trace(chain: DLRNet, x: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def _trace(
+    chain: DLRNet, x: torch.Tensor, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """True pre-activations (up, gate) of blocks `[first, last)`, and the stream after them."""
     stream, ups, gates = torch.zeros_like(x), [], []
     for index, block in enumerate(chain.blocks[:last]):

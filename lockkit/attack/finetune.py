@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,7 @@ class FinetuneResult:
         points = [(math.log(point.step), point.loss) for point in self.curve if point.step > 0]
         if len(points) < 2:
             return points[0][1] if points else self.start
-        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(points, points[1:], strict=False))
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
         return area / (points[-1][0] - points[0][0])
 
 

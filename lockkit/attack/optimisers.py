@@ -61,9 +61,11 @@ def _muon(named, rate, decay):
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     chosen = {id(p) for p in matrices}
     others = [(name, p) for name, p in named if id(p) not in chosen]
-    first = torch.optim.Muon(
-        matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    ) if matrices else None
+    first = (
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        if matrices
+        else None
+    )
     return Together(first, _adamw(others, rate, decay) if others else None)
 
 

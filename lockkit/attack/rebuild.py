@@ -33,7 +33,9 @@ def ordinary_model(locked: PreTrainedModel, family: Family, layers: list[MLPWeig
 
 
 @torch.no_grad()
-def chain_model(locked: PreTrainedModel, family: Family, stages: int, layers: list[list[MLPWeights]]) -> PreTrainedModel:
+def chain_model(
+    locked: PreTrainedModel, family: Family, stages: int, layers: list[list[MLPWeights]]
+) -> PreTrainedModel:
     """A locked model of `stages` blocks; `layers[i][k]` holds block k of layer i, in the chain's own naming."""
     configuration = locked_classes(family)[0].from_dict(locked.config.to_dict())
     configuration.dlr = dict(locked.config.dlr) | {"depth": stages}

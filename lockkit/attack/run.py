@@ -89,10 +89,14 @@ class Audit:
             rows = [self._gradient(baseline, c, task, "original") for c in baseline.trials(self.bench.config)]
             finished = [row for row in rows if row["status"] == "finished"]
             if not finished:
-                raise UsageError(f"the original cannot be fine-tuned on {task}: change --learning-rates or --batch-rows")
+                raise UsageError(
+                    f"the original cannot be fine-tuned on {task}: change --learning-rates or --batch-rows"
+                )
             start, best = finished[0]["start_loss"], min(row["best_loss"] for row in finished)
             if best >= start:
-                raise UsageError(f"fine-tuning does not improve the original on {task}: change --learning-rates or --steps")
+                raise UsageError(
+                    f"fine-tuning does not improve the original on {task}: change --learning-rates or --steps"
+                )
             target = start - self.bench.config.target_share * (start - best)
             self.targets[task] = (start, target)
             self.progress.say(f"{task}: held-out loss of the original {start:.3f}, target {target:.3f}")

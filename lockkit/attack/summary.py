@@ -35,7 +35,9 @@ def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]]) -> di
     """The summary, as it is written."""
     tasks = {}
     for task in bench.tasks:
-        tasks[task] = bench.tasks[task].record() | _task_figures(bench, [r for r in rows if r["task"] == task], rows, task)
+        tasks[task] = bench.tasks[task].record() | _task_figures(
+            bench, [r for r in rows if r["task"] == task], rows, task
+        )
     from lockkit.attack.base import registry
 
     unlocks = {_label(r): r["unlock"] for r in rows if r.get("unlock")}
@@ -49,6 +51,8 @@ def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]]) -> di
         "tasks": tasks,
         "unlocks": unlocks,
         "effective_depth": _effective_depth(bench, unlocks),
+        "unlock_ratio": _unlock_ratio(unlocks),
+        "owner_advantage": _owner_advantage(bench, unlocks),
         "statuses": [
             {"attack": r["attack"], "model": r["model"], "task": r["task"], "status": r["status"], "note": r["note"]}
             for r in rows
@@ -99,7 +103,7 @@ def _task_figures(bench: Bench, rows: list[dict], everything: list[dict], task: 
                 "original": _cheapest(on_original, target),
             }
         )
-        if passed:
+        if passed and own[0]["family"] != "control":
             valid["original"] += on_original
             valid["locked"] += on_locked
     return {
@@ -151,3 +155,47 @@ def _effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
         "depth": bench.depth,
         "kl_by_stages": {str(stages): kl for stages, kl in sorted(curve.items())},
     }
+
+
+def _scratch_curve(unlocks: dict[str, dict]) -> list[dict]:
+    """Points (tokens, flops, kl_to_lock) of all re-distillations from scratch."""
+    return [
+        point
+        for label, unlock in unlocks.items()
+        if label.startswith("redistill") and "start=scratch" in label
+        for point in unlock["notes"]["curve"]
+    ]
+
+
+def _unlock_ratio(unlocks: dict[str, dict]) -> dict:
+    """Tokens and operations of the best unlock over those of a scratch re-distillation as close to the lock.
+
+    The best is the ordinary model closest to the lock. Where no re-distillation came as close within
+    the budget, the ratio is only known to be below what it would be at the budget's end.
+    """
+    ordinary = {k: u for k, u in unlocks.items() if u["blocks"] == 1 and "start=scratch" not in k}
+    curve = _scratch_curve(unlocks)
+    if not ordinary or not curve:
+        return {"says": "not measured: needs a closed-form unlock and redistill"}
+    label, best = min(ordinary.items(), key=lambda item: item[1]["kl_to_lock"])
+    reached = [point for point in curve if point["kl_to_lock"] <= best["kl_to_lock"]]
+    found = {"best_unlock": label, "kl_to_lock": best["kl_to_lock"], "reached_from_scratch": bool(reached)}
+    for key in ("tokens", "flops"):
+        beside = min(p[key] for p in reached) if reached else max(p[key] for p in curve)
+        found[key] = best["cost"][key] / beside
+    sign = "" if reached else "below "
+    return found | {"says": f"{sign}{found['tokens']:.3g} in tokens, {sign}{found['flops']:.3g} in operations"}
+
+
+def _owner_advantage(bench: Bench, unlocks: dict[str, dict]) -> dict:
+    """Tokens of a scratch re-distillation to the lock's own fidelity, over the tokens the lock took."""
+    recipe, curve = bench.record.get("recipe") or {}, _scratch_curve(unlocks)
+    if not curve or "tokens" not in recipe:
+        return {"says": "not measured: needs redistill, and the lock's lockkit.json"}
+    own = bench.quality(bench.frozen("locked")).kl_to_original
+    spent = recipe["tokens"] + recipe.get("end_to_end_tokens", 0)
+    reached = [point["tokens"] for point in curve if point["kl_to_lock"] <= own]
+    tokens = min(reached) if reached else max(point["tokens"] for point in curve)
+    value = tokens / spent
+    says = f"{'' if reached else 'more than '}{value:.3g}"
+    return {"says": says, "value": value, "reached": bool(reached), "lock_tokens": spent, "kl": own}

@@ -117,7 +117,9 @@ def load_task(
     else:
         found = list(documents(name, "finetune"))
         if not found:
-            raise UsageError(f"{name} has no passage in the split `finetune` (10 % by a hash): give more text with --task")
+            raise UsageError(
+                f"{name} has no passage in the split `finetune` (10 % by a hash): give more text with --task"
+            )
     kept = [document for document in found if _content(document.text) not in forbidden]
     train, held_out = _separate(kept)
     rows = [
@@ -163,7 +165,9 @@ def signature_examples() -> Iterator[Example]:
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict:
     arguments = node.args
     plain = [*arguments.posonlyargs, *arguments.args]
-    defaults = dict(zip([a.arg for a in plain][len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True))
+    defaults = dict(
+        zip([a.arg for a in plain][len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True)
+    )
     defaults |= {
         a.arg: value for a, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value is not None
     }
@@ -309,9 +313,7 @@ def _example_rows(
         rows.append((ids, labels))
     if not rows:
         raise UsageError(f"{name} has too few examples to train on and to hold out: give more with --task")
-    filled = [
-        (i + [padding] * (block - len(i)), label + [IGNORED] * (block - len(label))) for i, label in rows
-    ]
+    filled = [(i + [padding] * (block - len(i)), label + [IGNORED] * (block - len(label))) for i, label in rows]
     return _rows(torch.tensor([i for i, _ in filled]), torch.tensor([label for _, label in filled]))
 
 
@@ -324,5 +326,3 @@ def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, separator: lis
         ids += new
         labels += new if learned else [IGNORED] * len(new)
     return ids + separator, labels + (separator if learned else [IGNORED] * len(separator))
-
-

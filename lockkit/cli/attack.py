@@ -16,7 +16,9 @@ from lockkit.errors import UsageError
 @app.command()
 def attack(
     locked: Annotated[str | None, typer.Argument(metavar="LOCKED", help="Folder that `lockkit lock` wrote.")] = None,
-    original: Annotated[str | None, typer.Option(help="The model it was made from: `demo`, a folder, a Hub id.")] = None,
+    original: Annotated[
+        str | None, typer.Option(help="The model it was made from: `demo`, a folder, a Hub id.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for rows and summary; an audit that is there goes on.")
     ] = None,
@@ -106,6 +108,8 @@ def _print(summary: dict) -> None:
         )
     depth = summary["effective_depth"]
     console.print(f"effective depth {depth['says']} of {depth['depth']} (KL within {depth['kl_limit']})")
+    console.print(f"unlock ratio: {summary['unlock_ratio']['says']}", soft_wrap=True)
+    console.print(f"owner's advantage: {summary['owner_advantage']['says']}", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

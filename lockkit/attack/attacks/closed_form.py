@@ -33,7 +33,9 @@ class _Collapse(UnlockAttack):
         rows = bench.unlabelled[: max(HELD_OUT_SHARE // 4, -(-bench.config.unlock_tokens // bench.text_block))]
         with Meter(bench.device) as meter, torch.no_grad():
             capture = LayerwiseCapture(locked, rows, min(4, len(rows)))
-            solved = [collapse(chain, capture.next_layer(), bounds, config.first_layer == "linearised") for chain in chains]
+            solved = [
+                collapse(chain, capture.next_layer(), bounds, config.first_layer == "linearised") for chain in chains
+            ]
         meter.cost.tokens = rows.numel()
         notes = {
             "ridges": [[stage.ridge for stage in stages] for stages in solved],
