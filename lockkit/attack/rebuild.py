@@ -38,7 +38,10 @@ def chain_model(
 ) -> PreTrainedModel:
     """A locked model of `stages` blocks; `layers[i][k]` holds block k of layer i, in the chain's own naming."""
     configuration = locked_classes(family)[0].from_dict(locked.config.to_dict())
-    configuration.dlr = dict(locked.config.dlr) | {"depth": stages}
+    configuration.dlr = dict(locked.config.dlr) | {
+        "depth": stages,
+        "gains": [layer.mlp.gain for layer in decoder_layers(locked)],
+    }
     model = locked_classes(family)[1](configuration).to(locked.device, torch.float32)
     rest = {key: value for key, value in locked.state_dict().items() if ".mlp." not in key}
     model.load_state_dict(rest, strict=False)

@@ -160,7 +160,7 @@ class Audit:
 
     def _unlocked(self, attack, config) -> tuple[Unlocked, dict]:
         """The unlocked model, made once and saved; later rows load what was saved."""
-        from lockkit.models.load import load_model
+        from lockkit.models.load import load_model, no_progress_bars
 
         key = _key([attack.name, config.model_dump(), self.bench.identity()])
         folder = self.out / "unlocked" / f"{attack.name}-{key[:12]}"
@@ -176,7 +176,8 @@ class Audit:
             }
             folder.parent.mkdir(exist_ok=True)
             with new_folder(folder) as temporary:
-                made.model.save_pretrained(temporary)
+                with no_progress_bars():
+                    made.model.save_pretrained(temporary)
                 copy_tokenizer(self.bench.folders["original"], temporary)
                 if made.blocks > 1:
                     file = temporary / "modeling_dlr_lock.py"

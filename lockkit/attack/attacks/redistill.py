@@ -63,6 +63,8 @@ class Redistill(UnlockAttack):
         curve, spent = [], before
         for part in range(CURVE_POINTS):
             share = steps * (part + 1) // CURVE_POINTS - steps * part // CURVE_POINTS
+            if not share:
+                continue
             with Meter(bench.device) as meter:
                 for _ in range(share):
                     chosen = torch.randint(len(rows), (BATCH_ROWS,), generator=generator)
