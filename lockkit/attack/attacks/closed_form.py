@@ -1,0 +1,82 @@
+"""Unlocks in closed form: the whole chain into one MLP, or into K stages."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+
+from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
+from lockkit.attack.closed_form import HELD_OUT_SHARE, collapse
+from lockkit.attack.cost import Meter
+from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
+from lockkit.lock.capture import LayerwiseCapture
+from lockkit.models.families import decoder_layers
+
+
+class CollapseConfig(BaseModel):
+    stages: int = Field(1, ge=1, description="Blocks that the result has; 1 is an ordinary MLP.")
+    first_layer: Literal["stacked", "linearised"] = Field("linearised", description="Where the first layer comes from.")
+
+
+class _Collapse(UnlockAttack):
+    Config = CollapseConfig
+    reference = "this project's first measurements of the lock; ridge regression: Hoerl and Kennard 1970"
+
+    def unlock(self, locked, bench) -> Unlocked:
+        config = self.config
+        chains = [layer.mlp for layer in decoder_layers(locked)]
+        bounds = stage_bounds(chains[0], config.stages)
+        if bounds is None:
+            raise CannotRun(f"{len(chains[0].blocks)} blocks cannot be cut into {config.stages} stages of equal rank")
+        rows = bench.unlabelled[: max(HELD_OUT_SHARE // 4, -(-bench.config.unlock_tokens // bench.text_block))]
+        with Meter(bench.device) as meter, torch.no_grad():
+            capture = LayerwiseCapture(locked, rows, min(4, len(rows)))
+            solved = [
+                collapse(chain, capture.next_layer(), bounds, config.first_layer == "linearised") for chain in chains
+            ]
+        meter.cost.tokens = rows.numel()
+        notes = {
+            "ridges": [[stage.ridge for stage in stages] for stages in solved],
+            "held_out_error": [stages[-1].error for stages in solved],
+        }
+        layers = [[stage.weights for stage in stages] for stages in solved]
+        if config.stages == 1:
+            model = ordinary_model(locked, bench.family, [stages[0] for stages in layers])
+        else:
+            model = chain_model(locked, bench.family, config.stages, layers)
+        return Unlocked(model, config.stages, meter.cost, notes)
+
+
+class StackSolve(_Collapse):
+    name = "stack-solve"
+    description = "Put the blocks' first layers side by side in one MLP and solve the second by ridge regression."
+    headline = True
+    in_quick = True
+
+    @classmethod
+    def trials(cls, audit):
+        return [CollapseConfig(stages=1, first_layer="stacked")]
+
+
+class LinearisedStack(_Collapse):
+    name = "linearised-stack"
+    description = "Regress all pre-activations on the chain's input, then solve the second layer."
+    headline = True
+    in_quick = True
+
+    @classmethod
+    def trials(cls, audit):
+        return [CollapseConfig(stages=1, first_layer="linearised")]
+
+
+class PartialCollapse(_Collapse):
+    name = "partial-collapse"
+    description = "The same for each of K stages; the result is a chain of K blocks, not an ordinary MLP."
+    in_quick = True
+
+    @classmethod
+    def trials(cls, audit):
+        stages = [2] if audit.suite == "quick" else [2, 4, 8]
+        return [CollapseConfig(stages=k, first_layer="linearised") for k in stages]

@@ -1,0 +1,58 @@
+"""Fine-tuning of all weights: with AdamW (the baseline), and with other optimisers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lockkit.attack.base import GradientAttack
+from lockkit.attack.finetune import FinetuneConfig, Training
+from lockkit.attack.optimisers import OPTIMISERS, make_optimiser
+
+
+class FullFinetune(GradientAttack):
+    """All weights, AdamW."""
+
+    name = "full-ft"
+    description = "All weights with AdamW: the baseline that every other attack is measured against."
+    reference = "Loshchilov and Hutter 2019, arXiv 1711.05101"
+    family = "baseline"
+    headline = True
+    in_quick = True
+
+    def prepare(self, model, bench) -> Training:
+        named = list(model.named_parameters())
+        optimiser = make_optimiser("adamw", named, self.config.learning_rate, self.config.weight_decay)
+        return Training(model, [p for _, p in named], optimiser)
+
+
+class OptimizersConfig(FinetuneConfig):
+    optimiser: Literal["sgd", "nesterov", "adafactor", "muon", "soap", "schedule-free"] = Field(
+        "muon", description="The optimiser; see optimisers.py."
+    )
+
+
+class Optimizers(GradientAttack):
+    """All weights, another optimiser."""
+
+    name = "optimizers"
+    description = "All weights with SGD, Nesterov, Adafactor, Muon, SOAP or schedule-free AdamW."
+    reference = "Muon: arXiv 2502.16982; SOAP: 2409.11321; schedule-free: 2405.15682; Adafactor: 1804.04235"
+    family = "optimisation"
+    in_quick = True
+    Config = OptimizersConfig
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        order = ["schedule-free", "nesterov", "sgd", "adafactor", "soap", "muon"]
+        return [{"optimiser": name, "learning_rate_factor": OPTIMISERS[name].rate_factor} for name in order]
+
+    def prepare(self, model, bench) -> Training:
+        named = list(model.named_parameters())
+        config = self.config
+        return Training(
+            model,
+            [p for _, p in named],
+            make_optimiser(config.optimiser, named, config.learning_rate, config.weight_decay),
+        )

@@ -1,0 +1,52 @@
+"""The baseline with less kept for the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lockkit.attack.attacks.full_ft import FullFinetune
+from lockkit.attack.base import CannotRun
+
+
+class Checkpointing(FullFinetune):
+    name = "checkpointing"
+    description = "All weights; activations are computed again in the backward pass: per layer, every k blocks, nested."
+    reference = "Chen et al. 2016, arXiv 1604.06174"
+    family = "memory"
+    headline = False
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        names = ["checkpoint-layers", "checkpoint-nested", "checkpoint-blocks", "checkpoint-sqrt", "checkpoint-chains"]
+        return [{"saver": name} for name in names]
+
+
+class Reversal(FullFinetune):
+    name = "reversal"
+    description = "All weights; the stream of each chain is rebuilt backwards from its blocks' units, not stored."
+    reference = "this project (lockkit/dlr/reversal.py), after Gomez et al. 2017, arXiv 1707.04585"
+    family = "memory"
+    lock_aware = True
+    headline = False
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{"saver": "reversal"}, {"saver": "reversal-anchored"}]
+
+
+class Offload(FullFinetune):
+    name = "offload"
+    description = "All weights; saved activations are compressed to bfloat16, or kept in the CPU's memory."
+    reference = "PyTorch, saved tensor hooks and save_on_cpu"
+    family = "memory"
+    headline = False
+    in_quick = False
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{"saver": "compress"}, {"saver": "offload"}]
+
+    def prepare(self, model, bench):
+        if self.config.saver == "offload" and bench.device.type == "cpu":
+            raise CannotRun("offloading to the CPU gains nothing where the CPU trains: use --device cuda")
+        return super().prepare(model, bench)

@@ -1,0 +1,177 @@
+"""What an attack is, and the registry of all of them.
+
+An attack is a class in a module of `lockkit/attack/attacks/`: that file is all it takes to add
+one. The registry imports every module of that package and collects the classes.
+
+- A *gradient attack* says how to train: it turns a model into a `Training` (finetune.py). The
+  runner fine-tunes the original with it first (positive control), then the lock.
+- An *unlock* turns the lock into a model that is cheaper to train. The runner first lets it
+  undo a chain that is the original itself (positive control), then fine-tunes what it made of the
+  lock with all weights and charges both.
+- A *probe* measures something and trains nothing (controls; whether an export can be undone).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+
+from lockkit.attack.finetune import FinetuneConfig, Training
+from lockkit.errors import UsageError
+
+if TYPE_CHECKING:
+    import optuna
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+    from lockkit.attack.config import AuditConfig
+    from lockkit.attack.cost import Cost
+
+
+class CannotRun(Exception):
+    """The attack cannot run here: a package or a device is missing. The reason goes into its row."""
+
+
+class Attack(ABC):
+    """Common to all attacks."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]  # one line
+    reference: ClassVar[str]
+    family: ClassVar[str]  # what it attacks: optimisation, memory, architecture, ...
+    lock_aware: ClassVar[bool] = False  # uses what is known of this lock
+    headline: ClassVar[bool] = False  # repeated with several seeds
+    in_quick: ClassVar[bool] = False  # stands for its family in the quick suite
+    Config: ClassVar[type[BaseModel]]
+
+    def __init__(self, config: BaseModel):
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def trials(cls, audit: AuditConfig) -> list[BaseModel]:
+        """The settings that the suite tries, the same for lock and original."""
+
+    @classmethod
+    def suggest(cls, trial: optuna.Trial, audit: AuditConfig) -> BaseModel | None:
+        """Settings proposed by a search; None if there is nothing to search."""
+        return None
+
+
+class GradientAttack(Attack):
+    """Fine-tunes the model it is given."""
+
+    Config: ClassVar[type[FinetuneConfig]] = FinetuneConfig
+    learning_rate_factor: ClassVar[float] = 1.0  # of the suite's rates, for optimisers that need others
+    learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
+    quick_variants: ClassVar[int] = 1
+
+    @abstractmethod
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Say what is trained and how. `model` is this run's own, in float32, nothing frozen.
+
+        Raises:
+            CannotRun: with the reason.
+        """
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        """Settings besides learning rates and budget that the suites try; the first is the main one."""
+        return [{}]
+
+    @classmethod
+    def trials(cls, audit: AuditConfig) -> list[FinetuneConfig]:
+        variants = cls.variants()[: cls.quick_variants if audit.suite == "quick" else None]
+        return [cls.configured(audit, variant, rate) for variant in variants for rate in audit.learning_rates]
+
+    @classmethod
+    def configured(cls, audit: AuditConfig, variant: dict[str, Any], rate: float) -> FinetuneConfig:
+        budget = {"steps": audit.steps, "batch_rows": audit.batch_rows, "seed": audit.seed}
+        factor = variant.get("learning_rate_factor", cls.learning_rate_factor)
+        settings = {key: value for key, value in variant.items() if key != "learning_rate_factor"}
+        return cls.Config(**(budget | {"learning_rate": rate * factor} | settings))
+
+    @classmethod
+    def suggest(cls, trial: optuna.Trial, audit: AuditConfig) -> FinetuneConfig:
+        variants = cls.variants()
+        variant = variants[trial.suggest_int("variant", 0, len(variants) - 1) if len(variants) > 1 else 0]
+        rate = trial.suggest_float("learning_rate", *cls.learning_rate_range, log=True)
+        config = cls.configured(audit, variant, rate)
+        return config.model_copy(
+            update={
+                "warm_up": trial.suggest_categorical("warm_up", [0, audit.steps // 8, audit.steps // 4]),
+                "schedule": trial.suggest_categorical("schedule", ["constant", "cosine"]),
+            }
+        )
+
+
+@dataclass
+class Unlocked:
+    """What an unlock made, and what it took."""
+
+    model: PreTrainedModel
+    blocks: int  # 1: an ordinary model of the original architecture; more: a chain of that many
+    cost: Cost
+    notes: dict = field(default_factory=dict)
+
+
+class UnlockAttack(Attack):
+    """Makes a model that is cheaper to train out of the lock."""
+
+    lock_aware = True
+    family = "architecture"
+    # The control: of what an original without its MLPs loses (KL), this share must be won back.
+    control_share: ClassVar[float] = 0.9
+
+    @abstractmethod
+    def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
+        """Turn `locked`, frozen and in float32, into another model. Must not look at the original."""
+
+
+class Probe(Attack):
+    """Measures; returns figures for its row."""
+
+    @classmethod
+    def trials(cls, audit: AuditConfig) -> list[BaseModel]:
+        return [cls.Config()]
+
+    @abstractmethod
+    def probe(self, bench: Bench) -> dict:
+        """Figures; the entry "passed", if there is one, says whether the attack succeeded."""
+
+
+class NoSettings(BaseModel):
+    """For attacks without any."""
+
+
+@functools.cache
+def registry() -> dict[str, type[Attack]]:
+    """All attacks by name, in the order of their modules and of the classes in them."""
+    from lockkit.attack import attacks
+
+    found: dict[str, type[Attack]] = {}
+    for module in sorted(info.name for info in pkgutil.iter_modules(attacks.__path__)):
+        for value in vars(importlib.import_module(f"{attacks.__name__}.{module}")).values():
+            own = isinstance(value, type) and issubclass(value, Attack) and value.__module__.endswith(f".{module}")
+            if own and "name" in vars(value):
+                if value.name in found:
+                    raise RuntimeError(f"two attacks are called {value.name}")
+                found[value.name] = value
+    return found
+
+
+def attack_class(name: str) -> type[Attack]:
+    """The attack called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in registry():
+        raise UsageError(f"there is no attack '{name}': change --attack, or see `lockkit attack --list`")
+    return registry()[name]

@@ -1,0 +1,186 @@
+"""What every attack works on: the two models, the tasks, unlabelled text, and measures.
+
+Models are loaded from their folders for each use, so that no attack sees what another left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lockkit.attack.config import AuditConfig
+from lockkit.attack.tasks import Task, load_task
+from lockkit.errors import UsageError
+from lockkit.files import LOCK_RECORD, read_json
+from lockkit.lock.record import public_name, weights_sha256
+from lockkit.lock.run import choose_device
+from lockkit.models.families import Family, decoder_layers, family_of, is_locked
+from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
+from lockkit.text import documents, token_blocks
+from lockkit.verify.metrics import Comparison, Perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Subject = Literal["original", "locked"]
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+PROBE_TEXT = 'def probe(a, b=None):\n    """Any text will do: 0123456789, été, 日本語."""\n    return a\n'
+TEXT_BLOCK_TOKENS = 256
+MEASURED_ROWS = 4  # in one forward pass
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A model on held-out text that neither trained it nor chose its state."""
+
+    perplexity: float
+    kl_to_lock: float  # nats a token, KL(lock || model)
+    kl_to_original: float
+
+    def record(self) -> dict:
+        return dict(vars(self))
+
+
+class Bench:
+    """Everything an audit works on.
+
+    Raises:
+        UsageError: LOCKED is not a locked model, or the original does not match it.
+    """
+
+    def __init__(self, locked: str, original: str, config: AuditConfig):
+        self.config = config
+        self.folders: dict[str, Path] = {
+            "locked": resolve_model(locked, "LOCKED"),
+            "original": resolve_model(original, "--original"),
+        }
+        self.names = {"locked": public_name(locked), "original": public_name(original)}
+        self.family = _matching_family(self.folders, locked, original)
+        self.tokenizer = _matching_tokenizer(self.folders, original)
+        self.device = torch.device(choose_device(config.device))
+        self.record = self._lock_record()
+        context = getattr(load_config(self.folders["original"]), "max_position_embeddings", None) or 2**31
+        if config.block_tokens > context:
+            raise UsageError(
+                f"--block-tokens {config.block_tokens} exceed the model's context of {context}: lower them"
+            )
+        self.source = self._source()
+        self.text_block = min(TEXT_BLOCK_TOKENS, context)
+        self.unlabelled = self._text("distill", max(config.unlock_tokens, config.redistill_tokens))
+        self.evaluation = self._text("evaluate", config.evaluation_tokens)
+        self.tasks = {name: self._task(name) for name in config.tasks}
+        self.hashes = {name: weights_sha256(folder) for name, folder in self.folders.items()}
+        self._kept: dict[str, PreTrainedModel] = {}
+
+    def _lock_record(self) -> dict:
+        path = self.folders["locked"] / LOCK_RECORD
+        return read_json(path, "LOCKED") if path.is_file() else {}
+
+    def _source(self) -> str:
+        if self.config.data != "auto":
+            return self.config.data
+        source = (self.record.get("recipe") or {}).get("data")
+        if source in (None, "", "auto", "self", "stdlib"):
+            return "stdlib"
+        if "/" not in source and not Path(source).exists():  # the record keeps names, never paths
+            raise UsageError(f"the lock was distilled on '{source}', which is not here: give its path as --data")
+        return source
+
+    def _text(self, split: str, tokens: int) -> torch.Tensor:
+        return token_blocks(
+            self.tokenizer, documents(self.source, split), self.text_block, max(tokens, 2 * self.text_block)
+        )
+
+    def _task(self, name: str) -> Task:
+        distilled_on = (self.record.get("recipe") or {}).get("data")
+        task = load_task(
+            name,
+            self.tokenizer,
+            block_tokens=self.config.block_tokens,
+            train_tokens=self.config.steps * self.config.batch_rows * self.config.block_tokens,
+            held_out_tokens=self.config.held_out_tokens,
+            distilled_on=None if distilled_on in (None, "self", "auto") else self.source,
+        )
+        shared = {tuple(row) for row in task.train.ids.tolist()} & {tuple(row) for row in task.held_out.ids.tolist()}
+        if shared:
+            raise UsageError(f"{name}: {len(shared)} rows are both trained on and held out: change --task")
+        return task
+
+    def load(self, subject: Subject) -> PreTrainedModel:
+        """A fresh copy, in float32, on the device, every weight trainable."""
+        model, _ = load_model(self.folders[subject], torch.float32, str(self.device))
+        return model.requires_grad_(True)
+
+    def frozen(self, subject: Subject) -> PreTrainedModel:
+        """One copy to look at, never to change."""
+        if subject not in self._kept:
+            self._kept[subject] = self.load(subject).requires_grad_(False)
+        return self._kept[subject]
+
+    @torch.no_grad()
+    def quality(self, model: PreTrainedModel) -> Quality:
+        """Perplexity and KL divergences of `model` on held-out text of the split `evaluate`."""
+        to_lock, to_original, perplexity = Comparison(), Comparison(), Perplexity()
+        for ids in self.evaluation.split(MEASURED_ROWS):
+            ids = ids.to(self.device)
+            logits = model(ids, use_cache=False).logits
+            perplexity.add(logits, ids)
+            to_lock.add(self.frozen("locked")(ids, use_cache=False).logits[:, :-1], logits[:, :-1])
+            to_original.add(self.frozen("original")(ids, use_cache=False).logits[:, :-1], logits[:, :-1])
+        return Quality(perplexity.value, to_lock.kl_divergence, to_original.kl_divergence)
+
+    @property
+    def depth(self) -> int:
+        """Blocks in each chain of the lock."""
+        return len(decoder_layers(self.frozen("locked"))[0].mlp.blocks)
+
+    def identity(self) -> dict:
+        """What a result depends on besides an attack's settings: weights, text and task, by hash."""
+        return {
+            "locked_sha256": self.hashes["locked"],
+            "original_sha256": self.hashes["original"],
+            "unlabelled_sha256": _sha256(self.unlabelled),
+            "evaluation_sha256": _sha256(self.evaluation),
+            "unlock_tokens": self.config.unlock_tokens,
+            "redistill_tokens": self.config.redistill_tokens,
+            "device": self.device.type,
+        }
+
+
+def _sha256(rows: torch.Tensor) -> str:
+    return hashlib.sha256(rows.to(torch.int32).numpy().tobytes()).hexdigest()
+
+
+def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Family:
+    configs = {name: load_config(folder) for name, folder in folders.items()}
+    if not is_locked(configs["locked"]):
+        raise UsageError(f"{locked} is not a locked model: give LOCKED a folder that `lockkit lock` wrote")
+    if is_locked(configs["original"]):
+        raise UsageError(f"{original} is a locked model itself: give --original the model the lock was made from")
+    family = family_of(configs["locked"])
+    if family_of(configs["original"]) != family:
+        raise UsageError(
+            f"{original} is a {configs['original'].model_type}, the lock is of a {family.model_type}: change --original"
+        )
+    for size in SIZES:
+        sizes = [getattr(config, size, None) for config in configs.values()]
+        if sizes[0] != sizes[1]:
+            raise UsageError(f"{size} is {sizes[0]} in the lock and {sizes[1]} in {original}: change --original")
+    return family
+
+
+def _matching_tokenizer(folders: dict[str, Path], original: str) -> PreTrainedTokenizerBase:
+    tokenizer, other = load_tokenizer(folders["locked"], "LOCKED"), load_tokenizer(folders["original"], "--original")
+    same = tokenizer.get_vocab() == other.get_vocab() and (
+        tokenizer(PROBE_TEXT)["input_ids"] == other(PROBE_TEXT)["input_ids"]
+    )
+    if not same:
+        raise UsageError(f"the tokenizer of {original} is not the lock's: change --original")
+    return tokenizer

@@ -1,0 +1,162 @@
+"""Undoing a chain in closed form: no gradient, no backward pass, unlabelled activations only.
+
+For one chain cut into K stages (K = 1: an ordinary MLP), stage by stage:
+
+1. `t = x + gain * s`, with `s` the stream that the stages solved so far make.
+2. First layer of the stage: the chain's own rows side by side (*stacked*), or a ridge regression
+   of the true pre-activations on `t` (*linearised*).
+3. Second layer: a ridge regression of what is missing (true stream at the stage's end minus `s`)
+   on the units.
+
+Gram matrices are added up over tokens in float64; every ridge is chosen on held-out activations.
+Source: this project's first measurements of the lock (ridge regression: Hoerl and Kennard 1970).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockkit.dlr.net import DLRNet
+from lockkit.models.families import MLPWeights
+
+RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean of the Gram matrix' diagonal
+HELD_OUT_SHARE = 8  # one part in
+CHUNK = 2048  # tokens at a time
+
+
+class Ridge:
+    """Regression `y = A w (+ c)` from chunks; the ridge is the one that predicts held-out chunks best."""
+
+    def __init__(self, intercept: bool):
+        self.intercept = intercept
+        self.sums: dict[bool, list[torch.Tensor]] = {}
+
+    def add(self, a: torch.Tensor, y: torch.Tensor, held_out: bool) -> None:
+        """Add `a` [tokens, inputs] and `y` [tokens, outputs]."""
+        if self.intercept:
+            a = torch.cat([a, torch.ones_like(a[:, :1])], 1)
+        new = [(a.T @ a).double(), (a.T @ y).double(), y.double().square().sum()]
+        old = self.sums.get(held_out)
+        self.sums[held_out] = new if old is None else [o + n for o, n in zip(old, new, strict=True)]
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor | None, float, float]:
+        """Weights `[outputs, inputs]`, intercept, the ridge, and the held-out error over the targets' energy."""
+        gram, cross, _ = self.sums[False]
+        held_gram, held_cross, energy = self.sums[True]
+        values, vectors = torch.linalg.eigh(gram)
+        rotated = vectors.T @ cross
+        best: tuple[float, float, torch.Tensor] | None = None
+        for ridge in RIDGES:
+            shift = ridge * gram.diagonal().mean()
+            w = vectors @ (rotated / (values.clamp_min(0) + shift)[:, None])
+            error = (energy - 2 * (w * held_cross).sum() + (w * (held_gram @ w)).sum()) / energy
+            if best is None or error.item() < best[0]:
+                best = (error.item(), ridge, w)
+        w = best[2].float()
+        if self.intercept:
+            return w[:-1].T.contiguous(), w[-1].contiguous(), best[1], best[0]
+        return w.T.contiguous(), None, best[1], best[0]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One solved stage and how well it fits."""
+
+    weights: MLPWeights
+    ridge: float
+    error: float
+
+
+def _chunks(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
+    for index, part in enumerate(x.split(max(1, min(CHUNK, len(x) // HELD_OUT_SHARE)))):
+        yield part, index % HELD_OUT_SHARE == HELD_OUT_SHARE - 1
+
+
+def _trace(
+    chain: DLRNet, x: torch.Tensor, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """True pre-activations (up, gate) of blocks `[first, last)`, and the stream after them."""
+    stream, ups, gates = torch.zeros_like(x), [], []
+    for index, block in enumerate(chain.blocks[:last]):
+        t = torch.add(x, stream, alpha=chain.gain)
+        if index >= first:
+            ups.append(block.up_proj(t))
+            if block.gate_proj is not None:
+                gates.append(block.gate_proj(t))
+        stream = stream + block(t, chain.activation)
+    return torch.cat(ups, 1), torch.cat(gates, 1) if gates else None, stream
+
+
+def _units(weights: MLPWeights, t: torch.Tensor, activation) -> torch.Tensor:
+    up = nn.functional.linear(t, weights.up, weights.up_bias)
+    if weights.gate is None:
+        return activation(up)
+    return activation(nn.functional.linear(t, weights.gate, weights.gate_bias)) * up
+
+
+def _stacked(chain: DLRNet, first: int, last: int) -> MLPWeights:
+    blocks = chain.blocks[first:last]
+
+    def together(name: str, part: str):
+        values = [getattr(getattr(b, name), part) for b in blocks if getattr(b, name) is not None]
+        return torch.cat(values) if values and values[0] is not None else None
+
+    return MLPWeights(
+        up=together("up_proj", "weight"),
+        down=torch.cat([b.down_proj.weight for b in blocks], 1),
+        gate=together("gate_proj", "weight"),
+        up_bias=together("up_proj", "bias"),
+        gate_bias=together("gate_proj", "bias"),
+    )
+
+
+def _stream_of(stages: list[Stage], x: torch.Tensor, chain: DLRNet) -> torch.Tensor:
+    stream = torch.zeros_like(x)
+    for stage in stages:
+        units = _units(stage.weights, torch.add(x, stream, alpha=chain.gain), chain.activation)
+        stream = stream + units @ stage.weights.down.T
+    return stream
+
+
+@torch.no_grad()
+def collapse(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], linearised: bool) -> list[Stage]:
+    """Solve a chain for fewer blocks.
+
+    Args:
+        x: inputs of the chain, `[tokens, hidden]`.
+        bounds: blocks of each stage, see `rebuild.stage_bounds`.
+        linearised: regress the first layer, or stack the chain's own rows.
+    """
+    device = next(chain.parameters()).device
+    stages: list[Stage] = []
+    bias = chain.blocks[0].up_proj.bias is not None
+    for number, (first, last) in enumerate(bounds):
+        weights = _stacked(chain, first, last)
+        if linearised:
+            rows = Ridge(bias)
+            for part, held_out in _chunks(x):
+                part = part.to(device)
+                up, gate, _ = _trace(chain, part, first, last)
+                t = torch.add(part, _stream_of(stages, part, chain), alpha=chain.gain)
+                rows.add(t, up if gate is None else torch.cat([up, gate], 1), held_out)
+            both, intercept, _, _ = rows.solve()
+            width = len(weights.up)
+            weights.up = both[:width]
+            weights.gate = both[width:] if weights.gate is not None else None
+            if bias:
+                weights.up_bias = intercept[:width]
+                weights.gate_bias = intercept[width:] if weights.gate is not None else None
+        final = number == len(bounds) - 1 and chain.output_bias is not None
+        second = Ridge(final)
+        for part, held_out in _chunks(x):
+            part = part.to(device)
+            stream = _stream_of(stages, part, chain)
+            target = _trace(chain, part, first, last)[2] - stream + (chain.output_bias if final else 0)
+            second.add(_units(weights, torch.add(part, stream, alpha=chain.gain), chain.activation), target, held_out)
+        weights.down, weights.down_bias, ridge, error = second.solve()
+        stages.append(Stage(weights, ridge, error))
+    return stages

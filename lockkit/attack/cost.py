@@ -1,0 +1,265 @@
+"""What an attack costs: operations, memory, time, tokens, steps.
+
+Figures of one training step are taken once, on a step whose optimiser already has its state,
+since all steps of a run have the same shape:
+
+1. Floating-point operations, by `torch.utils.flop_counter` (matrix products, attention and
+   eigenvalue solvers; elementwise work is not counted, as is usual).
+2. Peak bytes of live tensors, by watching every tensor the step makes (weights, gradients and
+   optimiser state included). Unlike resident memory this does not depend on the allocator or
+   on what ran before, and it is what CUDA's `max_memory_allocated` counts but for kernels' scratch.
+3. Bytes that autograd saves for the backward pass, by `saved_tensors_hooks`; those of logits apart.
+
+Peak process memory (allocated and reserved on CUDA, else resident) and seconds are taken over the
+whole run, the first step left out of the seconds (warm-up).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from types import TracebackType
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+RSS_INTERVAL_SECONDS = 0.01
+# Of a dense symmetric eigenvalue problem with vectors, and a QR decomposition, times n^3
+# (Golub and Van Loan, "Matrix Computations", 8.3 and 5.2).
+EIGH_FLOPS = 9
+SVD_FLOPS = 22
+
+
+@dataclass
+class Cost:
+    """What something cost. Add two to charge both: work adds up, peaks do not."""
+
+    steps: int = 0
+    tokens: int = 0  # read, forward only or with gradient
+    flops: float = 0.0
+    seconds: float = 0.0
+    peak_tensor_bytes: int = 0  # live tensors, on the device that trains
+    saved_bytes: int = 0  # kept by autograd for one backward pass
+    saved_logits_bytes: int = 0  # the part of it whose last dimension is the vocabulary
+    peak_memory_bytes: int = 0  # CUDA: allocated; else growth of resident memory
+    peak_reserved_bytes: int = 0  # CUDA only
+
+    def __add__(self, other: Cost) -> Cost:
+        add = ("steps", "tokens", "flops", "seconds")
+        return Cost(
+            **{
+                field.name: (
+                    getattr(self, field.name) + getattr(other, field.name)
+                    if field.name in add
+                    else max(getattr(self, field.name), getattr(other, field.name))
+                )
+                for field in fields(self)
+            }
+        )
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Figures of one step."""
+
+    flops: float
+    peak_tensor_bytes: int
+    saved_bytes: int
+    saved_logits_bytes: int
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, taught the operators it leaves out that attacks spend time in."""
+    aten = torch.ops.aten
+
+    def cpu_attention(query, key, value, *_args, out_shape=None, **_kwargs) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def cpu_attention_backward(grad, query, key, value, *_args, out_shape=None, **_kwargs) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    def eigh(matrix, *_args, out_shape=None, **_kwargs) -> int:
+        return EIGH_FLOPS * matrix[-1] ** 3
+
+    def svd(matrix, *_args, out_shape=None, **_kwargs) -> int:
+        return SVD_FLOPS * matrix[-2] * matrix[-1] * min(matrix[-2:])
+
+    mapping = {aten._linalg_eigh: eigh, aten._linalg_svd: svd}
+    mapping |= {aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention}
+    mapping |= {aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors alive on one device, and their peak.
+
+    Args:
+        device: where to count.
+        existing: tensors that are alive already (parameters, optimiser state).
+    """
+
+    def __init__(self, device: torch.device, existing: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.device = device
+        self.live: dict[int, int] = {}
+        self.bytes = self.peak = 0
+        for tensor in existing:
+            self._note(tensor)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self._note(value)
+        return out
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type != self.device.type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.live:
+            return
+        self.live[key] = storage.nbytes()
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.bytes -= self.live.pop(key, 0)
+
+
+class SavedTensors:
+    """Counts the bytes autograd saves, each storage once; weights are not counted.
+
+    Memory savers that pack tensors in hooks of their own (checkpointing, offloading) keep theirs
+    out of this count, as they keep them out of the device's memory; `LiveTensors` sees everything.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], vocab_size: int | None = None):
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.vocab_size = vocab_size
+        self.seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+        self.bytes = self.logits_bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self.weights and address not in self.seen:
+            self.seen[address] = storage
+            self.bytes += storage.nbytes()
+            if self.vocab_size and tensor.shape[-1:] == (self.vocab_size,):
+                self.logits_bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedTensors:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._hooks.__exit__(*error)
+        self.seen.clear()
+
+
+def measure_step(
+    step: Callable[[], object],
+    parameters: Iterable[torch.Tensor],
+    device: torch.device,
+    vocab_size: int | None = None,
+    state: Iterable[torch.Tensor] = (),
+) -> StepCost:
+    """Run `step` three times and count: operations, live tensors, saved tensors.
+
+    Each run has one counter only, so that none sees what another keeps alive. `step` must leave
+    things as it found them in size: what matters is that all three runs do the same work.
+    """
+    parameters = list(parameters)
+    with flop_counter() as flops:
+        step()
+    live = LiveTensors(device, [*parameters, *state])
+    with live:
+        step()
+    with SavedTensors(parameters, vocab_size) as saved:
+        step()
+    return StepCost(float(flops.get_total_flops()), live.peak, saved.bytes, saved.logits_bytes)
+
+
+class ProcessMemory:
+    """Peak memory while the block runs: CUDA's own figures, else growth of resident memory."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.allocated = self.reserved = 0
+
+    def __enter__(self) -> ProcessMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            import psutil
+
+            self._process = psutil.Process()
+            self._start = self._process.memory_info().rss
+            self._ended = threading.Event()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(RSS_INTERVAL_SECONDS):
+            self._look()
+
+    def _look(self) -> None:
+        self.allocated = max(self.allocated, self._process.memory_info().rss - self._start)
+
+    def __exit__(self, _type: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        if self.device.type == "cuda":
+            self.allocated = torch.cuda.max_memory_allocated(self.device)
+            self.reserved = torch.cuda.max_memory_reserved(self.device)
+        else:
+            self._ended.set()
+            self._thread.join()
+            self._look()
+
+
+class Meter:
+    """Adds up the cost of work that is not made of equal steps, such as a closed-form solve.
+
+    with Meter(device) as meter: ...
+    meter.cost.tokens += ...
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cost = Cost()
+
+    def __enter__(self) -> Meter:
+        self._memory = ProcessMemory(self.device)
+        self._flops = flop_counter()
+        self._memory.__enter__()
+        self._flops.__enter__()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *error) -> None:
+        synchronise(self.device)
+        self.cost.seconds += time.perf_counter() - self._started
+        self._flops.__exit__(*error)
+        self._memory.__exit__(*error)
+        self.cost.flops += float(self._flops.get_total_flops())
+        self.cost.peak_memory_bytes = self._memory.allocated
+        self.cost.peak_reserved_bytes = self._memory.reserved
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU to finish, so that a clock means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

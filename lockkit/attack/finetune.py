@@ -1,0 +1,276 @@
+"""The one fine-tuning loop that every gradient attack goes through.
+
+1. An attack prepares a `Training`: a model, what of it is trained, an optimiser, a memory saver, or
+   a step of its own (zeroth order, say).
+2. `finetune` runs it for a number of steps: batches in an order fixed by the seed, warm-up and
+   schedule, gradients clipped; held-out loss at even intervals.
+3. Steps 2 to 4 are run under the counters of cost.py; the others are timed. The curve says
+   what each point cost: steps, tokens, operations, seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from lockkit.attack.cost import Cost, ProcessMemory, StepCost, measure_step, synchronise
+from lockkit.attack.savers import saver
+from lockkit.attack.tasks import IGNORED, Rows, Task
+
+EVALUATION_ROWS = 16
+COUNTED_STEPS = range(1, 4)  # the first makes the optimiser's state
+
+
+class FinetuneConfig(BaseModel):
+    """Settings of a fine-tuning run; an attack adds its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    steps: int = Field(32, ge=8, description="Optimiser steps.")
+    batch_rows: int = Field(8, ge=1, description="Rows in a step.")
+    warm_up: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="Course of the learning rate after warm-up.")
+    weight_decay: float = Field(0.0, ge=0)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    saver: str = Field("none", description="Memory saver, see savers.py.")
+    evaluations: int = Field(8, ge=1, description="Points of the held-out curve after the first.")
+    seed: int = Field(0, ge=0, description="Seed of the order of rows and of anything random in the attack.")
+
+
+@dataclass
+class Training:
+    """What an attack trains, and how."""
+
+    model: nn.Module  # called with input_ids, gives logits
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer | None
+    # A whole step in place of forward, backward and update: (ids, labels, share of the learning rate) -> loss.
+    step: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
+    # The training loss, if it is not the task's on the model's logits.
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    notes: dict = field(default_factory=dict)  # further figures for the row
+
+
+@dataclass(frozen=True)
+class Point:
+    """Held-out loss, and what it took to get there."""
+
+    step: int
+    tokens: int
+    flops: float
+    seconds: float
+    loss: float
+
+    def record(self) -> dict:
+        return dict(vars(self))
+
+
+@dataclass
+class FinetuneResult:
+    """A finished run; `diverged` says that its loss left the finite numbers."""
+
+    curve: list[Point]
+    cost: Cost
+    diverged: bool = False
+    notes: dict = field(default_factory=dict)
+
+    @property
+    def start(self) -> float:
+        return self.curve[0].loss
+
+    @property
+    def best(self) -> float:
+        return min(point.loss for point in self.curve)
+
+    def first_at(self, target: float) -> Point | None:
+        """The first point at or below `target`."""
+        return next((point for point in self.curve if point.loss <= target), None)
+
+    def mean_over_log_budget(self) -> float:
+        """Area under the loss on a logarithmic axis of steps, over that axis' length."""
+        points = [(math.log(point.step), point.loss) for point in self.curve if point.step > 0]
+        if len(points) < 2:
+            return points[0][1] if points else self.start
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
+        return area / (points[-1][0] - points[0][0])
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[batch, seq, vocab]` of a Hugging Face model or of one that gives them as they are."""
+    out = model(input_ids=ids, use_cache=False)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss over the labels that count; logits `[batch, seq, vocab]`."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: Rows, device: torch.device) -> float:
+    """Mean loss over all labels of `rows`, in nats."""
+    was_training = model.training
+    model.eval()
+    total = count = 0.0
+    for ids, labels in zip(rows.ids.split(EVALUATION_ROWS), rows.labels.split(EVALUATION_ROWS), strict=True):
+        labels = labels.to(device)
+        counted = int((labels[:, 1:] != IGNORED).sum())
+        if counted:
+            total += task_loss(logits_of(model, ids.to(device)), labels).item() * counted
+            count += counted
+    model.train(was_training)
+    return total / count
+
+
+def batches(rows: Rows, batch_rows: int, steps: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield `steps` batches of ids and labels, `[batch_rows, block]`: whole passes in random orders."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch_rows:
+            order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
+        chosen, order = order[:batch_rows], order[batch_rows:]
+        yield rows.ids[chosen], rows.labels[chosen]
+
+
+def learning_rate_share(step: int, config: FinetuneConfig) -> float:
+    """Share of the peak learning rate at `step`, counted from 0."""
+    if step < config.warm_up:
+        return (step + 1) / (config.warm_up + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - config.warm_up) / max(1, config.steps - config.warm_up)))
+
+
+def finetune(
+    training: Training,
+    task: Task,
+    config: FinetuneConfig,
+    advance: Callable[[str], None] = lambda note: None,
+) -> FinetuneResult:
+    """Fine-tune on a task; see the top of this file. The model is left as the last step made it."""
+    model, device = training.model, next(training.model.parameters()).device
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    rates = [group["lr"] for group in training.optimiser.param_groups] if training.optimiser else []
+    source = batches(task.train, config.batch_rows, config.steps, config.seed)
+    tokens_a_step = config.batch_rows * task.train.ids.shape[1]
+    steps_done = 0
+    losses: list[float] = []
+
+    def one_step() -> None:
+        nonlocal steps_done
+        ids, labels = (part.to(device) for part in next(source))
+        share = learning_rate_share(steps_done, config)
+        losses.append(_step(training, config, ids, labels, share, rates))
+        steps_done += 1
+
+    evaluate_after = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+    measured: list[tuple[int, float]] = []  # steps, loss
+
+    def evaluate() -> None:
+        with _averaged_weights(training.optimiser):
+            loss = held_out_loss(model, task.held_out, device)
+        measured.append((steps_done, loss))
+        advance(f"loss {loss:.3f}")
+
+    counted: StepCost | None = None
+    timed_steps, timed_seconds = 0, 0.0
+    evaluate()
+    model.train()
+    with ProcessMemory(device) as memory, saver(config.saver, model), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        while steps_done < config.steps and all(math.isfinite(loss) for loss in losses[-1:]):
+            if steps_done == COUNTED_STEPS.start:
+                counted = measure_step(one_step, training.parameters, device, vocab_size, _tensors_of(training))
+            else:
+                started = time.perf_counter()
+                one_step()
+                synchronise(device)
+                if steps_done > 1:  # the first step is the warm-up
+                    timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - started
+            if steps_done in evaluate_after:
+                evaluate()
+    diverged = not all(math.isfinite(loss) for loss in losses) or not all(math.isfinite(loss) for _, loss in measured)
+    counted = counted or StepCost(math.nan, 0, 0, 0)
+    seconds_a_step = timed_seconds / max(1, timed_steps)
+    curve = [
+        Point(step, step * tokens_a_step, step * counted.flops, step * seconds_a_step, loss)
+        for step, loss in measured
+        if math.isfinite(loss)
+    ]
+    return FinetuneResult(
+        curve, _run_cost(steps_done, tokens_a_step, seconds_a_step, counted, memory), diverged, dict(training.notes)
+    )
+
+
+def _run_cost(steps: int, tokens: int, seconds: float, counted: StepCost, memory: ProcessMemory) -> Cost:
+    return Cost(
+        steps=steps,
+        tokens=steps * tokens,
+        flops=steps * counted.flops,
+        seconds=steps * seconds,
+        peak_tensor_bytes=counted.peak_tensor_bytes,
+        saved_bytes=counted.saved_bytes,
+        saved_logits_bytes=counted.saved_logits_bytes,
+        peak_memory_bytes=memory.allocated,
+        peak_reserved_bytes=memory.reserved,
+    )
+
+
+def _step(
+    training: Training,
+    config: FinetuneConfig,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    share: float,
+    rates: list[float],
+) -> float:
+    """One step; the loss before it."""
+    if training.step is not None:
+        return float(training.step(ids, labels, share))
+    for group, rate in zip(training.optimiser.param_groups, rates, strict=False):
+        group["lr"] = rate * share
+    if training.loss is not None:
+        loss = training.loss(ids, labels)
+    else:
+        loss = task_loss(logits_of(training.model, ids), labels)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(training.parameters, config.max_gradient_norm)
+    training.optimiser.step()
+    training.optimiser.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _tensors_of(training: Training) -> list[torch.Tensor]:
+    """Tensors alive between steps: the whole model's, and the optimiser's state."""
+    found = [*training.model.parameters(), *training.model.buffers()]
+    states = getattr(training.optimiser, "state", {}) or {}
+    for state in states.values():
+        if isinstance(state, dict):
+            found += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return found
+
+
+@contextlib.contextmanager
+def _averaged_weights(optimiser: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Schedule-free optimisers are evaluated at an average of their iterates."""
+    switch = getattr(optimiser, "eval", None)
+    if switch is None:
+        yield
+        return
+    switch()
+    try:
+        yield
+    finally:
+        optimiser.train()

@@ -1,0 +1,122 @@
+"""Optimisers by name, for the attacks that try several.
+
+Matrices of hidden layers and everything else are told apart where an optimiser is for matrices
+only (Muon): embeddings, head, norms and biases then go to AdamW.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockkit.attack.base import CannotRun
+
+BETAS = (0.9, 0.95)
+
+
+class Together(torch.optim.Optimizer):
+    """Two optimisers that step as one; each group keeps its own learning rate."""
+
+    def __init__(self, *optimisers: torch.optim.Optimizer):
+        self.optimisers = [o for o in optimisers if o is not None]
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimiser in self.optimisers for group in optimiser.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {key: value for optimiser in self.optimisers for key, value in optimiser.state.items()}
+
+    def step(self, closure=None) -> None:
+        for optimiser in self.optimisers:
+            optimiser.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none)
+
+
+def _adamw(named, rate, decay):
+    return torch.optim.AdamW([p for _, p in named], lr=rate, betas=BETAS, weight_decay=decay)
+
+
+def _sgd(named, rate, decay):
+    return torch.optim.SGD([p for _, p in named], lr=rate, weight_decay=decay)
+
+
+def _nesterov(named, rate, decay):
+    return torch.optim.SGD([p for _, p in named], lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
+
+
+def _adafactor(named, rate, decay):
+    return torch.optim.Adafactor([p for _, p in named], lr=rate, weight_decay=decay)
+
+
+def _muon(named, rate, decay):
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+    chosen = {id(p) for p in matrices}
+    others = [(name, p) for name, p in named if id(p) not in chosen]
+    first = (
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        if matrices
+        else None
+    )
+    return Together(first, _adamw(others, rate, decay) if others else None)
+
+
+def _soap(named, rate, decay):
+    soap = _package("pytorch_optimizer", "pytorch-optimizer").SOAP
+    # A side as long as a vocabulary is left without preconditioner: the paper's limit is 10,000.
+    return soap([p for _, p in named], lr=rate, weight_decay=decay, max_precondition_dim=2048)
+
+
+def _schedule_free(named, rate, decay):
+    optimiser = _package("schedulefree", "schedulefree").AdamWScheduleFree(
+        [p for _, p in named], lr=rate, betas=BETAS, weight_decay=decay
+    )
+    optimiser.train()
+    return optimiser
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimiser, and the factor from AdamW's learning rates to those it is used with."""
+
+    make: Callable[[list[tuple[str, nn.Parameter]], float, float], torch.optim.Optimizer]
+    rate_factor: float = 1.0
+
+
+OPTIMISERS = {
+    "adamw": Choice(_adamw),
+    "sgd": Choice(_sgd, 100.0),
+    "nesterov": Choice(_nesterov, 30.0),
+    "adafactor": Choice(_adafactor, 3.0),
+    "muon": Choice(_muon),
+    "soap": Choice(_soap),
+    "schedule-free": Choice(_schedule_free),
+}
+
+
+def _package(module: str, name: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CannotRun(f"the package {name} is not installed: pip install 'lockkit[attack]'") from error
+
+
+def make_optimiser(
+    name: str, named: Iterable[tuple[str, nn.Parameter]], rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """Build the optimiser called `name` for named parameters; each tensor once, however often it is tied."""
+    seen: set[int] = set()
+    unique = []
+    for key, parameter in named:
+        if parameter.requires_grad and id(parameter) not in seen:
+            seen.add(id(parameter))
+            unique.append((key, parameter))
+    return OPTIMISERS[name].make(unique, rate, weight_decay)

@@ -1,0 +1,76 @@
+"""Ordinary models, and shorter chains, around MLPs that an unlock solved for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.models.families import Family, MLPWeights, decoder_layers, mlp_weights
+from lockkit.models.locked import base_config, locked_classes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def ordinary_model(locked: PreTrainedModel, family: Family, layers: list[MLPWeights] | None = None) -> PreTrainedModel:
+    """A model of the original architecture around `layers`; all else is the lock's. Without layers: random MLPs."""
+    import transformers
+
+    configuration = base_config(locked.config, family)
+    model = getattr(transformers, family.model_class)(configuration).to(locked.device, torch.float32)
+    rest = {key: value for key, value in locked.state_dict().items() if ".mlp." not in key}
+    model.load_state_dict(rest, strict=False)
+    model.tie_weights()
+    for layer, solved in zip(decoder_layers(model), layers or [], strict=False):
+        target = mlp_weights(layer.mlp, family)
+        for name, value in vars(solved).items():
+            if value is not None:
+                getattr(target, name).copy_(value)
+    return model.eval()
+
+
+@torch.no_grad()
+def chain_model(
+    locked: PreTrainedModel, family: Family, stages: int, layers: list[list[MLPWeights]]
+) -> PreTrainedModel:
+    """A locked model of `stages` blocks; `layers[i][k]` holds block k of layer i, in the chain's own naming."""
+    configuration = locked_classes(family)[0].from_dict(locked.config.to_dict())
+    configuration.dlr = dict(locked.config.dlr) | {
+        "depth": stages,
+        "gains": [layer.mlp.gain for layer in decoder_layers(locked)],
+    }
+    model = locked_classes(family)[1](configuration).to(locked.device, torch.float32)
+    rest = {key: value for key, value in locked.state_dict().items() if ".mlp." not in key}
+    model.load_state_dict(rest, strict=False)
+    model.tie_weights()
+    for layer, blocks in zip(decoder_layers(model), layers, strict=True):
+        for block, solved in zip(layer.mlp.blocks, blocks, strict=True):
+            block.up_proj.weight.copy_(solved.up)
+            block.down_proj.weight.copy_(solved.down)
+            if block.gate_proj is not None:
+                block.gate_proj.weight.copy_(solved.gate)
+            if block.up_proj.bias is not None:
+                block.up_proj.bias.copy_(solved.up_bias)
+            if block.gate_proj is not None and block.gate_proj.bias is not None:
+                block.gate_proj.bias.copy_(solved.gate_bias)
+        if layer.mlp.output_bias is not None:
+            layer.mlp.output_bias.copy_(blocks[-1].down_bias)
+    return model.eval()
+
+
+def stage_bounds(chain: DLRNet, stages: int) -> list[tuple[int, int]] | None:
+    """Blocks `[first, last)` of each stage, if their ranks add up to those of a chain of `stages`; else None."""
+    ranks = [block.up_proj.out_features for block in chain.blocks]
+    bounds, first = [], 0
+    for wanted in block_ranks(sum(ranks), stages):
+        last, units = first, 0
+        while last < len(ranks) and units < wanted:
+            units, last = units + ranks[last], last + 1
+        if units != wanted:
+            return None
+        bounds.append((first, last))
+        first = last
+    return bounds

@@ -1,0 +1,328 @@
+"""Fine-tuning tasks: what an attacker wants the model to learn, as rows of tokens with labels.
+
+Two are built in and need no network; both are made from the sources of Python's standard library
+in the split `finetune`, which no lock is ever distilled on (lockkit/text.py):
+
+- `docstrings`: another domain. English prose only: the docstrings of modules, classes and functions.
+- `signatures`: a format to follow. Given the line that defines a function, write its signature as
+  JSON; the loss counts the answer alone.
+
+Any other name is a path or a Hub dataset: plain text (a language-modelling task on its own
+`finetune` split), or chat-format JSON lines (`.jsonl`: {"messages": [{"role": ..., "content":
+...}]}), where the loss counts what the assistant says.
+
+Documents are held out by a hash of their name; a document whose content is also in the lock's
+distillation text is left out, and the counts and hashes are kept as proof.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lockkit.errors import UsageError
+from lockkit.text import Document, documents, token_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN = ("docstrings", "signatures")
+IGNORED = -100  # the label of a position whose prediction does not count
+HELD_OUT_PERCENT = 25
+MIN_PROSE_CHARACTERS = 80
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids and labels, both `[rows, block]`; labels are -100 where nothing is to be learned."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return self.ids.numel()
+
+    def sha256(self) -> str:
+        both = torch.stack([self.ids, self.labels]).to(torch.int32)
+        return hashlib.sha256(both.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: rows to train on, rows to measure on, and where they came from."""
+
+    name: str
+    train: Rows
+    held_out: Rows
+    documents: int
+    left_out: int  # documents whose content was distillation text too
+
+    def record(self) -> dict:
+        return {
+            "name": self.name,
+            "documents": self.documents,
+            "left_out_as_distillation_text": self.left_out,
+            "train_tokens": self.train.tokens,
+            "train_sha256": self.train.sha256(),
+            "held_out_tokens": self.held_out.tokens,
+            "held_out_labels": int((self.held_out.labels != IGNORED).sum()),
+            "held_out_sha256": self.held_out.sha256(),
+        }
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, which is given, and an answer, which is learned."""
+
+    name: str
+    turns: list[tuple[str, bool]]  # text, and whether it is learned
+
+
+def load_task(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_tokens: int,
+    train_tokens: int,
+    held_out_tokens: int,
+    distilled_on: str | None,
+) -> Task:
+    """Build a task.
+
+    Args:
+        name: one of `BUILT_IN`, a text file or folder, a chat-format `.jsonl`, or a Hub dataset.
+        distilled_on: the lock's distillation text (`stdlib`, a path), to be disjoint from; None
+            if it is not to be had.
+
+    Raises:
+        UsageError: there is no such text, too little of it, or a line of it is broken.
+    """
+    forbidden = _distillation_contents(distilled_on)
+    if name == "signatures" or name.endswith(".jsonl"):
+        examples = list(signature_examples()) if name == "signatures" else chat_examples(Path(name), tokenizer)
+        return _example_task(name, examples, tokenizer, block_tokens, train_tokens, held_out_tokens, forbidden)
+    if name == "docstrings":
+        found = list(docstring_documents())
+    else:
+        found = list(documents(name, "finetune"))
+        if not found:
+            raise UsageError(
+                f"{name} has no passage in the split `finetune` (10 % by a hash): give more text with --task"
+            )
+    kept = [document for document in found if _content(document.text) not in forbidden]
+    train, held_out = _separate(kept)
+    rows = [
+        _language_rows(token_blocks(tokenizer, iter(part), block_tokens, max(tokens, block_tokens)))
+        for part, tokens in ((train, train_tokens), (held_out, held_out_tokens))
+    ]
+    return Task(public_task_name(name), rows[0], rows[1], len(kept), len(found) - len(kept))
+
+
+def public_task_name(name: str) -> str:
+    """A name fit to publish: a built-in task, a Hub id, or a file's last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def docstring_documents() -> Iterator[Document]:
+    """Yield the prose of each module in the split `finetune`: its docstrings, one after another."""
+    for document in documents("stdlib", "finetune"):
+        try:
+            tree = ast.parse(document.text)
+        except (SyntaxError, ValueError):
+            continue
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        prose = [text for text in found if text and len(text) >= MIN_PROSE_CHARACTERS]
+        if prose:
+            yield Document(document.name, "\n\n".join(prose) + "\n")
+
+
+def signature_examples() -> Iterator[Example]:
+    """Yield one example a function of the split `finetune`: its `def` line, and its signature as JSON."""
+    for document in documents("stdlib", "finetune"):
+        try:
+            tree = ast.parse(document.text)
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                line = f"def {node.name}({ast.unparse(node.args)}):"
+                answer = json.dumps(_signature(node))
+                yield Example(document.name, [(f"# Signature as JSON\n{line}\n", False), (answer + "\n", True)])
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict:
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    defaults = dict(
+        zip([a.arg for a in plain][len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True)
+    )
+    defaults |= {
+        a.arg: value for a, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value is not None
+    }
+    return {
+        "name": node.name,
+        "arguments": [a.arg for a in [*plain, *arguments.kwonlyargs]],
+        "defaults": {name: ast.unparse(value) for name, value in defaults.items()},
+        "variadic": bool(arguments.vararg or arguments.kwarg),
+    }
+
+
+def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Read chat-format JSON lines; the assistant's turns are learned.
+
+    Turns are written by the tokenizer's chat template, or, where it has none, under a heading each.
+
+    Raises:
+        UsageError: naming the file and the number of the line that is broken.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): change --task") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): change --task") from error
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            messages = _messages(line, f"{path}, line {number}")
+            name = "text:" + hashlib.sha256(line.encode()).hexdigest()[:16]
+            try:
+                examples.append(Example(name, _turns(messages, tokenizer)))
+            except Exception as error:  # a template refuses in words of its own
+                raise UsageError(
+                    f"{path}, line {number}: the chat template refuses it ({error}): change --task"
+                ) from error
+    if not examples:
+        raise UsageError(f"{path} holds no conversation: change --task")
+    return examples
+
+
+def _messages(line: str, where: str) -> list[dict]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: not valid JSON ({error}): mend the line, or change --task") from error
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f'{where}: no "messages" with a list of turns: mend the line, or change --task')
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UsageError(f'{where}: a turn without "role" and "content": mend the line, or change --task')
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: mend the line, or change --task")
+    return messages
+
+
+def _turns(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    if not tokenizer.chat_template:
+        return [(f"### {m['role']}\n{m['content']}\n", m["role"] == "assistant") for m in messages]
+    turns, before = [], ""
+    for count in range(1, len(messages) + 1):
+        text = tokenizer.apply_chat_template(messages[:count], tokenize=False)
+        turns.append((text.removeprefix(before), messages[count - 1]["role"] == "assistant"))
+        before = text
+    return turns
+
+
+def _content(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _distillation_contents(source: str | None) -> set[str]:
+    """Hashes of every distillation document's content, so that no task document is one by another name."""
+    if source is None or source == "self":
+        return set()
+    return {_content(document.text) for document in documents(source, "distill")}
+
+
+def _is_held_out(name: str) -> bool:
+    return int(hashlib.sha256(f"held out: {name}".encode()).hexdigest()[:8], 16) % 100 < HELD_OUT_PERCENT
+
+
+def _separate(named: Iterable) -> tuple[list, list]:
+    parts: tuple[list, list] = ([], [])
+    for item in named:
+        parts[_is_held_out(item.name)].append(item)
+    return parts
+
+
+def _rows(ids: torch.Tensor, labels: torch.Tensor) -> Rows:
+    labels[:, 0] = IGNORED  # predicted from nothing
+    return Rows(ids, labels)
+
+
+def _language_rows(ids: torch.Tensor) -> Rows:
+    return _rows(ids, ids.clone())
+
+
+def _example_task(
+    name: str,
+    examples: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    block_tokens: int,
+    train_tokens: int,
+    held_out_tokens: int,
+    forbidden: set[str],
+) -> Task:
+    kept = [e for e in examples if _content("".join(text for text, _ in e.turns)) not in forbidden]
+    train, held_out = _separate(kept)
+    rows = [
+        _example_rows(part, tokenizer, block_tokens, tokens, name)
+        for part, tokens in ((train, train_tokens), (held_out, held_out_tokens))
+    ]
+    return Task(public_task_name(name), rows[0], rows[1], len(kept), len(examples) - len(kept))
+
+
+def _example_rows(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, block: int, max_tokens: int, name: str
+) -> Rows:
+    """Pack whole examples into rows; the rest of a row is padding that nothing is learned from.
+
+    Examples follow each other with an end-of-text token, as in pretraining; one longer than a row is cut.
+    """
+    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    padding = separator[0] if separator else 0
+    rows: list[tuple[list[int], list[int]]] = []
+    ids: list[int] = []
+    labels: list[int] = []
+    # Seeded by content: neighbours in a file (methods of one class) do not fill a row together.
+    for example in sorted(examples, key=lambda e: _content(e.name + "".join(text for text, _ in e.turns))):
+        new_ids, new_labels = _encode(example, tokenizer, separator)
+        new_ids, new_labels = new_ids[:block], new_labels[:block]
+        if not any(label != IGNORED for label in new_labels):
+            continue  # the prompt alone fills a row
+        if len(ids) + len(new_ids) > block:
+            rows.append((ids, labels))
+            ids, labels = [], []
+        ids, labels = ids + new_ids, labels + new_labels
+        if len(rows) * block >= max_tokens:
+            break
+    if ids and (len(rows) * block < max_tokens):
+        rows.append((ids, labels))
+    if not rows:
+        raise UsageError(f"{name} has too few examples to train on and to hold out: give more with --task")
+    filled = [(i + [padding] * (block - len(i)), label + [IGNORED] * (block - len(label))) for i, label in rows]
+    return _rows(torch.tensor([i for i, _ in filled]), torch.tensor([label for _, label in filled]))
+
+
+def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, separator: list[int]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    learned = False
+    for text, learned in example.turns:
+        new = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += new
+        labels += new if learned else [IGNORED] * len(new)
+    return ids + separator, labels + (separator if learned else [IGNORED] * len(separator))

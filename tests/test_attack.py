@@ -1,0 +1,179 @@
+"""The audit: unlocks against known answers, the loop against PyTorch, rows that resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lockkit.attack.attacks.closed_form import CollapseConfig, LinearisedStack, PartialCollapse, StackSolve
+from lockkit.attack.attacks.full_ft import FullFinetune
+from lockkit.attack.base import registry
+from lockkit.attack.bench import Bench
+from lockkit.attack.closed_form import Ridge
+from lockkit.attack.config import audit_config
+from lockkit.attack.finetune import FinetuneConfig, batches, finetune, logits_of, task_loss
+from lockkit.attack.run import original_as_chain
+from lockkit.attack.savers import SAVERS, saver
+from lockkit.attack.tasks import BUILT_IN, IGNORED, chat_examples, load_task
+from lockkit.errors import UsageError
+from lockkit.models.load import DEMO, load_tokenizer
+from lockkit.text import documents
+
+SMALL = {
+    "device": "cpu",
+    "steps": 8,
+    "batch_rows": 2,
+    "block_tokens": 32,
+    "held_out_tokens": 256,
+    "evaluation_tokens": 512,
+    "unlock_tokens": 1024,
+    "redistill_tokens": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def bench(originals, locks):
+    return Bench(str(locks("qwen3")), str(originals("qwen3")), audit_config("quick", **SMALL))
+
+
+def test_ridge_finds_the_weights_that_made_the_data():
+    torch.manual_seed(0)
+    a, w = torch.randn(400, 7), torch.randn(3, 7)
+    ridge = Ridge(intercept=True)
+    for index, part in enumerate(a.split(50)):
+        ridge.add(part, part @ w.T + 2.0, index % 4 == 3)
+    solved, intercept, chosen, error = ridge.solve()
+    torch.testing.assert_close(solved, w, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(intercept, torch.full((3,), 2.0), atol=1e-4, rtol=1e-4)
+    assert error < 1e-8
+    assert chosen == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("attack", "stages"), [(StackSolve, 1), (LinearisedStack, 1), (PartialCollapse, 5), (PartialCollapse, 1)]
+)
+def test_unlocks_recover_an_original_that_wears_the_chain(bench, attack, stages):
+    first_layer = "stacked" if attack is StackSolve else "linearised"
+    config = CollapseConfig(stages=stages, first_layer=first_layer)
+    unlocked = attack(config).unlock(original_as_chain(bench), bench)
+    assert bench.quality(unlocked.model).kl_to_original < 1e-3
+    assert unlocked.blocks == stages
+    assert unlocked.cost.tokens == 1024
+    assert unlocked.cost.flops > 0
+
+
+def test_savers_change_no_gradient(bench):
+    ids = bench.evaluation[:2, :32]
+
+    def gradients(name: str) -> list[torch.Tensor]:
+        model = bench.load("locked")
+        with saver(name, model):
+            task_loss(logits_of(model, ids), ids).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain = gradients("none")
+    for name in SAVERS:
+        tolerance = 0.05 if name == "compress" else 1e-5
+        for a, b in zip(plain, gradients(name), strict=True):
+            assert (a - b).norm() <= tolerance * a.norm() + 1e-6, name
+
+
+def test_the_loop_takes_the_steps_that_plain_pytorch_takes(bench):
+    task = bench.tasks["signatures"]
+    config = FinetuneConfig(steps=8, batch_rows=2, learning_rate=1e-3, schedule="constant", evaluations=1)
+    training = FullFinetune(config).prepare(bench.load("locked"), bench)
+    result = finetune(training, task, config)
+
+    model = bench.load("locked")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for ids, labels in batches(task.train, 2, 8, seed=0):
+        model(ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    for a, b in zip(training.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert result.cost.steps == 8
+    assert result.cost.tokens == 8 * 2 * 32
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_tasks_are_disjoint_from_distillation_and_from_themselves(name):
+    tokenizer = load_tokenizer(DEMO)
+    task = load_task(name, tokenizer, block_tokens=64, train_tokens=4096, held_out_tokens=2048, distilled_on="stdlib")
+    train, held_out = ({tuple(row) for row in part.ids.tolist()} for part in (task.train, task.held_out))
+    assert not train & held_out
+    used = {document.name for document in documents("stdlib", "distill")}
+    assert not used & {document.name for document in documents("stdlib", "finetune")}
+    assert (task.held_out.labels[:, 0] == IGNORED).all()
+
+
+def test_only_the_answer_is_learned():
+    tokenizer = load_tokenizer(DEMO)
+    task = load_task(
+        "signatures", tokenizer, block_tokens=64, train_tokens=1024, held_out_tokens=512, distilled_on=None
+    )
+    learned = tokenizer.decode(task.train.ids[0][task.train.labels[0] != IGNORED])
+    assert learned.startswith('{"name"')
+    assert "# Signature" not in learned
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not valid JSON"),
+        ('{"messages": []}', "messages"),
+        ('{"messages": [{"role": "user"}]}', "role"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "assistant"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, says):
+    file = tmp_path / "chat.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    file.write_text(json.dumps(good) + "\n" + line + "\n")
+    with pytest.raises(UsageError, match=f"line 2.*{says}"):
+        chat_examples(file, load_tokenizer(DEMO))
+
+
+def test_quick_suite_through_the_program_and_again(cli, originals, locks, tmp_path):
+    out = tmp_path / "audit"
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
+    command = ["attack", locks("qwen3"), "--original", originals("qwen3"), "--out", out, *options]
+    first = cli(*command)
+    assert first.code == 0, first.err
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    wrong = [(row["attack"], row["note"]) for row in rows if row["status"] not in ("finished", "unavailable")]
+    assert not wrong
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["schema"] == "lockkit-attack-summary/1"
+    assert {row["attack"] for row in rows} == {name for name, attack in registry().items() if attack.in_quick}
+    unlock = next(row["unlock"] for row in rows if row["attack"] == "stack-solve" and row.get("unlock"))
+    model = AutoModelForCausalLM.from_pretrained(out / unlock["folder"])
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert math.isfinite(unlock["kl_to_lock"])
+
+    file = out / "rows.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) + lines[-1][:40])  # interrupted in its last row
+    assert cli(*command).code == 0
+    again = file.read_text().splitlines(keepends=True)
+    assert again[:-1] == lines[:-1]
+    assert json.loads(again[-1])["key"] == json.loads(lines[-1])["key"]
+
+
+def test_models_that_do_not_match_are_refused(cli, originals, locks, tmp_path):
+    lock, out = locks("qwen3"), tmp_path / "out"
+    for locked, original, says in [
+        (originals("qwen3"), originals("qwen3"), "not a locked model"),
+        (lock, lock, "locked model itself"),
+        (lock, originals("llama"), "change --original"),
+        (lock, "demo", "hidden_size"),
+    ]:
+        outcome = cli("attack", locked, "--original", original, "--out", out)
+        assert outcome.code == 2
+        assert says in outcome.err
+        assert not out.exists()
