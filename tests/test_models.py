@@ -199,7 +199,7 @@ def test_folder_works_in_a_process_that_has_no_lockkit(locks):
 def test_record_names_recipe_data_and_layers_but_no_path(locks, originals):
     text = (locks("llama") / LOCK_RECORD).read_text()
     record = json.loads(text)
-    assert record["schema"] == "lockkit-lock/1"
+    assert record["schema"] == "lockkit-lock/2"
     assert record["recipe"]["depth"] == 5 and record["recipe"]["seed"] == 0
     assert len(record["layers"]) == 2 and all(layer["nmse"] >= 0 for layer in record["layers"])
     assert len(record["data"]["train_sha256"]) == 64

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from lockkit.errors import DistillationError
-from lockkit.files import write_json
+from lockkit.files import read_json, write_json
 from lockkit.lock import modulewise
 from lockkit.lock.cache import ActivationCache
 from lockkit.lock.capture import LayerwiseCapture
@@ -33,6 +33,7 @@ from lockkit.lock.end_to_end import EndToEnd
 from lockkit.lock.fidelity import FidelityMeter, mlp_replaced
 from lockkit.lock.initialise import fill_blocks
 from lockkit.lock.modulewise import LayerTask, distil_layers
+from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
 from lockkit.lock.workers import Workers
@@ -175,7 +176,7 @@ class Muon:
     def __init__(self, parameters, share: float, steps: int):
         self.parameters, self.share = list(parameters), share
         self.momenta = [torch.zeros_like(p) for p in self.parameters]
-        self.schedule = modulewise.RelativeAdam([torch.nn.Parameter(torch.zeros(1))], share, steps)._schedule
+        self.schedule = RelativeAdam([torch.nn.Parameter(torch.zeros(1))], share, steps)._schedule
 
     @torch.no_grad()
     def step(self, step: int) -> None:
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40_960)
     parser.add_argument("--end-to-end-tokens", type=int, default=12_288)
     parser.add_argument("--coupling", type=float, default=0.5)
-    parser.add_argument("--only", help="rows whose name contains this, beside the plain recipe")
+    parser.add_argument("--only", nargs="+", help="rows whose name contains one of these; others in --out are kept")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON, after every row")
     arguments = parser.parse_args()
     plain = LockConfig(
@@ -265,13 +266,14 @@ def main() -> None:
         validation_tokens=4096,
     )
     bench = Bench(plain)
-    rows = []
+    rows = read_json(arguments.out, "--out")["rows"] if arguments.only and arguments.out else []
     print(
         "| | mean NMSE | phase 1: perplexity ratio, KL | phase 2: perplexity ratio, KL | seconds |\n|---|---|---|---|---|"
     )
     for name, config, patch, more in rows_of(bench, plain):
-        if arguments.only and rows and arguments.only not in name:
+        if arguments.only and not any(part in name for part in arguments.only):
             continue
+        rows = [row for row in rows if row["name"] != name]
         try:
             with patch():
                 row = bench.lock(config, **({"data": bench.data} | more))

@@ -116,6 +116,8 @@ class _Run:
 
     def __init__(self, chain: DLRNet, x: torch.Tensor, gain: float, anchor_every: int | None):
         self.chain, self.gain, self.anchor_every = chain, gain, anchor_every
+        # Without the hooks of a module: those of PyTorch's FLOP counter refuse to run in a backward pass.
+        self.activation = getattr(chain.activation, "forward", chain.activation)
         linears = [layer for block in chain.blocks for layer in block.children()]
         self.plain = all(type(layer) is nn.Linear for layer in linears)
         if not self.plain and any(
@@ -180,7 +182,7 @@ class _PlainBlock(torch.autograd.Function):
             t = x if stream is None else torch.add(x, stream, alpha=run.gain)
             gated = [] if gate is None else [F.linear(t, gate, gate_bias)]
             before = [*gated, F.linear(t, up, up_bias)]  # pre-activations, [..., rank] each
-            update = F.linear(_activate(run.chain.activation, before), down)
+            update = F.linear(_activate(run.activation, before), down)
         ctx.run, ctx.index = run, index
         ctx.save_for_backward(gate, gate_bias, up, up_bias, down, t if run.keeps(index) else None, *before)
         return update if stream is None else stream + update
@@ -192,7 +194,7 @@ class _PlainBlock(torch.autograd.Function):
         *matrices, kept = ctx.saved_tensors[:6]
         gate, _, up, _, down = matrices
         with autocast(**run.autocast):
-            after, unit_gradients = _through_activation(run.chain.activation, ctx.saved_tensors[6:], gradient, down)
+            after, unit_gradients = _through_activation(run.activation, ctx.saved_tensors[6:], gradient, down)
             t = run.step_back(index, kept, lambda: F.linear(after, down)) if run.rebuilds else None
             found = _matrix_gradients(matrices, ctx.needs_input_grad[4:], t, after, unit_gradients, gradient)
             t_gradient = unit_gradients[-1] @ up
@@ -209,7 +211,7 @@ class _AnyBlock(torch.autograd.Function):
         block = run.chain.blocks[index]
         with autocast(**run.autocast):
             t = x if stream is None else torch.add(x, stream, alpha=run.gain)
-            units = _units(block, run.chain.activation, t)
+            units = _units(block, run.activation, t)
             update = block.down_proj(units)
         ctx.run, ctx.index = run, index
         ctx.save_for_backward(*((t, None) if run.keeps(index) else (None, units)))
@@ -224,7 +226,7 @@ class _AnyBlock(torch.autograd.Function):
         with autocast(**run.autocast):
             t = run.step_back(index, kept, lambda: block.down_proj(units)).detach().requires_grad_()
             with torch.enable_grad():
-                update = block.down_proj(_units(block, run.chain.activation, t))
+                update = block.down_proj(_units(block, run.activation, t))
                 t_gradient, *found = torch.autograd.grad(
                     update, [t, *_trained(block)], gradient.to(update.dtype), allow_unused=True
                 )

@@ -15,7 +15,7 @@ from torch import nn
 
 from lockkit.lock.cache import ActivationCache
 from lockkit.lock.workers import Workers
-from lockkit.models.stream import StreamedModel
+from lockkit.models.stream import LayeredModel
 
 TOKENS_IN_A_BATCH = 2048
 
@@ -24,12 +24,12 @@ class LayerwiseCapture:
     """Walks through a model's decoder layers over a fixed set of rows.
 
     Args:
-        stream: the teacher.
+        stream: the model.
         rows: token ids `[rows, block]`.
         cache: holds the hidden states, under names that begin with `name`.
     """
 
-    def __init__(self, stream: StreamedModel, rows: torch.Tensor, cache: ActivationCache, name: str, workers: Workers):
+    def __init__(self, stream: LayeredModel, rows: torch.Tensor, cache: ActivationCache, name: str, workers: Workers):
         self.stream = stream
         block = rows.shape[1]
         starts = range(0, len(rows), max(1, TOKENS_IN_A_BATCH // block))

@@ -1,6 +1,6 @@
 """`lockkit.json`: what a lock was made from, how, and what it measured.
 
-Schema `lockkit-lock/1`:
+Schema `lockkit-lock/2`:
 
     schema, versions, git_hash, machine     what made it
     model, model_type, original_sha256      what was locked (a name, never a local path)
@@ -35,7 +35,7 @@ from lockkit.models.families import Family
 from lockkit.models.load import load_config
 from lockkit.version import git_hash, versions
 
-SCHEMA = "lockkit-lock/1"
+SCHEMA = "lockkit-lock/2"
 
 
 def public_name(model: str) -> str:

@@ -69,7 +69,62 @@ class Checkpoint:
         return found
 
 
-class StreamedModel:
+class LayeredModel:
+    """A causal language model taken apart: what comes before its decoder layers, the layers, what comes after.
+
+    Args:
+        model: an original or a locked model, in memory as a whole or with its layers on `meta`.
+        device: where it is computed.
+    """
+
+    def __init__(self, model: nn.Module, device: str | torch.device):
+        self.model, self.device, self.config = model, torch.device(device), model.config
+        self.layers = decoder_layers(model)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @torch.no_grad()
+    def begin(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
+        """The first layer's input for token ids `[rows, block]`, and every layer's other arguments.
+
+        Returns:
+            Hidden states, `[rows, block, hidden]`, and keyword arguments by layer (masks, positions).
+        """
+        arguments: list[dict] = [{} for _ in self.layers]
+        first: list[torch.Tensor] = []
+
+        def note(index, hidden, **others):
+            arguments[index] = others
+            first.append(hidden)
+            return hidden
+
+        with self._layers_doing(note):
+            self.model.model(ids.to(self.device), use_cache=False)
+        return first[0], arguments
+
+    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, `[rows, block, vocab]`, from token ids and the last layer's output; differentiable in `hidden`."""
+        last = len(self) - 1
+
+        def stand_in(index, own, **_):
+            return hidden if index == last else own
+
+        with self._layers_doing(stand_in):
+            return self.model(ids.to(self.device), use_cache=False).logits
+
+    @contextmanager
+    def _layers_doing(self, function: Callable) -> Iterator[None]:
+        for index, layer in enumerate(self.layers):
+            layer.forward = functools.partial(function, index)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+
+class StreamedModel(LayeredModel):
     """A causal language model for inference, one decoder layer at a time.
 
     Args:
@@ -84,16 +139,11 @@ class StreamedModel:
     def __init__(
         self, folder: Path, config: PreTrainedConfig, family: Family, device: str, dtype: torch.dtype = torch.float32
     ):
-        self.folder, self.family, self.device, self.dtype = folder, family, torch.device(device), dtype
+        super().__init__(empty_model(config, family).to(dtype).eval().requires_grad_(False), device)
+        self.folder, self.family, self.dtype = folder, family, dtype
         self.checkpoint = Checkpoint(folder)
-        self.model = empty_model(config, family).to(self.dtype).eval().requires_grad_(False)
-        self.config = config
-        self.layers = decoder_layers(self.model)
         self.keep_layers = False  # whether `layer` leaves weights in memory for the next time
         self._read_everything_else()
-
-    def __len__(self) -> int:
-        return len(self.layers)
 
     def _read_everything_else(self) -> None:
         outside = [name for name in self.model.state_dict() if ".layers." not in name]
@@ -161,45 +211,6 @@ class StreamedModel:
         self.keep_layers = False
         for index in range(len(self)):
             self.drop_layer(index)
-
-    @torch.no_grad()
-    def begin(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
-        """The first layer's input for token ids `[rows, block]`, and every layer's other arguments.
-
-        Returns:
-            Hidden states, `[rows, block, hidden]`, and keyword arguments by layer (masks, positions).
-        """
-        arguments: list[dict] = [{} for _ in self.layers]
-        first: list[torch.Tensor] = []
-
-        def note(index, hidden, **others):
-            arguments[index] = others
-            first.append(hidden)
-            return hidden
-
-        with self._layers_doing(note):
-            self.model.model(ids.to(self.device), use_cache=False)
-        return first[0], arguments
-
-    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, `[rows, block, vocab]`, from token ids and the last layer's output; differentiable in `hidden`."""
-        last = len(self) - 1
-
-        def stand_in(index, own, **_):
-            return hidden if index == last else own
-
-        with self._layers_doing(stand_in):
-            return self.model(ids.to(self.device), use_cache=False).logits
-
-    @contextmanager
-    def _layers_doing(self, function: Callable) -> Iterator[None]:
-        for index, layer in enumerate(self.layers):
-            layer.forward = functools.partial(function, index)
-        try:
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward
 
 
 def return_free_memory() -> None:

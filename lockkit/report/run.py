@@ -19,7 +19,7 @@ from lockkit.report.sections import sections
 from lockkit.version import __version__, git_hash
 
 SCHEMA = "lockkit-report/1"
-REPORTED = ("lockkit-lock/1", "lockkit-verify/1", "lockkit-attack/1", "lockkit-asymmetry/1")
+REPORTED = ("lockkit-lock/2", "lockkit-verify/1", "lockkit-attack/1", "lockkit-asymmetry/1")
 
 
 @dataclass(frozen=True)

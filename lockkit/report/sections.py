@@ -1,6 +1,6 @@
 """What a report says, before it is HTML, Markdown or JSON: sections of figures, tables and curves.
 
-Results are recognised by their `schema`: `lockkit-lock/1` (lockkit.json), `lockkit-verify/1`, and
+Results are recognised by their `schema`: `lockkit-lock/2` (lockkit.json), `lockkit-verify/1`, and
 `lockkit-attack/1` (a summary; its rows are JSON lines in the file it names as `rows`, or in rows.jsonl
 beside it), and `lockkit-asymmetry/1` (tools/measure_asymmetry.py).
 

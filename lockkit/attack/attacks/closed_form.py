@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,13 +14,29 @@ from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
 from lockkit.attack.closed_form import HELD_OUT_SHARE, collapse
 from lockkit.attack.cost import Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
+from lockkit.lock.cache import ActivationCache
 from lockkit.lock.capture import LayerwiseCapture
+from lockkit.lock.workers import Workers
 from lockkit.models.families import decoder_layers
+from lockkit.models.stream import LayeredModel
+
+CACHE_BYTES = 4 * 10**9  # of activations in memory; what is more goes to files
 
 
 class CollapseConfig(BaseModel):
     stages: int = Field(1, ge=1, description="Blocks that the result has; 1 is an ordinary MLP.")
     first_layer: Literal["stacked", "linearised"] = Field("linearised", description="Where the first layer comes from.")
+
+
+def _mlp_inputs(locked, rows: torch.Tensor, bench) -> Iterator[torch.Tensor]:
+    """The inputs of each layer's MLP, `[tokens, hidden]`, layer after layer, in one forward pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        cache = ActivationCache(Path(folder), CACHE_BYTES)
+        capture = LayerwiseCapture(LayeredModel(locked, bench.device), rows, cache, "unlock", Workers())
+        inputs = cache.allocate("inputs", tuple(capture.hidden.shape))
+        for index, layer in enumerate(decoder_layers(locked)):
+            capture.advance(index, layer, inputs)
+            yield inputs.flatten(0, 1)
 
 
 class _Collapse(UnlockAttack):
@@ -32,9 +51,9 @@ class _Collapse(UnlockAttack):
             raise CannotRun(f"{len(chains[0].blocks)} blocks cannot be cut into {config.stages} stages of equal rank")
         rows = bench.unlabelled[: max(HELD_OUT_SHARE // 4, -(-bench.config.unlock_tokens // bench.text_block))]
         with Meter(bench.device) as meter, torch.no_grad():
-            capture = LayerwiseCapture(locked, rows, min(4, len(rows)))
             solved = [
-                collapse(chain, capture.next_layer(), bounds, config.first_layer == "linearised") for chain in chains
+                collapse(chain, inputs, bounds, config.first_layer == "linearised")
+                for chain, inputs in zip(chains, _mlp_inputs(locked, rows, bench), strict=True)
             ]
         meter.cost.tokens = rows.numel()
         notes = {
