@@ -19,7 +19,7 @@ from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, activation_name
 from lockkit.models.load import DEMO, TOKENIZER_FILES, load_model
 from lockkit.models.locked import locked_classes, locked_config
-from lockkit.models.save import save_locked
+from lockkit.models.save import copy_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit
 # Heads of 16 (and 16 of them turned by RoPE), as GroupQueryAttention wants them.
@@ -54,7 +54,8 @@ def save_random_lock(model_type: str, folder: Path, **overrides) -> Path:
         for name, parameter in locked.named_parameters():
             if ".mlp." in name:
                 parameter.normal_(std=0.05 if model_type == "nemotron" else 0.12)
-    save_locked(locked, family, folder, DEMO, {}, "card")
+    locked.save_pretrained(folder)
+    copy_tokenizer(DEMO, folder)
     return folder
 
 

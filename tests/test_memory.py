@@ -31,10 +31,10 @@ def beyond_the_libraries(tmp_path, layers: int) -> dict:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
 def test_four_times_the_layers_take_no_more_memory(tmp_path):
-    few, many = (beyond_the_libraries(tmp_path, layers) for layers in (3, 12))
+    few, many = (beyond_the_libraries(tmp_path, layers) for layers in (2, 8))
     sizes = [memory["peak_bytes"] - memory["idle_bytes"] for memory in (few, many)]
-    weights = sum(file.stat().st_size for file in (tmp_path / "12-layers").glob("*.safetensors"))
-    assert weights > 2 * (sizes[1] - sizes[0]) + 50e6
+    weights = sum(file.stat().st_size for file in (tmp_path / "8-layers").glob("*.safetensors"))
+    assert weights > 3 * (sizes[1] - sizes[0])  # which keeping them would have added
     assert sizes[1] < 1.15 * sizes[0]
     assert many["predicted_bytes"] == few["predicted_bytes"]
     assert 0.4 < sizes[1] / many["predicted_bytes"] < 2.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -154,5 +155,9 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process so far: allocated on the GPU if one was used, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage there counts the process that started this one, too
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

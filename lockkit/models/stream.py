@@ -225,4 +225,6 @@ def empty_model(config: PreTrainedConfig, family: Family) -> nn.Module:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        return getattr(transformers, family.model_class)(config)
+        model = getattr(transformers, family.model_class)(config)
+    model.tie_weights()
+    return model
