@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
-from lockkit.attack.finetune import FinetuneConfig, Training
+from lockkit.attack.finetune import FinetuneConfig, FinetuneResult, Training, finetune
 from lockkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
     from lockkit.attack.config import AuditConfig
     from lockkit.attack.cost import Cost
+    from lockkit.attack.tasks import Task
 
 
 class CannotRun(Exception):
@@ -79,6 +80,10 @@ class GradientAttack(Attack):
         Raises:
             CannotRun: with the reason.
         """
+
+    def run(self, model: PreTrainedModel, bench: Bench, task: Task) -> FinetuneResult:
+        """Fine-tune `model` on `task`: through the one loop, unless the attack is another loop."""
+        return finetune(self.prepare(model, bench), task, self.config)
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@
 2. `finetune` runs it for a number of steps: batches in an order fixed by the seed, warm-up and
    schedule, gradients clipped; held-out loss at even intervals.
 3. Steps 2 to 4 are run under the counters of cost.py; the others are timed. The curve says
-   what each point cost: steps, tokens, operations, seconds.
+   what each point cost: steps, tokens, operations, seconds. Where steps differ (another part of
+   the model is trained), the first three of each kind are counted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,7 +29,7 @@ from lockkit.attack.savers import saver
 from lockkit.attack.tasks import IGNORED, Rows, Task
 
 EVALUATION_ROWS = 16
-COUNTED_STEPS = range(1, 4)  # the first makes the optimiser's state
+COUNTED_STEPS = 3  # after the first, which makes the optimiser's state
 
 
 class FinetuneConfig(BaseModel):
@@ -59,6 +60,11 @@ class Training:
     step: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
     # The training loss, if it is not the task's on the model's logits.
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    # Tensors alive between steps besides the model's and the optimiser's.
+    state: Callable[[], Iterable[torch.Tensor]] = tuple
+    # Which kind of step the step of this number is; steps of a kind cost the same.
+    kind: Callable[[int], int] = lambda _step: 0
+    before: Cost = field(default_factory=Cost)  # spent on preparing, and charged
     notes: dict = field(default_factory=dict)  # further figures for the row
 
 
@@ -184,15 +190,16 @@ def finetune(
         measured.append((steps_done, loss))
         advance(f"loss {loss:.3f}")
 
-    counted: StepCost | None = None
+    counted: dict[int, StepCost] = {}
     timed_steps, timed_seconds = 0, 0.0
     evaluate()
     model.train()
     with ProcessMemory(device) as memory, saver(config.saver, model), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         while steps_done < config.steps and all(math.isfinite(loss) for loss in losses[-1:]):
-            if steps_done == COUNTED_STEPS.start:
-                counted = measure_step(one_step, training.parameters, device, vocab_size, _tensors_of(training))
+            kind = training.kind(steps_done)
+            if kind not in counted and 1 <= steps_done <= config.steps - COUNTED_STEPS:
+                counted[kind] = measure_step(one_step, training.parameters, device, vocab_size, _tensors_of(training))
             else:
                 started = time.perf_counter()
                 one_step()
@@ -202,30 +209,53 @@ def finetune(
             if steps_done in evaluate_after:
                 evaluate()
     diverged = not all(math.isfinite(loss) for loss in losses) or not all(math.isfinite(loss) for _, loss in measured)
-    counted = counted or StepCost(math.nan, 0, 0, 0)
     seconds_a_step = timed_seconds / max(1, timed_steps)
-    curve = [
-        Point(step, step * tokens_a_step, step * counted.flops, step * seconds_a_step, loss)
-        for step, loss in measured
-        if math.isfinite(loss)
-    ]
-    return FinetuneResult(
-        curve, _run_cost(steps_done, tokens_a_step, seconds_a_step, counted, memory), diverged, dict(training.notes)
-    )
+    charges = Charges(training, counted, tokens_a_step, seconds_a_step)
+    curve = [charges.point(step, loss) for step, loss in measured if math.isfinite(loss)]
+    return FinetuneResult(curve, charges.total(steps_done, memory), diverged, dict(training.notes))
 
 
-def _run_cost(steps: int, tokens: int, seconds: float, counted: StepCost, memory: ProcessMemory) -> Cost:
-    return Cost(
-        steps=steps,
-        tokens=steps * tokens,
-        flops=steps * counted.flops,
-        seconds=steps * seconds,
-        peak_tensor_bytes=counted.peak_tensor_bytes,
-        saved_bytes=counted.saved_bytes,
-        saved_logits_bytes=counted.saved_logits_bytes,
-        peak_memory_bytes=memory.allocated,
-        peak_reserved_bytes=memory.reserved,
-    )
+@dataclass(frozen=True)
+class Charges:
+    """What a run's steps cost, from the figures of one step of each kind."""
+
+    training: Training
+    counted: dict[int, StepCost]
+    tokens_a_step: int
+    seconds_a_step: float
+
+    def _flops(self, steps: int) -> float:
+        if not self.counted:
+            return math.nan
+        most = max(cost.flops for cost in self.counted.values())  # for kinds that had too few steps to count
+        kinds = (self.training.kind(step) for step in range(steps))
+        return float(sum(self.counted[kind].flops if kind in self.counted else most for kind in kinds))
+
+    def point(self, step: int, loss: float) -> Point:
+        """A point of the curve after `step` steps, with what was spent before the first."""
+        before = self.training.before
+        return Point(
+            step,
+            before.tokens + step * self.tokens_a_step,
+            before.flops + self._flops(step),
+            before.seconds + step * self.seconds_a_step,
+            loss,
+        )
+
+    def total(self, steps: int, memory: ProcessMemory) -> Cost:
+        """The whole run's cost."""
+        costs = list(self.counted.values())
+        return self.training.before + Cost(
+            steps=steps,
+            tokens=steps * self.tokens_a_step,
+            flops=self._flops(steps),
+            seconds=steps * self.seconds_a_step,
+            peak_tensor_bytes=max((cost.peak_tensor_bytes for cost in costs), default=0),
+            saved_bytes=max((cost.saved_bytes for cost in costs), default=0),
+            saved_logits_bytes=max((cost.saved_logits_bytes for cost in costs), default=0),
+            peak_memory_bytes=memory.allocated,
+            peak_reserved_bytes=memory.reserved,
+        )
 
 
 def _step(
@@ -254,7 +284,7 @@ def _step(
 
 def _tensors_of(training: Training) -> list[torch.Tensor]:
     """Tensors alive between steps: the whole model's, and the optimiser's state."""
-    found = [*training.model.parameters(), *training.model.buffers()]
+    found = [*training.model.parameters(), *training.model.buffers(), *training.state()]
     states = getattr(training.optimiser, "state", {}) or {}
     for state in states.values():
         if isinstance(state, dict):

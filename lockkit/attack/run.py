@@ -24,7 +24,7 @@ from lockkit.attack.base import Attack, CannotRun, GradientAttack, Probe, Unlock
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.cost import Cost
-from lockkit.attack.finetune import FinetuneResult, finetune
+from lockkit.attack.finetune import FinetuneResult
 from lockkit.attack.summary import summarise
 from lockkit.errors import UsageError
 from lockkit.files import new_folder, readable_disk_errors, write_json
@@ -119,9 +119,7 @@ class Audit:
 
     def _gradient(self, attack: type[GradientAttack], config, task: str, subject: str) -> dict:
         def work() -> dict:
-            training = attack(config).prepare(self.bench.load(subject), self.bench)
-            result = finetune(training, self.bench.tasks[task], config)
-            return _run_record(result)
+            return _run_record(attack(config).run(self.bench.load(subject), self.bench, self.bench.tasks[task]))
 
         return self._row(attack, config, task, subject, work)
 
@@ -154,8 +152,8 @@ class Audit:
 
     def _unlock_and_finetune(self, attack, config, settings, task: str) -> dict:
         unlocked, record = self._unlocked(attack, config)
-        training = attack_class("full-ft")(settings).prepare(unlocked.model.requires_grad_(True), self.bench)
-        result = finetune(training, self.bench.tasks[task], settings)
+        model = unlocked.model.requires_grad_(True)
+        result = attack_class("full-ft")(settings).run(model, self.bench, self.bench.tasks[task])
         return _run_record(result, unlocked.cost) | {"unlock": record}
 
     def _unlocked(self, attack, config) -> tuple[Unlocked, dict]:
