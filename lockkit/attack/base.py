@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pydantic import BaseModel
 
 from lockkit.attack.finetune import FinetuneConfig, FinetuneResult, Training, finetune
@@ -83,6 +84,7 @@ class GradientAttack(Attack):
 
     def run(self, model: PreTrainedModel, bench: Bench, task: Task) -> FinetuneResult:
         """Fine-tune `model` on `task`: through the one loop, unless the attack is another loop."""
+        torch.manual_seed(self.config.seed)  # new weights (adapters, say) are the seed's
         return finetune(self.prepare(model, bench), task, self.config)
 
     @classmethod

@@ -91,14 +91,16 @@ def _trace(
     return torch.cat(ups, 1), torch.cat(gates, 1) if gates else None, stream
 
 
-def _units(weights: MLPWeights, t: torch.Tensor, activation) -> torch.Tensor:
+def units_of(weights: MLPWeights, t: torch.Tensor, activation) -> torch.Tensor:
+    """The hidden units of an MLP, `[..., intermediate]`."""
     up = nn.functional.linear(t, weights.up, weights.up_bias)
     if weights.gate is None:
         return activation(up)
     return activation(nn.functional.linear(t, weights.gate, weights.gate_bias)) * up
 
 
-def _stacked(chain: DLRNet, first: int, last: int) -> MLPWeights:
+def stacked(chain: DLRNet, first: int, last: int) -> MLPWeights:
+    """Blocks `[first, last)` side by side as one MLP; differentiable."""
     blocks = chain.blocks[first:last]
 
     def together(name: str, part: str):
@@ -117,7 +119,7 @@ def _stacked(chain: DLRNet, first: int, last: int) -> MLPWeights:
 def _stream_of(stages: list[Stage], x: torch.Tensor, chain: DLRNet) -> torch.Tensor:
     stream = torch.zeros_like(x)
     for stage in stages:
-        units = _units(stage.weights, torch.add(x, stream, alpha=chain.gain), chain.activation)
+        units = units_of(stage.weights, torch.add(x, stream, alpha=chain.gain), chain.activation)
         stream = stream + units @ stage.weights.down.T
     return stream
 
@@ -135,7 +137,7 @@ def collapse(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], line
     stages: list[Stage] = []
     bias = chain.blocks[0].up_proj.bias is not None
     for number, (first, last) in enumerate(bounds):
-        weights = _stacked(chain, first, last)
+        weights = stacked(chain, first, last)
         if linearised:
             rows = Ridge(bias)
             for part, held_out in _chunks(x):
@@ -156,7 +158,7 @@ def collapse(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], line
             part = part.to(device)
             stream = _stream_of(stages, part, chain)
             target = _trace(chain, part, first, last)[2] - stream + (chain.output_bias if final else 0)
-            second.add(_units(weights, torch.add(part, stream, alpha=chain.gain), chain.activation), target, held_out)
+            second.add(units_of(weights, torch.add(part, stream, alpha=chain.gain), chain.activation), target, held_out)
         weights.down, weights.down_bias, ridge, error = second.solve()
         stages.append(Stage(weights, ridge, error))
     return stages

@@ -63,6 +63,11 @@ class AuditConfig(BaseModel):
     evaluation_tokens: int = Field(ge=128, description="Tokens that measure perplexity and KL of an unlocked model.")
     unlock_tokens: int = Field(ge=256, description="Unlabelled tokens for closed-form unlocks.")
     redistill_tokens: int = Field(ge=256, description="Tokens of a re-distillation, at most.")
+    redistill_budgets: list[float] = Field(
+        default=[],
+        description="Tokens of re-distillations, in multiples of what the lock took; by default `redistill_tokens` are "
+        "spent. Text is read up to 8 times.",
+    )
     learning_rates: list[float] = Field(
         min_length=1, description="Learning rates that every gradient attack tries, on the original as on the lock."
     )

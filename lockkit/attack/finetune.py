@@ -159,6 +159,11 @@ def learning_rate_share(step: int, config: FinetuneConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - config.warm_up) / max(1, config.steps - config.warm_up)))
 
 
+def evaluation_steps(config: FinetuneConfig) -> set[int]:
+    """After how many steps the held-out loss is measured, besides before the first."""
+    return {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+
+
 def finetune(
     training: Training,
     task: Task,
@@ -181,7 +186,7 @@ def finetune(
         losses.append(_step(training, config, ids, labels, share, rates))
         steps_done += 1
 
-    evaluate_after = {round(config.steps * (i + 1) / config.evaluations) for i in range(config.evaluations)}
+    evaluate_after = evaluation_steps(config)
     measured: list[tuple[int, float]] = []  # steps, loss
 
     def evaluate() -> None:
@@ -197,16 +202,16 @@ def finetune(
     with ProcessMemory(device) as memory, saver(config.saver, model), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         while steps_done < config.steps and all(math.isfinite(loss) for loss in losses[-1:]):
-            kind = training.kind(steps_done)
+            kind, before = training.kind(steps_done), steps_done
             if kind not in counted and 1 <= steps_done <= config.steps - COUNTED_STEPS:
-                counted[kind] = measure_step(one_step, training.parameters, device, vocab_size, _tensors_of(training))
+                counted[kind] = measure_step(one_step, training.parameters, device, vocab_size, tensors_of(training))
             else:
                 started = time.perf_counter()
                 one_step()
                 synchronise(device)
                 if steps_done > 1:  # the first step is the warm-up
                     timed_steps, timed_seconds = timed_steps + 1, timed_seconds + time.perf_counter() - started
-            if steps_done in evaluate_after:
+            if evaluate_after.intersection(range(before + 1, steps_done + 1)):
                 evaluate()
     diverged = not all(math.isfinite(loss) for loss in losses) or not all(math.isfinite(loss) for _, loss in measured)
     seconds_a_step = timed_seconds / max(1, timed_steps)
@@ -282,7 +287,7 @@ def _step(
     return loss.item()
 
 
-def _tensors_of(training: Training) -> list[torch.Tensor]:
+def tensors_of(training: Training) -> list[torch.Tensor]:
     """Tensors alive between steps: the whole model's, and the optimiser's state."""
     found = [*training.model.parameters(), *training.model.buffers(), *training.state()]
     states = getattr(training.optimiser, "state", {}) or {}

@@ -7,6 +7,7 @@ only (Muon): embeddings, head, norms and biases then go to AdamW.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import nn
 from lockkit.attack.base import CannotRun
 
 BETAS = (0.9, 0.95)
+# Where bitsandbytes is installed, other packages load it, and it warns of kernels that nobody asked for.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Together(torch.optim.Optimizer):
@@ -70,13 +73,13 @@ def _muon(named, rate, decay):
 
 
 def _soap(named, rate, decay):
-    soap = _package("pytorch_optimizer", "pytorch-optimizer").SOAP
+    soap = optional_package("pytorch_optimizer").SOAP
     # A side as long as a vocabulary is left without preconditioner: the paper's limit is 10,000.
     return soap([p for _, p in named], lr=rate, weight_decay=decay, max_precondition_dim=2048)
 
 
 def _schedule_free(named, rate, decay):
-    optimiser = _package("schedulefree", "schedulefree").AdamWScheduleFree(
+    optimiser = optional_package("schedulefree").AdamWScheduleFree(
         [p for _, p in named], lr=rate, betas=BETAS, weight_decay=decay
     )
     optimiser.train()
@@ -102,10 +105,16 @@ OPTIMISERS = {
 }
 
 
-def _package(module: str, name: str):
+def optional_package(module: str):
+    """A package of the extra `attack`.
+
+    Raises:
+        CannotRun: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        name = module.replace("_", "-")
         raise CannotRun(f"the package {name} is not installed: pip install 'lockkit[attack]'") from error
 
 

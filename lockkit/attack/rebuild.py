@@ -34,14 +34,22 @@ def ordinary_model(locked: PreTrainedModel, family: Family, layers: list[MLPWeig
 
 @torch.no_grad()
 def chain_model(
-    locked: PreTrainedModel, family: Family, stages: int, layers: list[list[MLPWeights]]
+    locked: PreTrainedModel,
+    family: Family,
+    stages: int,
+    layers: list[list[MLPWeights]],
+    intermediate_size: int | None = None,
 ) -> PreTrainedModel:
-    """A locked model of `stages` blocks; `layers[i][k]` holds block k of layer i, in the chain's own naming."""
+    """A locked model of `stages` blocks; `layers[i][k]` holds block k of layer i, in the chain's own naming.
+
+    `intermediate_size` is the units of a whole chain, if they are not the lock's.
+    """
     configuration = locked_classes(family)[0].from_dict(locked.config.to_dict())
     configuration.dlr = dict(locked.config.dlr) | {
         "depth": stages,
         "gains": [layer.mlp.gain for layer in decoder_layers(locked)],
     }
+    configuration.intermediate_size = intermediate_size or configuration.intermediate_size
     model = locked_classes(family)[1](configuration).to(locked.device, torch.float32)
     rest = {key: value for key, value in locked.state_dict().items() if ".mlp." not in key}
     model.load_state_dict(rest, strict=False)

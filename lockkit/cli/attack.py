@@ -37,6 +37,10 @@ def attack(
     evaluation_tokens: Annotated[int | None, typer.Option(help="Tokens that measure perplexity and KL.")] = None,
     unlock_tokens: Annotated[int | None, typer.Option(help="Unlabelled tokens for closed-form unlocks.")] = None,
     redistill_tokens: Annotated[int | None, typer.Option(help="Tokens of a re-distillation, at most.")] = None,
+    redistill_budget: Annotated[
+        list[float] | None,
+        typer.Option(help="Tokens of a re-distillation, in multiples of the lock's own; may be repeated."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds of headline rows.")] = None,
     seed: Annotated[int | None, option(AuditConfig, "seed")] = None,
     target_share: Annotated[float | None, option(AuditConfig, "target_share")] = None,
@@ -68,7 +72,9 @@ def attack(
         if value is None:
             raise UsageError(f"{what} is missing: lockkit attack LOCKED --original MODEL --out DIR")
     given = {key: value for key, value in locals().items() if key in AuditConfig.model_fields and key != "suite"}
-    config = audit_config(suite or "quick", tasks=task, learning_rates=learning_rate, **given)
+    config = audit_config(
+        suite or "quick", tasks=task, learning_rates=learning_rate, redistill_budgets=redistill_budget, **given
+    )
 
     from lockkit.attack.run import run_audit
 

@@ -226,7 +226,8 @@ class _AnyBlock(torch.autograd.Function):
         with autocast(**run.autocast):
             t = run.step_back(index, kept, lambda: block.down_proj(units)).detach().requires_grad_()
             with torch.enable_grad():
-                update = block.down_proj(_units(block, run.activation, t))
+                # A view, since the hooks of PyTorch's FLOP counter refuse a module's input to be a leaf here.
+                update = block.down_proj(_units(block, run.activation, t.view_as(t)))
                 t_gradient, *found = torch.autograd.grad(
                     update, [t, *_trained(block)], gradient.to(update.dtype), allow_unused=True
                 )

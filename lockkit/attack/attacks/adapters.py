@@ -1,14 +1,18 @@
-"""Low-rank adapters on all linear layers: LoRA, LoRA-FA."""
+"""Low-rank adapters on all linear layers: LoRA, LoRA-FA, and LoRA on a base of 4 bits (QLoRA)."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from pydantic import Field
+from torch import nn
 
 from lockkit.attack.base import CannotRun, GradientAttack
 from lockkit.attack.finetune import FinetuneConfig, Training
-from lockkit.attack.optimisers import make_optimiser
+from lockkit.attack.optimisers import make_optimiser, optional_package
+from lockkit.models.families import decoder_layers
 
 
 class LoraConfig(FinetuneConfig):
@@ -17,12 +21,11 @@ class LoraConfig(FinetuneConfig):
 
 def adapted(model, rank: int):
     """The model with adapters on all linear layers but the head, wherever they lie."""
-    try:
-        import peft
-    except ImportError as error:
-        raise CannotRun("the package peft is not installed: pip install 'lockkit[attack]'") from error
+    peft = optional_package("peft")
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
-    return peft.get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft still uses an older name of transformers'
+        return peft.get_peft_model(model, settings)
 
 
 class Lora(GradientAttack):
@@ -37,7 +40,7 @@ class Lora(GradientAttack):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        return [{"rank": rank} for rank in (16, 8, 64)]
+        return [{"rank": 16}, {"rank": 8}, {"rank": 64}, {"rank": 16, "saver": "reversal"}]
 
     def prepare(self, model, bench) -> Training:
         model = adapted(model, self.config.rank)
@@ -52,6 +55,10 @@ class LoraFA(Lora):
     family = "memory"
     in_quick = False
 
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{"rank": rank} for rank in (16, 64)]
+
     def prepare(self, model, bench) -> Training:
         model = adapted(model, self.config.rank)
         from peft.optimizers import create_lorafa_optimizer
@@ -59,3 +66,66 @@ class LoraFA(Lora):
         rank = self.config.rank
         optimiser = create_lorafa_optimizer(model, r=rank, lora_alpha=2 * rank, lr=self.config.learning_rate)
         return Training(model, [p for p in model.parameters() if p.requires_grad], optimiser)
+
+
+class QLora(Lora):
+    name = "qlora"
+    description = "Adapters on a base quantised to 4 bits (NF4, double quantisation)."
+    reference = "Dettmers et al. 2023, arXiv 2305.14314"
+    family = "memory"
+    in_quick = False
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{"rank": 16}, {"rank": 16, "saver": "reversal"}]
+
+    def prepare(self, model, bench) -> Training:
+        quantise(model)
+        training = super().prepare(model, bench)
+        training.state = lambda: _scales(training.model)
+        return training
+
+
+def quantise(model) -> None:
+    """Replace all linear layers of the decoder by 4-bit ones of bitsandbytes, in place.
+
+    Raises:
+        CannotRun: bitsandbytes is missing, or has no kernels for this device.
+    """
+    bitsandbytes = optional_package("bitsandbytes")
+    try:
+        for layer in decoder_layers(model):
+            for module in list(layer.modules()):
+                for name, linear in list(module.named_children()):
+                    if type(linear) is nn.Linear:
+                        setattr(module, name, _four_bits(linear, bitsandbytes.nn))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    except (NotImplementedError, RuntimeError) as error:
+        raise CannotRun(f"bitsandbytes has no 4-bit kernels for this device ({error}): try another --device") from error
+    model.is_loaded_in_4bit = True  # peft asks
+
+
+def _four_bits(linear: nn.Linear, library) -> nn.Module:
+    found = library.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=linear.weight.dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    found.weight = library.Params4bit(
+        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    )
+    if linear.bias is not None:
+        found.bias = linear.bias
+    # On some CPUs it packs weights anew for inference, in a form that training cannot read (and only for some shapes).
+    found.support_avx512bf16_for_cpu = False
+    return found.to(linear.weight.device)  # which quantises
+
+
+def _scales(model) -> list[torch.Tensor]:
+    """The scales of 4-bit weights, which are no parameters."""
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    nested = [state.state2 for state in states if state.nested]
+    return [tensor for state in states + nested for tensor in (state.absmax, state.code)]

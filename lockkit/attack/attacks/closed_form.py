@@ -28,7 +28,12 @@ class CollapseConfig(BaseModel):
     first_layer: Literal["stacked", "linearised"] = Field("linearised", description="Where the first layer comes from.")
 
 
-def _mlp_inputs(locked, rows: torch.Tensor, bench) -> Iterator[torch.Tensor]:
+def unlabelled_rows(bench) -> torch.Tensor:
+    """Token ids `[rows, block]` of the audit's unlabelled tokens; enough rows to hold some out."""
+    return bench.unlabelled[: max(HELD_OUT_SHARE // 4, -(-bench.config.unlock_tokens // bench.text_block))]
+
+
+def mlp_inputs(locked, rows: torch.Tensor, bench) -> Iterator[torch.Tensor]:
     """The inputs of each layer's MLP, `[tokens, hidden]`, layer after layer, in one forward pass."""
     with tempfile.TemporaryDirectory() as folder:
         cache = ActivationCache(Path(folder), CACHE_BYTES)
@@ -49,11 +54,11 @@ class _Collapse(UnlockAttack):
         bounds = stage_bounds(chains[0], config.stages)
         if bounds is None:
             raise CannotRun(f"{len(chains[0].blocks)} blocks cannot be cut into {config.stages} stages of equal rank")
-        rows = bench.unlabelled[: max(HELD_OUT_SHARE // 4, -(-bench.config.unlock_tokens // bench.text_block))]
+        rows = unlabelled_rows(bench)
         with Meter(bench.device) as meter, torch.no_grad():
             solved = [
                 collapse(chain, inputs, bounds, config.first_layer == "linearised")
-                for chain, inputs in zip(chains, _mlp_inputs(locked, rows, bench), strict=True)
+                for chain, inputs in zip(chains, mlp_inputs(locked, rows, bench), strict=True)
             ]
         meter.cost.tokens = rows.numel()
         notes = {

@@ -2,29 +2,41 @@
 
 One forward pass of the lock gives every layer's inputs and outputs; all students take a step on
 them. They start from noise (`scratch`), or from the closed-form solution (`warm`).
+
+The KL divergence to the lock is measured at points spaced evenly on a logarithmic axis of tokens. The
+learning rate falls to zero at a run's end, so that its last point is what its tokens buy; the others are
+what an attacker has who stops early. Budgets are tried as runs of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.attacks.closed_form import CollapseConfig, LinearisedStack
-from lockkit.attack.base import UnlockAttack, Unlocked
+from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
 from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import ordinary_model
 from lockkit.lock.modulewise import nmse
 from lockkit.models.families import decoder_layers
 
 BATCH_ROWS = 4
-CURVE_POINTS = 4
+FIRST_POINT = 1 / 64  # of the run's tokens
+MAX_PASSES = 8  # over the unlabelled text
+RATES = {"scratch": (1e-3, 3e-3), "warm": (1e-4, 3e-4)}
 
 
 class RedistillConfig(BaseModel):
     start: Literal["scratch", "warm"] = Field("scratch", description="From noise, or from `linearised-stack`.")
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate (Adam, cosine to zero).")
+    tokens: int | None = Field(None, ge=1, description="Tokens to spend; by default the audit's.")
+    budget: float | None = Field(
+        None, gt=0, description="Tokens to spend, in multiples of what the lock took; in place of `tokens`."
+    )
+    points: int = Field(4, ge=1, description="Points of the curve of KL against tokens.")
     seed: int = Field(0, ge=0)
 
 
@@ -37,13 +49,21 @@ class Redistill(UnlockAttack):
 
     @classmethod
     def trials(cls, audit):
-        if audit.suite == "quick":
+        if audit.suite == "quick" and not audit.redistill_budgets:
             return [RedistillConfig()]
-        rates = {"scratch": (1e-3, 3e-3), "warm": (1e-4, 3e-4)}
-        return [RedistillConfig(start=start, learning_rate=rate) for start in rates for rate in rates[start]]
+        return [
+            RedistillConfig(start=start, learning_rate=rate, budget=budget, points=8)
+            for budget in audit.redistill_budgets or [None]
+            for start in RATES
+            for rate in RATES[start]
+        ]
 
     def unlock(self, locked, bench) -> Unlocked:
         config, before = self.config, Cost()
+        batch_tokens = BATCH_ROWS * bench.text_block
+        rows = bench.unlabelled[: max(BATCH_ROWS, bench.config.redistill_tokens // bench.text_block)]
+        wanted = max(1, self._tokens(bench) // batch_tokens)
+        steps = min(wanted, max(1, MAX_PASSES * len(rows) // BATCH_ROWS))
         torch.manual_seed(config.seed)
         if config.start == "warm":
             solved = LinearisedStack(CollapseConfig()).unlock(locked, bench)
@@ -55,29 +75,54 @@ class Redistill(UnlockAttack):
         for student in students:
             student.requires_grad_(True)
         parameters = [p for student in students for p in student.parameters()]
-        rows = bench.unlabelled[: max(BATCH_ROWS, bench.config.redistill_tokens // bench.text_block)]
-        steps = max(1, bench.config.redistill_tokens // (BATCH_ROWS * bench.text_block))
         optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        generator = torch.Generator().manual_seed(config.seed)
-        curve, spent = [], before
-        for part in range(CURVE_POINTS):
-            share = steps * (part + 1) // CURVE_POINTS - steps * part // CURVE_POINTS
-            if not share:
-                continue
+        batches = _batches(len(rows), config.seed)
+        curve, spent, done = [], before, 0
+        for point in measured_after(steps, config.points):
             with Meter(bench.device) as meter:
-                for _ in range(share):
-                    chosen = torch.randint(len(rows), (BATCH_ROWS,), generator=generator)
-                    loss = _loss(locked, students, rows[chosen].to(bench.device))
+                for _ in range(point - done):
+                    loss = _loss(locked, students, rows[next(batches)].to(bench.device))
                     loss.backward()
                     optimiser.step()
                     schedule.step()
                     optimiser.zero_grad()
-            meter.cost.steps, meter.cost.tokens = share, share * BATCH_ROWS * bench.text_block
-            spent = spent + meter.cost
+            meter.cost.steps, meter.cost.tokens = point - done, (point - done) * batch_tokens
+            spent, done = spent + meter.cost, point
             kl = bench.quality(model).kl_to_lock
-            curve.append({"tokens": spent.tokens, "flops": spent.flops, "kl_to_lock": kl})
-        return Unlocked(model.requires_grad_(False), 1, spent, {"curve": curve})
+            curve.append({"tokens": spent.tokens, "flops": spent.flops, "seconds": spent.seconds, "kl_to_lock": kl})
+        notes = {
+            "curve": curve,
+            "text_tokens": rows.numel(),
+            "passes": steps * BATCH_ROWS / len(rows),
+            "cut_short": steps < wanted,  # by MAX_PASSES
+        }
+        return Unlocked(model.requires_grad_(False), 1, spent, notes)
+
+    def _tokens(self, bench) -> int:
+        if self.config.budget is None:
+            return self.config.tokens or bench.config.redistill_tokens
+        recipe = bench.record.get("recipe") or {}
+        if "tokens" not in recipe:
+            raise CannotRun("the lock's lockkit.json, which says how many tokens it took, is not there")
+        return round(self.config.budget * (recipe["tokens"] + recipe.get("end_to_end_tokens", 0)))
+
+
+def measured_after(steps: int, points: int) -> list[int]:
+    """Up to `points` numbers of steps, evenly spaced on a logarithmic axis; the last is `steps`."""
+    shares = torch.logspace(torch.tensor(FIRST_POINT).log10().item(), 0, points).tolist() if points > 1 else [1.0]
+    return sorted({max(1, round(share * steps)) for share in shares} | {steps})
+
+
+def _batches(rows: int, seed: int) -> Iterator[torch.Tensor]:
+    """Indices `[BATCH_ROWS]` without end: whole passes in random orders."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < BATCH_ROWS:
+            order = torch.cat([order, torch.randperm(rows, generator=generator)])
+        yield order[:BATCH_ROWS]
+        order = order[BATCH_ROWS:]
 
 
 def _loss(locked, students: list, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""Can the weights be had from what is published as ONNX?"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+
+from lockkit.attack.base import Probe
+
+MAX_NMSE = {"fp32": 1e-6, "int4": 1e-2}  # of logits; int4 products also round activations
+ROWS = 2
+
+
+class RecoverConfig(BaseModel):
+    precision: Literal["fp32", "int4"] = Field("fp32", description="Of the export.")
+
+
+class RecoverOnnx(Probe):
+    name = "recover-onnx"
+    description = (
+        "Export the lock, rebuild trainable PyTorch weights from the graph, compare forward and backward pass."
+    )
+    reference = "this project (lockkit/attack/recover_onnx.py)"
+    family = "export"
+    in_quick = True
+    Config = RecoverConfig
+
+    @classmethod
+    def trials(cls, audit):
+        return [RecoverConfig(precision=precision) for precision in ("fp32", "int4")]
+
+    def probe(self, bench) -> dict:
+        from lockkit.attack.recover_onnx import recover_onnx
+        from lockkit.export import ExportConfig, ExportSession, export_model
+
+        ids = bench.evaluation[:ROWS]
+        with tempfile.TemporaryDirectory() as folder:
+            export = Path(folder) / "export"
+            export_model(str(bench.folders["locked"]), export, ExportConfig(precision=self.config.precision))
+            graph = torch.from_numpy(ExportSession(export).forward(ids.numpy())[0])
+            model = recover_onnx(export)
+        out = model(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        nmse = ((out.logits.detach() - graph).square().sum() / (graph - graph.mean()).square().sum()).item()
+        trainable = all(parameter.grad is not None for parameter in model.parameters())
+        return {
+            "logits_nmse": nmse,
+            "all_weights_trainable": trainable,
+            "passed": trainable and nmse <= MAX_NMSE[self.config.precision],
+        }

@@ -1,0 +1,82 @@
+"""Unlocks by shortening: blocks merged to first order, small blocks dropped and factors truncated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+
+from lockkit.attack.attacks.closed_form import mlp_inputs, unlabelled_rows
+from lockkit.attack.base import UnlockAttack, Unlocked
+from lockkit.attack.cost import Cost, Meter
+from lockkit.attack.rebuild import chain_model, ordinary_model
+from lockkit.attack.shorten import merge, padded, prune
+from lockkit.dlr.net import DLRNet
+from lockkit.models.families import MLPWeights, decoder_layers
+
+
+class MergeConfig(BaseModel):
+    neighbours: int | None = Field(2, ge=2, description="Blocks that become one; None: all of a chain.")
+
+
+class MergeBlocks(UnlockAttack):
+    name = "merge-blocks"
+    description = "Merge neighbouring blocks to first order, without a regression; all of them: an ordinary MLP."
+    reference = "this project (lockkit/attack/shorten.py)"
+    Config = MergeConfig
+
+    @classmethod
+    def trials(cls, audit):
+        return [MergeConfig(neighbours=k) for k in (2, 4, None)]
+
+    def unlock(self, locked, bench) -> Unlocked:
+        chains = [layer.mlp for layer in decoder_layers(locked)]
+        depth = len(chains[0].blocks)
+        size = min(depth, self.config.neighbours or depth)
+        bounds = [(first, min(first + size, depth)) for first in range(0, depth, size)]
+        layers, cost = _of_each_chain(locked, bench, lambda chain, inputs: merge(chain, inputs, bounds))
+        if len(bounds) == 1:
+            model = ordinary_model(locked, bench.family, [blocks[0] for blocks in layers])
+        else:
+            model = _shorter_model(locked, bench, layers)
+        return Unlocked(model, len(bounds), cost)
+
+
+class PruneConfig(BaseModel):
+    energy: float = Field(0.99, gt=0, lt=1, description="Share that stays, of updates and of singular values.")
+
+
+class PruneSVD(UnlockAttack):
+    name = "prune-svd"
+    description = "Drop the blocks that add least and truncate the others' factors; the result is a shorter chain."
+    reference = "Veit et al. 2016, arXiv 1605.06431; Eckart and Young 1936"
+    Config = PruneConfig
+
+    @classmethod
+    def trials(cls, audit):
+        return [PruneConfig(energy=energy) for energy in (0.99, 0.9)]
+
+    def unlock(self, locked, bench) -> Unlocked:
+        energy = self.config.energy
+        pruned, cost = _of_each_chain(locked, bench, lambda chain, inputs: prune(chain, inputs, energy))
+        model = _shorter_model(locked, bench, [blocks for blocks, _ in pruned])
+        return Unlocked(model, model.config.dlr["depth"], cost, {"layers": [notes for _, notes in pruned]})
+
+
+def _of_each_chain(locked, bench, function: Callable[[DLRNet, torch.Tensor], Any]) -> tuple[list, Cost]:
+    """What `function` makes of each chain and its inputs, and the cost."""
+    chains, rows = [layer.mlp for layer in decoder_layers(locked)], unlabelled_rows(bench)
+    with Meter(bench.device) as meter, torch.no_grad():
+        found = [function(*both) for both in zip(chains, mlp_inputs(locked, rows, bench), strict=True)]
+    meter.cost.tokens = rows.numel()
+    return found, meter.cost
+
+
+def _shorter_model(locked, bench, layers: list[list[MLPWeights]]):
+    """A chain model around blocks that may differ in number and rank: zeros fill them up."""
+    count = max(2, *(len(blocks) for blocks in layers))
+    rank = max(len(block.up) for blocks in layers for block in blocks)
+    layers = [padded(blocks, count, rank) for blocks in layers]
+    return chain_model(locked, bench.family, count, layers, intermediate_size=count * rank)

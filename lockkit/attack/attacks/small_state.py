@@ -1,0 +1,163 @@
+"""All weights with less gradient and optimiser state: GaLore, LOMO and AdaLOMO, BAdam."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from lockkit.attack.base import GradientAttack
+from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_loss
+from lockkit.attack.optimisers import BETAS, optional_package
+from lockkit.models.families import decoder_layers
+
+
+class GaloreConfig(FinetuneConfig):
+    rank: int | None = Field(None, ge=1, description="Rank of projected gradients; by default a quarter of the width.")
+    update_every: int = Field(
+        32, ge=2, description="Steps between two projections; the paper's 200 are for runs of ten thousand."
+    )
+    scale: float = Field(0.25, gt=0, description="Factor of updates that were projected.")
+
+
+class Galore(GradientAttack):
+    name = "galore"
+    description = "AdamW on gradients of matrices projected to low rank: its state is that much smaller."
+    reference = "Zhao et al. 2024, arXiv 2403.03507"
+    family = "memory"
+    Config = GaloreConfig
+    learning_rate_factor = 4.0  # makes up for `scale`
+
+    def prepare(self, model, bench) -> Training:
+        config = self.config
+        inside = {id(p) for p in decoder_layers(model).parameters() if p.ndim == 2}
+        parameters = list(model.parameters())
+        projected = {
+            "params": [p for p in parameters if id(p) in inside],
+            "rank": config.rank or model.config.hidden_size // 4,
+            "update_proj_gap": config.update_every,
+            "scale": config.scale,
+            "projection_type": "std",
+        }
+        others = {"params": [p for p in parameters if id(p) not in inside], "lr": config.learning_rate * config.scale}
+        optimiser = optional_package("pytorch_optimizer").GaLore(
+            [projected, others], lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
+        )
+
+        def projections() -> list[torch.Tensor]:
+            return [state["projector"].ortho_matrix for state in optimiser.state.values() if "projector" in state]
+
+        def projects(step: int) -> int:
+            return int(step == 0 or (step + 1) % config.update_every == 0)
+
+        return Training(model, parameters, optimiser, state=projections, kind=projects)
+
+
+class LomoConfig(FinetuneConfig):
+    form: Literal["adalomo", "lomo"] = Field("adalomo", description="Adaptive, or plain gradient descent.")
+
+
+class Lomo(GradientAttack):
+    name = "lomo"
+    description = (
+        "Update each weight as soon as the backward pass has its gradient: none is kept, and hardly any state."
+    )
+    reference = "Lv et al. 2023, arXiv 2306.09782 (LOMO) and 2310.10195 (AdaLOMO)"
+    family = "memory"
+    Config = LomoConfig
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        # AdaLOMO's learning rates are relative to the size of a weight.
+        return [
+            {"form": "adalomo", "learning_rate_factor": 10.0},
+            {"form": "lomo", "learning_rate_factor": 100.0},
+            {"form": "adalomo", "learning_rate_factor": 10.0, "saver": "reversal"},
+        ]
+
+    def prepare(self, model, bench) -> Training:
+        config, library = self.config, optional_package("pytorch_optimizer")
+        if config.form == "adalomo":
+            optimiser = library.AdaLOMO(model, lr=config.learning_rate, weight_decay=config.weight_decay)
+        else:
+            optimiser = library.LOMO(model, lr=config.learning_rate, clip_grad_norm=config.max_gradient_norm)
+
+        def step(ids: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
+            loss = task_loss(logits_of(model, ids), labels)
+            if config.form == "lomo":
+                optimiser.grad_norm(loss)  # a backward pass of its own: gradients cannot be clipped once they are used
+            optimiser.fused_backward(loss, config.learning_rate * share)
+            return loss.detach()
+
+        def state() -> list[torch.Tensor]:
+            names = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+            return [tensor for name in names for tensor in getattr(optimiser, name, {}).values()]
+
+        return Training(model, list(model.parameters()), None, step=step, state=state)
+
+
+class BAdamConfig(FinetuneConfig):
+    switch_every: int | None = Field(
+        None, ge=1, description="Steps on a block of weights; by default each is visited once within the budget."
+    )
+
+
+class BAdam(GradientAttack):
+    name = "badam"
+    description = "AdamW on one block of weights at a time (a decoder layer, or all that is outside of them)."
+    reference = "Luo et al. 2024, arXiv 2404.02827"
+    family = "memory"
+    Config = BAdamConfig
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{}, {"saver": "reversal"}]
+
+    def prepare(self, model, bench) -> Training:
+        config = self.config
+        layers = [list(layer.parameters()) for layer in decoder_layers(model)]
+        inside = {id(p) for layer in layers for p in layer}
+        blocks = [[p for p in model.parameters() if id(p) not in inside], *layers]
+        every = config.switch_every or max(1, config.steps // len(blocks))
+        optimiser = BlockAdam(blocks, every, config.learning_rate, config.weight_decay)
+        return Training(model, list(model.parameters()), optimiser, kind=optimiser.block_at)
+
+
+class BlockAdam(torch.optim.Optimizer):
+    """AdamW whose weights and state are one block's, the next one's after `every` steps, in turns."""
+
+    def __init__(self, blocks: list[list[nn.Parameter]], every: int, rate: float, weight_decay: float):
+        self.blocks, self.every, self.taken = blocks, every, 0
+        self.make: Callable = lambda block: torch.optim.AdamW(block, lr=rate, betas=BETAS, weight_decay=weight_decay)
+        self._turn_to(0)
+
+    def block_at(self, step: int) -> int:
+        """The block that a step trains, counted from 0; blocks go from the input on."""
+        return step // self.every % len(self.blocks)
+
+    def _turn_to(self, index: int) -> None:
+        for number, block in enumerate(self.blocks):
+            for parameter in block:
+                parameter.requires_grad_(number == index)
+        self.current = self.make(self.blocks[index])
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.current.param_groups
+
+    @property
+    def state(self) -> dict:
+        return self.current.state
+
+    def step(self, closure=None) -> None:
+        self.current.step()
+        self.current.zero_grad()
+        self.taken += 1
+        if self.block_at(self.taken) != self.block_at(self.taken - 1):
+            self._turn_to(self.block_at(self.taken))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.current.zero_grad(set_to_none)

@@ -1,0 +1,184 @@
+"""Forward through the lock, backward through a cheap smooth surrogate of each chain (BPDA).
+
+1. An unlock turns every chain into an ordinary MLP with as many hidden units: unit j of the MLP stands for
+   unit j of the chain (`stack-solve`, or a short `redistill` from the closed-form solution).
+2. The surrogate is the chain's own rows side by side plus a fixed correction, so that it follows the chain
+   as that is trained, and its gradients are gradients of the chain's weights, unit by unit.
+3. The forward pass runs the chain and keeps its input only; the backward pass differentiates the surrogate.
+
+Source: backward pass differentiable approximation, Athalye et al. 2018, arXiv 1802.00420, section 4.1.
+An ordinary MLP (the original) is its own surrogate.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lockkit.attack.attacks.closed_form import CollapseConfig, StackSolve
+from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
+from lockkit.attack.base import CannotRun, GradientAttack
+from lockkit.attack.closed_form import stacked, units_of
+from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_loss
+from lockkit.attack.optimisers import make_optimiser
+from lockkit.dlr.net import DLRNet
+from lockkit.models.families import MLPWeights, decoder_layers, mlp_weights
+
+SAVERS = ("none", "checkpoint-layers", "offload", "compress")  # the others replace the chain's passes themselves
+PROBE_ROWS = 2
+REDISTILL_SHARE = 4  # a short re-distillation takes one part in so many of the audit's tokens
+
+
+class SurrogateConfig(FinetuneConfig):
+    surrogate: Literal["stack-solve", "redistill"] = Field("stack-solve", description="Where surrogates come from.")
+
+
+class SurrogateBackward(GradientAttack):
+    name = "surrogate-backward"
+    description = "Forward through the lock, backward through an ordinary MLP that stands for each chain."
+    reference = "Athalye et al. 2018, arXiv 1802.00420 (BPDA)"
+    family = "optimisation"
+    lock_aware = True
+    Config = SurrogateConfig
+
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{"surrogate": "stack-solve"}, {"surrogate": "redistill"}]
+
+    def prepare(self, model, bench) -> Training:
+        config = self.config
+        if config.saver not in SAVERS:
+            raise CannotRun(f"the saver {config.saver} replaces what this attack replaces: one of {', '.join(SAVERS)}")
+        mlps = [layer.mlp for layer in decoder_layers(model)]
+        named = list(model.named_parameters())
+        training = Training(
+            model,
+            [p for _, p in named],
+            make_optimiser("adamw", named, config.learning_rate, config.weight_decay),
+        )
+        surrogates = [Surrogate(mlp, bench.family) for mlp in mlps]
+        if isinstance(mlps[0], DLRNet):
+            unlocked = _unlocked(config, model, bench)
+            for surrogate, layer in zip(surrogates, decoder_layers(unlocked.model), strict=True):
+                surrogate.correct(mlp_weights(layer.mlp, bench.family))
+            training.before = unlocked.cost
+            training.state = lambda: [value for s in surrogates for value in s.corrections.values()]
+            training.notes = _fidelity(model, surrogates, bench.unlabelled[:PROBE_ROWS].to(bench.device))
+        for surrogate in surrogates:
+            surrogate.install()
+        return training
+
+
+def _unlocked(config: SurrogateConfig, model, bench):
+    if config.surrogate == "stack-solve":
+        return StackSolve(CollapseConfig(first_layer="stacked")).unlock(model, bench)
+    tokens = max(1, bench.config.redistill_tokens // REDISTILL_SHARE)
+    short = RedistillConfig(start="warm", learning_rate=3e-4, tokens=tokens, points=1, seed=config.seed)
+    return Redistill(short).unlock(model, bench)
+
+
+class Surrogate:
+    """An ordinary MLP in the place of `mlp`, in the backward pass."""
+
+    def __init__(self, mlp: nn.Module, family):
+        self.mlp, self.family = mlp, family
+        self.chain_forward = mlp.forward
+        self.activation = mlp.activation if isinstance(mlp, DLRNet) else getattr(mlp, "act_fn", None)
+        self.corrections: dict[str, torch.Tensor] = {}  # by the names of `MLPWeights`
+
+    def _own(self) -> MLPWeights:
+        if not isinstance(self.mlp, DLRNet):
+            return mlp_weights(self.mlp, self.family)
+        weights = stacked(self.mlp, 0, len(self.mlp.blocks))
+        weights.down_bias = self.mlp.output_bias
+        return weights
+
+    @torch.no_grad()
+    def correct(self, solved: MLPWeights) -> None:
+        """Make the surrogate `solved`, now."""
+        own = vars(self._own())
+        self.corrections = {
+            name: value.detach() - own[name] for name, value in vars(solved).items() if own[name] is not None
+        }
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.corrections:
+            return self.chain_forward(x)
+        own = {name: value for name, value in vars(self._own()).items() if value is not None}
+        weights = MLPWeights(**{name: value + self.corrections[name] for name, value in own.items()})
+        return F.linear(units_of(weights, x, self.activation), weights.down, weights.down_bias)
+
+    def install(self) -> None:
+        """From now on the module's backward pass is the surrogate's."""
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                return self.chain_forward(x)
+            return _BackwardThrough.apply(self, x, *self.mlp.parameters())
+
+        self.mlp.forward = forward
+
+
+class _BackwardThrough(torch.autograd.Function):
+    """The chain's output; the surrogate's gradients."""
+
+    @staticmethod
+    def forward(ctx, surrogate: Surrogate, x: torch.Tensor, *_weights: torch.Tensor) -> torch.Tensor:
+        ctx.surrogate = surrogate
+        ctx.save_for_backward(x)
+        return surrogate.chain_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        weights = list(ctx.surrogate.mlp.parameters())
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.surrogate(x.view_as(x))
+            found = torch.autograd.grad(y, [x, *weights], gradient, allow_unused=True)
+        return None, *found
+
+
+def _fidelity(model, surrogates: list[Surrogate], ids: torch.Tensor) -> dict:
+    """How far the surrogates' gradients are from the chains'; not charged, the attack does not need it.
+
+    The Jacobian's NMSE compares products with random output directions, over layers and the tokens of
+    `ids`, `[rows, block]`; the cosine is that of all weights' gradients of the language-modelling loss.
+    """
+    inputs: list[torch.Tensor] = []
+    hooks = [s.mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach())) for s in surrogates]
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        task_loss(logits_of(model, ids), ids).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact = gradient()
+    for hook in hooks:
+        hook.remove()
+    errors = []
+    for surrogate, x in zip(surrogates, inputs, strict=True):
+        direction = torch.randn_like(x)
+        leaf = x.clone().requires_grad_()
+        wanted, given = (torch.autograd.grad(f(leaf), leaf, direction)[0] for f in (surrogate.chain_forward, surrogate))
+        errors.append(((given - wanted).square().sum() / wanted.square().sum()).item())
+    before = [surrogate.mlp.__dict__.get("forward") for surrogate in surrogates]
+    for surrogate in surrogates:
+        surrogate.install()
+    approximate = gradient()
+    model.zero_grad()
+    for surrogate, forward in zip(surrogates, before, strict=True):
+        del surrogate.mlp.forward
+        if forward is not None:
+            surrogate.mlp.forward = forward
+    return {
+        "jacobian_nmse": sum(errors) / len(errors),
+        "jacobian_nmse_worst_layer": max(errors),
+        "gradient_cosine": F.cosine_similarity(exact, approximate, dim=0).item(),
+    }

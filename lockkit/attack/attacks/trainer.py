@@ -1,0 +1,140 @@
+"""The baseline once more, through Hugging Face's `Trainer`: a second, independent loop.
+
+Same rows in the same order, same optimiser, schedule and clipping; what differs is who drives them. A lock that
+resists one loop and not the other would show a mistake in ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from dataclasses import fields
+
+import torch
+
+from lockkit.attack.base import GradientAttack
+from lockkit.attack.cost import LiveTensors, ProcessMemory, SavedTensors, StepCost, flop_counter, synchronise
+from lockkit.attack.finetune import (
+    Charges,
+    FinetuneConfig,
+    FinetuneResult,
+    Training,
+    batches,
+    evaluation_steps,
+    held_out_loss,
+    learning_rate_share,
+    tensors_of,
+)
+from lockkit.attack.optimisers import make_optimiser
+from lockkit.attack.savers import saver
+from lockkit.attack.tasks import Task
+
+FLOPS_STEP, LIVE_STEP, SAVED_STEP = 1, 2, 3  # one counter each, as in cost.measure_step
+
+
+class TrainerFinetune(GradientAttack):
+    name = "trainer"
+    description = "All weights with AdamW through Hugging Face's Trainer: the baseline in another's loop."
+    reference = "transformers, Trainer"
+    family = "baseline"
+
+    def prepare(self, model, bench) -> Training:
+        named, config = list(model.named_parameters()), self.config
+        return Training(
+            model, [p for _, p in named], make_optimiser("adamw", named, config.learning_rate, config.weight_decay)
+        )
+
+    def run(self, model, bench, task) -> FinetuneResult:
+        import transformers
+
+        config, training = self.config, self.prepare(model, bench)
+        rows = [
+            {"input_ids": ids, "labels": labels}
+            for batch in batches(task.train, config.batch_rows, config.steps, config.seed)
+            for ids, labels in zip(*batch, strict=True)
+        ]
+        watch = _watch(training, task, config, bench.device)
+        with tempfile.TemporaryDirectory() as folder, saver(config.saver, model), ProcessMemory(bench.device) as memory:
+            arguments = transformers.TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=config.batch_rows,
+                max_steps=config.steps,
+                max_grad_norm=config.max_gradient_norm,
+                train_sampling_strategy="sequential",
+                use_cpu=bench.device.type == "cpu",
+                seed=config.seed,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                training.optimiser, lambda step: learning_rate_share(step, config)
+            )
+            trainer = transformers.Trainer(
+                model,
+                arguments,
+                train_dataset=rows,
+                optimizers=(training.optimiser, schedule),
+                callbacks=[watch],
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        charges = watch.charges(config.batch_rows * task.train.ids.shape[1])
+        curve = [charges.point(step, loss) for step, loss in watch.measured]
+        return FinetuneResult(curve, charges.total(watch.steps, memory), watch.diverged)
+
+
+def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch.device):
+    """A callback that counts, times and measures as the other loop does."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.steps, self.timed, self.seconds, self.diverged = 0, 0, 0.0, False
+            self.measured: list[tuple[int, float]] = []
+            self.figures: dict[str, float] = {}
+            self._measure()
+
+        def _measure(self) -> None:
+            loss = held_out_loss(training.model, task.held_out, device)
+            self.diverged = not math.isfinite(loss)
+            if not self.diverged:
+                self.measured.append((self.steps, loss))
+
+        def on_step_begin(self, args, state, control, **_):
+            makers = {
+                FLOPS_STEP: flop_counter,
+                LIVE_STEP: lambda: LiveTensors(device, tensors_of(training)),
+                SAVED_STEP: lambda: SavedTensors(training.parameters, training.model.config.vocab_size),
+            }
+            self.counter = makers.get(self.steps, contextlib.nullcontext)()
+            self.counter.__enter__()
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **_):
+            synchronise(device)
+            seconds = time.perf_counter() - self.started
+            self.counter.__exit__(None, None, None)
+            if self.steps == FLOPS_STEP:
+                self.figures["flops"] = float(self.counter.get_total_flops())
+            elif self.steps == LIVE_STEP:
+                self.figures["peak_tensor_bytes"] = self.counter.peak
+            elif self.steps == SAVED_STEP:
+                self.figures["saved_bytes"] = self.counter.bytes
+                self.figures["saved_logits_bytes"] = self.counter.logits_bytes
+            elif self.steps > 0:  # the first is the warm-up
+                self.timed, self.seconds = self.timed + 1, self.seconds + seconds
+            self.steps += 1
+            if self.steps in evaluation_steps(config):
+                self._measure()
+                control.should_training_stop = self.diverged
+
+        def charges(self, tokens_a_step: int) -> Charges:
+            counted = {0: StepCost(**self.figures)} if len(self.figures) == len(fields(StepCost)) else {}
+            return Charges(training, counted, tokens_a_step, self.seconds / max(1, self.timed))
+
+    return Watch()
