@@ -148,6 +148,7 @@ def test_quick_suite_through_the_program_and_again(cli, originals, locks, tmp_pa
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     wrong = [(row["attack"], row["note"]) for row in rows if row["status"] not in ("finished", "unavailable")]
     assert not wrong
+    assert [row["passed"] for row in rows if row["attack"] == "recover-onnx"] == [True, True]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schema"] == "lockkit-attack-summary/1"
     assert {row["attack"] for row in rows} == {name for name, attack in registry().items() if attack.in_quick}

@@ -41,6 +41,27 @@ def test_saved_bytes_are_activations_without_weights():
     assert saved.bytes == 4 * (5 * 8 + 5 * 16)
 
 
+def test_what_is_saved_inside_a_backward_pass_is_not_counted():
+    model, x = toy()
+    x.requires_grad_()
+
+    class RunAgain(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return model(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            with torch.enable_grad():
+                again = ctx.saved_tensors[0].detach().requires_grad_()
+                return torch.autograd.grad(model(again), again, gradient)
+
+    with SavedTensors(model.parameters()) as saved:
+        RunAgain.apply(x).sum().backward()
+    assert saved.bytes == 4 * 5 * 8
+
+
 def test_logits_are_counted_apart():
     model, x = toy()
     with SavedTensors(model.parameters(), vocab_size=4) as saved:

@@ -141,7 +141,8 @@ class SavedTensors:
     """Counts the bytes autograd saves, each storage once; weights are not counted.
 
     Memory savers that pack tensors in hooks of their own (checkpointing, offloading) keep theirs
-    out of this count, as they keep them out of the device's memory; `LiveTensors` sees everything.
+    out of this count, as they keep them out of the device's memory; `LiveTensors` sees everything. What is
+    saved while a backward pass runs (a part run again) is gone before it ends, and not counted either.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], vocab_size: int | None = None):
@@ -154,7 +155,8 @@ class SavedTensors:
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
-        if address not in self.weights and address not in self.seen:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward and address not in self.weights and address not in self.seen:
             self.seen[address] = storage
             self.bytes += storage.nbytes()
             if self.vocab_size and tensor.shape[-1:] == (self.vocab_size,):

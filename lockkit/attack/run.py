@@ -36,6 +36,8 @@ from lockkit.progress import NoProgress, Progress
 
 SCHEMA = "lockkit-attack/1"
 ROWS, SUMMARY = "rows.jsonl", "summary.json"
+# What PyTorch says on CUDA, on Windows and on Linux; its class of error is a plain RuntimeError on the last two.
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def run_audit(
@@ -223,7 +225,7 @@ def _guarded(work) -> dict:
     except CannotRun as reason:
         return {"status": "unavailable", "note": str(reason)}
     except Exception as error:
-        memory = isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error)
+        memory = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
         reason = " ".join(str(error).split())[:200]
         return {
             "status": "out-of-memory" if memory else "failed",

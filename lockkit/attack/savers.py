@@ -150,6 +150,7 @@ SAVERS: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager]] = {
     "compress": compress,
     "reversal": reversal,
     "reversal-anchored": functools.partial(reversal, anchor_every=6),
+    "reversal-anchored-12": functools.partial(reversal, anchor_every=12),
 }
 
 

@@ -31,7 +31,7 @@ class Reversal(FullFinetune):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        return [{"saver": "reversal"}, {"saver": "reversal-anchored"}]
+        return [{"saver": name} for name in ("reversal", "reversal-anchored", "reversal-anchored-12")]
 
 
 class Offload(FullFinetune):
