@@ -14,6 +14,7 @@ from tiny import VOCAB, save_tiny, tiny_model
 
 from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
 from lockkit.export import ExportConfig, ExportSession, check_manifest, export_model
+from lockkit.export.chains import expand_chains
 from lockkit.export.run import check_graph
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, activation_name
@@ -35,13 +36,13 @@ def sizes(model_type: str) -> dict:
     return SIZES.get(model_type, {"hidden_size": 64})
 
 
-def save_random_lock(model_type: str, folder: Path, **overrides) -> Path:
+def save_random_lock(model_type: str, folder: Path, gains: list[float] = GAINS, **overrides) -> Path:
     """A locked model of random chains, big enough for a mistake in one block to show."""
     family, original = FAMILIES[model_type], tiny_model(model_type, **overrides)
     mlp = original.model.layers[0].mlp
     dlr = {
         "depth": 5,  # ranks of 10 and 9
-        "gains": GAINS,
+        "gains": gains,
         "activation": activation_name(original.config),
         "gated": family.gated,
         "bias": getattr(mlp, family.packed_gate_up or family.up).bias is not None,
@@ -247,18 +248,32 @@ def test_precisions_on_the_demo(precision, block_size, limit, tmp_path):
 def test_chains_are_quantised(precision, bits, provider, models, tmp_path):
     config = ExportConfig(precision=precision, provider=provider)
     result = export_model(str(models("qwen3", True)), tmp_path / "out", config)
-    graph = check_graph(result.folder / "model.onnx").graph
+    nodes = expand_chains(check_graph(result.folder / "model.onnx"))
     found = {
         node.name: {entry.name: entry.i for entry in node.attribute}["bits"]
-        for node in graph.node
+        for node in nodes
         if node.op_type == "MatMulNBits"
     }
     assert sum("/mlp/blocks." in name for name in found) == 2 * 5 * 3  # layers, blocks, matrices
     assert set(found.values()) == {bits}
-    assert not [node for node in graph.node if node.op_type == "MatMul"]
+    assert not [node for node in nodes if node.op_type == "MatMul"]
     assert result.manifest.block_size == 32
     # The provider is a matter of speed here: both graphs run on the CPU.
     assert np.isfinite(ExportSession(result.folder).forward(token_ids(1, 8))[0]).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+def test_graph_is_valid_with_its_functions(precision, models, tmp_path):
+    export_model(str(models("qwen3", True)), tmp_path / "out", ExportConfig(precision=precision))
+    model = check_graph(tmp_path / "out" / "model.onnx")
+    (function,) = model.functions
+    calls = [node for node in model.graph.node if node.domain == "lockkit"]
+    assert [node.op_type for node in calls] == [function.name] * 2  # one for each layer
+    assert not [node for node in model.graph.node if "/mlp/blocks" in node.name]
+    # Every value has a type; those of contributed operators are the builder's, the rest is inferred.
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True).graph
+    typed = {value.name for value in [*inferred.value_info, *inferred.input, *inferred.output, *inferred.initializer]}
+    assert not [name for node in inferred.node for name in node.output if name and name not in typed]
 
 
 def test_folder_holds_what_consumers_look_for(models, exports):

@@ -49,7 +49,7 @@ def graph_logits(folder, tmp_path) -> np.ndarray:
     copy = tmp_path / "exact"
     shutil.copytree(folder, copy)
     graph = onnx.load(copy / "model.onnx", load_external_data=False)
-    for node in graph.graph.node:
+    for node in [*graph.graph.node, *(node for function in graph.functions for node in function.node)]:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1  # fp32

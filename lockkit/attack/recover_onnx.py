@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from lockkit.errors import UsageError
+from lockkit.export.chains import expand_chains
 from lockkit.files import read_json
 from lockkit.models.families import FAMILIES, Family, activation_name
 
@@ -93,13 +94,13 @@ class _Graph:
         if not (folder / MODEL_FILE).is_file():
             raise UsageError(f"{folder} has no {MODEL_FILE}, so it is not an export: change EXPORT")
         try:
-            graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+            model = onnx.load(folder / MODEL_FILE, load_external_data=False)
         except Exception as error:  # protobuf has errors of its own
             raise UsageError(f"{folder / MODEL_FILE} is not a readable graph: change EXPORT") from error
-        self.weights = {tensor.name: tensor for tensor in graph.initializer}
-        self.constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
-        self.nodes = {node.output[0]: node for node in graph.node}
-        self.quantised = {node.input[1]: node for node in graph.node if node.op_type == "MatMulNBits"}
+        nodes = expand_chains(model)
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.nodes = {node.output[0]: node for node in nodes}
+        self.quantised = {node.input[1]: node for node in nodes if node.op_type == "MatMulNBits"}
 
     def has(self, name: str) -> bool:
         return name in self.weights
@@ -121,13 +122,10 @@ class _Graph:
         return self.tensor(f"{name}.MatMul.weight").T.contiguous()
 
     def gain(self, layer: int) -> float:
-        """The divisor at the end of a chain; 1 without one, 0 where no block reads the stream."""
+        """The divisor at the end of a chain; 0 without one, where no block reads the stream."""
         division = self.nodes.get(f"/model/layers.{layer}/mlp/gain/Div/output_0")
-        if division is not None:
-            # The exact value is in the name, the tensor's is rounded to the graph's arithmetic.
-            return float(division.input[1].rsplit("/", 1)[1])
-        reads = f"/model/layers.{layer}/mlp/blocks.1/input/Add/output_0" in self.nodes
-        return 1.0 if reads else 0.0
+        # The exact value is in the name, the tensor's is rounded to the graph's arithmetic.
+        return float(division.input[1].rsplit("/", 1)[1]) if division is not None else 0.0
 
     def _array(self, tensor: onnx.TensorProto) -> np.ndarray:
         from onnx import numpy_helper

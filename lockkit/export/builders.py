@@ -108,7 +108,8 @@ class _LockkitBuilder:
 
         The stream is kept multiplied by the gain: with `s' = gain * s`, a block reads `x + s'` and
         adds `(gain U) a`, so that one division at the end stands for a product in every block.
-        (At gain 0 all blocks read `x`, and there is nothing to multiply.)
+        (At gain 0 all blocks read `x`, and there is nothing to multiply.) `chains.py` then makes one
+        call of all these nodes.
         """
         scale = float(chain.gain) or 1.0
         basename = f"/model/layers.{layer_id}/mlp"
@@ -127,7 +128,7 @@ class _LockkitBuilder:
                 self.make_add(f"{name}/output/Add", [stream, update], **shape)
                 update = f"{name}/output/Add/output_0"
             stream = update
-        if scale != 1.0:
+        if chain.gain:
             divisor = f"/model/constants/{self.to_str_dtype(self.io_dtype)}/{scale}"
             self.make_div(f"{basename}/gain/Div", [stream, divisor], **shape)
             stream = f"{basename}/gain/Div/output_0"

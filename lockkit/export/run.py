@@ -5,7 +5,8 @@
    locked model is, to a runtime, a model of its family with another graph), the generation
    configuration, and the tokenizer's files, byte for byte.
 3. Have the graph built (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
-4. Name the weights' file `model.onnx_data`, the one name that every consumer finds.
+4. Name the weights' file `model.onnx_data`, the one name that every consumer finds, and make each chain
+   one call of a function (`chains.py`).
 5. Check the graph: valid ONNX, all weights there, nothing of the teacher's left.
 6. Write the manifest and move the folder to OUT.
 """
@@ -84,7 +85,7 @@ def export_model(
     with new_folder(Path(out), config.overwrite) as folder:
         _write_description(network, base, source, folder)
         _builders().build_graph(network, base, family, folder, config, progress)
-        _rename_weights(folder)
+        _finish_graph(folder, getattr(network.config, "dlr", None))
         check_graph(folder / MODEL_FILE)
         manifest = write_manifest(folder, manifest)
     return ExportResult(Path(out), manifest)
@@ -128,17 +129,21 @@ def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: P
     copy_tokenizer(source, folder)
 
 
-def _rename_weights(folder: Path) -> None:
-    """Rename the builder's weight file, and point the graph's tensors to it."""
+def _finish_graph(folder: Path, dlr: dict | None) -> None:
+    """Rename the builder's weight file, and make each chain one call of a function."""
     import onnx
     from onnx.external_data_helper import uses_external_data
 
-    graph = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    for tensor in graph.graph.initializer:
+    from lockkit.export.chains import name_chains
+
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             next(entry for entry in tensor.external_data if entry.key == "location").value = WEIGHTS_FILE
     (folder / f"{MODEL_FILE}.data").rename(folder / WEIGHTS_FILE)
-    onnx.save(graph, folder / MODEL_FILE)
+    if dlr:
+        name_chains(model, dlr)
+    onnx.save(model, folder / MODEL_FILE)
 
 
 def check_graph(path: Path) -> onnx.ModelProto:

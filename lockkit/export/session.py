@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError
 from lockkit.export.manifest import check_manifest, read_manifest
-from lockkit.files import read_json
+from lockkit.files import EXPORT_MANIFEST, read_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 MODEL_FILE = "model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# Operators that do the work; the others look after shapes, which belong on the CPU.
+HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention"}
 Cache = dict[str, Any]  # name of a cache input -> onnxruntime.OrtValue, [batch, kv_heads, past, head_size]
 
 
@@ -40,11 +42,12 @@ class ExportSession:
     Args:
         folder: what `lockkit export` wrote.
         provider: "cpu" or "cuda".
-        check: compare every file with the manifest first.
+        check: compare every file with the manifest first. Without, any folder with a `model.onnx` will do.
         threads: of one operator on the CPU; None leaves it to onnxruntime.
+        kernel: the library of `lockkit.kernel.build_kernel`, to compute each chain in one call; CPU only.
 
     Attributes:
-        folder, manifest: of the export.
+        folder, manifest: of the export; no manifest in another program's folder.
         config: `config.json` as a dict, the original family's configuration.
         provider: the execution provider in use, "CPUExecutionProvider" or "CUDAExecutionProvider".
         cache_names: the cache inputs of the graph.
@@ -54,11 +57,20 @@ class ExportSession:
             provider cannot be had (there is no silent fall-back to the CPU).
     """
 
-    def __init__(self, folder: Path | str, provider: str = "cpu", check: bool = True, threads: int | None = None):
+    def __init__(
+        self,
+        folder: Path | str,
+        provider: str = "cpu",
+        check: bool = True,
+        threads: int | None = None,
+        kernel: Path | None = None,
+    ):
         self.folder = Path(folder)
-        self.manifest = check_manifest(self.folder) if check else read_manifest(self.folder)
+        has_manifest = check or (self.folder / EXPORT_MANIFEST).is_file()
+        read = check_manifest if check else read_manifest
+        self.manifest = read(self.folder) if has_manifest else None
         self.config = read_json(self.folder / "config.json", "EXPORT")
-        self._session = _load(self.folder / MODEL_FILE, provider, threads)
+        self._session = _load(self.folder / MODEL_FILE, provider, threads, kernel)
         self.provider = self._session.get_providers()[0]
         self._device = "cuda" if provider == "cuda" else "cpu"
         self._inputs = {node.name: node for node in self._session.get_inputs()}
@@ -171,7 +183,7 @@ class ExportSession:
         return cache
 
 
-def _load(path: Path, provider: str, threads: int | None) -> Any:
+def _load(path: Path, provider: str, threads: int | None, kernel: Path | None) -> Any:
     import onnxruntime
 
     if provider not in PROVIDERS:
@@ -187,7 +199,11 @@ def _load(path: Path, provider: str, threads: int | None) -> Any:
             onnxruntime.preload_dlls()  # CUDA as installed by pip beside PyTorch
     if threads:
         options.intra_op_num_threads = threads
+    # Which provider runs which node, to find those that onnxruntime gave to the CPU without a word.
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
+        if kernel and provider == "cpu":
+            options.register_custom_ops_library(str(kernel))
         # TF32 would round fp32 products to 10 bits of mantissa, which no fp32 gate could pass.
         settings = {"use_tf32": "0"} if provider == "cuda" else {}
         session = onnxruntime.InferenceSession(path, options, providers=[(wanted, settings)])
@@ -199,7 +215,16 @@ def _load(path: Path, provider: str, threads: int | None) -> Any:
         raise UsageError(
             f"onnxruntime could not start {wanted} (no usable GPU, or CUDA libraries): give --provider cpu"
         )
+    strays = sorted({op for name, op in placement(session) if name != wanted and op in HEAVY_OPERATORS})
+    if strays:
+        raise UsageError(f"onnxruntime has no {', '.join(strays)} for {wanted} and would use the CPU: export again")
     return session
+
+
+def placement(session: Any) -> list[tuple[str, str]]:
+    """Provider and operator of every node that `session` runs; functions are their bodies here."""
+    parts = session.get_provider_graph_assignment_info()
+    return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,37 @@
+"""The ratios of a benchmark as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lockkit.bench.run import BenchResult
+from lockkit.errors import UsageError
+
+
+def plot(result: BenchResult, path: Path) -> None:
+    """Draw every ratio as a bar, decode and prefill side by side, with a line at 1.
+
+    Raises:
+        UsageError: nothing to compare, matplotlib is missing, or it does not know the file's kind.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("a plot needs matplotlib: install lockkit[report], or leave out --plot") from error
+    if not result.ratios:
+        raise UsageError("there is nothing to compare: give --against, or leave out --plot")
+    labels = [f"{r.runtime}, over {r.against}\nbatch {r.batch_size}, prompt {r.prompt_length}" for r in result.ratios]
+    figure = Figure(figsize=(8, 1 + 0.6 * len(labels)), layout="constrained")
+    axes = figure.add_subplot()
+    rows = range(len(labels))
+    axes.barh([row + 0.2 for row in rows], [r.decode for r in result.ratios], 0.4, label="decode")
+    axes.barh([row - 0.2 for row in rows], [r.prefill for r in result.ratios], 0.4, label="prefill")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(list(rows), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"speed of {result.models[0].model} over the other's (above 1: faster)")
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"cannot write {path} ({str(error).splitlines()[0]}): change --plot") from error

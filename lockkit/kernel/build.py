@@ -1,0 +1,68 @@
+"""Compiling the kernel, once for each version of its source and each kind of processor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from lockkit.errors import UsageError
+
+SOURCE = Path(__file__).with_name("dlr_chain.cpp")
+HEADER = Path(__file__).with_name("onnxruntime_abi.h")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def find_kernel() -> Path | None:
+    """The library that `build_kernel` made for this machine, or None."""
+    path = _library()
+    return path if path.is_file() else None
+
+
+def build_kernel() -> Path:
+    """Compile the kernel unless that has been done, and return the library's path.
+
+    It goes to `$XDG_CACHE_HOME/lockkit` (by default `~/.cache/lockkit`).
+
+    Raises:
+        UsageError: there is no compiler, or it cannot compile the kernel.
+    """
+    path = _library()
+    if path.is_file():
+        return path
+    wanted = os.environ.get("CXX")
+    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or os.name != "posix":
+        raise UsageError(
+            f"the kernel needs a C++ compiler ({wanted or ', '.join(COMPILERS)}) on Linux or macOS: install one, "
+            "set CXX, or do without --kernel"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        done = subprocess.run([compiler, *FLAGS, SOURCE, "-o", made], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+            raise UsageError(f"{compiler} cannot compile the kernel ({reason}): set CXX, or do without --kernel")
+        made.replace(path)  # at once, so that no process loads half a library
+    return path
+
+
+def _library() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # A home may be shared by machines of different processors.
+    key = hashlib.sha256("\0".join([*FLAGS, platform.machine(), _processor()]).encode())
+    key.update(SOURCE.read_bytes() + HEADER.read_bytes())
+    return Path(cache) / "lockkit" / f"dlr_chain-{key.hexdigest()[:16]}.so"
+
+
+def _processor() -> str:
+    """What the processor can do, as far as the system tells."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

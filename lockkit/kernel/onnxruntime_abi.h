@@ -1,0 +1,91 @@
+// The part of onnxruntime's C interface that the kernel calls, declared by position.
+//
+// onnxruntime hands a library one table of function pointers, to which each release only appends, so
+// a position means the same function in every release from FIRST_RELEASE on. With these few
+// declarations the kernel compiles wherever there is a C++ compiler: no package carries the headers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace ort {
+
+constexpr uint32_t FIRST_RELEASE = 17;  // 1.17, the first with KernelContext_ParallelFor
+
+struct Status;
+struct Value;
+struct Shape;
+struct Context;
+struct Info;
+struct Domain;
+struct Options;
+
+enum Type : int { FLOAT = 1, FLOAT16 = 10 };
+enum Arity : int { REQUIRED = 0, VARIADIC = 2 };
+
+struct Api {
+  void* functions[275];
+
+  template <class R = Status*, class... A>
+  R call(int position, A... arguments) const {
+    return reinterpret_cast<R (*)(A...)>(functions[position])(arguments...);
+  }
+  Status* error(const char* message) const { return call(0, 1, message); }  // 1: ORT_FAIL
+  void release(Status* status) const { call<void>(93, status); }
+  Status* create_domain(const char* name, Domain** out) const { return call(26, name, out); }
+  Status* add_op(Domain* domain, const void* op) const { return call(27, domain, op); }
+  Status* add_domain(Options* options, Domain* domain) const { return call(28, options, domain); }
+  Status* data(const Value* value, void** out) const { return call(51, const_cast<Value*>(value), out); }
+  Status* rank(const Shape* shape, size_t* out) const { return call(61, shape, out); }
+  Status* dimensions(const Shape* shape, int64_t* out, size_t size) const { return call(62, shape, out, size); }
+  Status* shape(const Value* value, Shape** out) const { return call(65, value, out); }
+  void release(Shape* shape) const { call<void>(99, shape); }
+  Status* attribute(const Info* info, const char* name, int64_t* out) const { return call(86, info, name, out); }
+  Status* attribute(const Info* info, const char* name, char* out, size_t* size) const {
+    return call(87, info, name, out, size);
+  }
+  Status* input(const Context* context, size_t index, const Value** out) const { return call(90, context, index, out); }
+  Status* output(Context* context, size_t index, const int64_t* dims, size_t rank, Value** out) const {
+    return call(91, context, index, dims, rank, out);
+  }
+  Status* input_count(const Info* info, size_t* out) const { return call(230, info, out); }
+  Status* constant(const Info* info, size_t index, int* is_constant, const Value** out) const {
+    return call(249, info, index, is_constant, out);
+  }
+  Status* parallel_for(const Context* context, void (*body)(void*, size_t), size_t total, void* data) const {
+    return call(274, context, body, total, size_t{0}, data);
+  }
+};
+
+struct ApiBase {
+  const Api* (*get_api)(uint32_t release);
+  const char* (*version)();
+};
+
+// One custom operator; onnxruntime looks at members by position, and at no more than `release` had.
+struct Op {
+  uint32_t release;
+  void* (*create)(const Op*, const Api*, const Info*);
+  const char* (*name)(const Op*);
+  const char* (*provider)(const Op*);
+  int (*input_type)(const Op*, size_t);
+  size_t (*input_count)(const Op*);
+  int (*output_type)(const Op*, size_t);
+  size_t (*output_count)(const Op*);
+  void (*compute)(void*, Context*);
+  void (*destroy)(void*);
+  int (*input_arity)(const Op*, size_t);
+  int (*output_arity)(const Op*, size_t);
+  int (*input_memory)(const Op*, size_t);
+  int (*variadic_minimum)(const Op*);
+  int (*variadic_same_type)(const Op*);
+  int (*variadic_output_minimum)(const Op*);
+  int (*variadic_output_same_type)(const Op*);
+  Status* (*create_checked)(const Op*, const Api*, const Info*, void**);
+  Status* (*compute_checked)(void*, Context*);
+  void* infer_shape;
+  int (*first_version)(const Op*);
+  int (*last_version)(const Op*);
+  void* unused[4];  // buffers shared between inputs and outputs: none
+};
+
+}  // namespace ort

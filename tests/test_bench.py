@@ -1,0 +1,72 @@
+"""`lockkit bench` on tiny models: what it measures, and what it refuses. No speed decides here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from test_export import exports, models  # noqa: F401 (fixtures)
+
+from lockkit.bench import BenchConfig, BenchResult, Runtime, bench
+from lockkit.errors import UsageError
+
+QUICK = ["--prompt-length", "20", "--new-tokens", "6", "--rounds", "2", "--threads", "1"]
+
+
+def test_models_side_by_side(models, exports, cli, tmp_path):  # noqa: F811
+    foreign = tmp_path / "foreign"  # another program's export has no manifest and no genai_config.json
+    shutil.copytree(exports("llama", False), foreign)
+    for name in ("lockkit_manifest.json", "genai_config.json"):
+        (foreign / name).unlink()
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
+    outcome = cli(
+        *("bench", exports("llama", True), "--against", exports("llama", False), "--against", foreign),
+        *("--against", models("llama", False), "--batch-size", "1", "--batch-size", "3"),
+        *(*QUICK, "--json", out, "--plot", picture),
+    )
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("speed of EXPORT over the other's")  # ratios first
+    assert picture.read_text().startswith("<?xml")
+    raw = json.loads(out.read_text())
+    assert raw["schema"] == "lockkit-bench/1" and next(iter(raw)) in ("schema", "ratios")
+    result = BenchResult.model_validate(raw)
+    assert len(result.models) == 6  # two exports in two runtimes, one in onnxruntime alone, one model in PyTorch
+    assert len(result.measurements) == 6 * 2
+    assert {(r.runtime, r.against) for r in result.ratios} == {
+        ("onnxruntime", "llama"),
+        ("onnxruntime-genai", "llama"),
+        ("onnxruntime", "foreign"),
+        ("onnxruntime", "llama (pytorch)"),
+        ("onnxruntime-genai", "llama (pytorch)"),
+    }
+    for found in result.measurements:
+        assert found.step_seconds["p50"] <= found.step_seconds["p95"] <= found.step_seconds["p99"]
+        assert found.decode_tokens_per_second == pytest.approx(found.batch_size / found.step_seconds["p50"], rel=0.3)
+    peaks = {(found.model, found.runtime): found.peak_memory_bytes for found in result.models}
+    assert peaks["llama", "pytorch"] > 100e6  # PyTorch alone is that large: each process counts its own
+
+
+def test_bad_use_names_the_option(models, exports, tmp_path):  # noqa: F811
+    export = exports("llama", True)
+    with pytest.raises(UsageError, match="change EXPORT"):
+        bench(models("llama", True))
+    with pytest.raises(UsageError, match="change --runtime"):
+        bench(export, config=BenchConfig(runtimes=[Runtime.pytorch]))
+    with pytest.raises(UsageError, match=r"context of 256"):  # raised in the other process
+        bench(export, config=BenchConfig(runtimes=[Runtime.onnxruntime], prompt_lengths=[250], new_tokens=10))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_work_is_on_the_gpu(models, tmp_path):  # noqa: F811
+    from lockkit.export import ExportConfig, ExportSession, export_model
+    from lockkit.export.session import HEAVY_OPERATORS, placement
+
+    for name, locked in (("locked", True), ("original", False)):
+        export_model(str(models("qwen3", locked)), tmp_path / name, ExportConfig(precision="fp16", provider="cuda"))
+        session = ExportSession(tmp_path / name, "cuda")
+        providers = {provider for provider, op in placement(session._session) if op in HEAVY_OPERATORS}
+        assert providers == {"CUDAExecutionProvider"}
+    config = BenchConfig(provider="cuda", prompt_lengths=[20], new_tokens=6, rounds=2)
+    result = bench(tmp_path / "locked", [str(tmp_path / "original")], config)
+    assert {ratio.runtime for ratio in result.ratios} == {"onnxruntime", "onnxruntime-genai"}

@@ -1,0 +1,145 @@
+"""The fused operator against the same graph without it: every family, few tokens and many, fp32 and fp16."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from test_export import exports, models, save_random_lock, sizes, token_by_token, token_ids  # noqa: F401 (fixtures)
+
+from lockkit.errors import UsageError
+from lockkit.export import ExportConfig, ExportSession, check_manifest, export_model
+from lockkit.kernel import build_kernel, find_kernel, install_kernel
+from lockkit.models.families import FAMILIES
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+LENGTH = 300  # more than one tile of tokens
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        assert find_kernel() is None
+        path = build_kernel()
+        assert find_kernel() == path
+    return path
+
+
+def operators(session: ExportSession) -> set[str]:
+    from lockkit.export.session import placement
+
+    return {operator for _, operator in placement(session._session)}
+
+
+def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    """At most tokens, that is: these random networks are chaotic at a few."""
+    errors = np.abs(got - want).max(-1) / np.abs(want).max()
+    print(f"largest difference over largest logit: median {np.median(errors):.1e}, worst {errors.max():.1e}")
+    assert np.quantile(errors, 0.9) < tolerance and errors.max() < 100 * tolerance
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_computes_the_same(model_type, kernel, exports):  # noqa: F811
+    folder, ids = exports(model_type, True), token_ids(2, 40)
+    plain, fused = ExportSession(folder), ExportSession(folder, kernel=kernel)
+    assert "DLRChain" in operators(fused) and "DLRChain" not in operators(plain)
+    want = plain.forward(ids)[0]
+    assert_close(fused.forward(ids)[0], want, 1e-5)
+    assert_close(token_by_token(fused, ids, 13), want, 1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_lengths_rows_and_threads(rows, threads, kernel, tmp_path_factory):
+    # Hidden sizes and ranks that are no multiples of a vector's; more threads than cores.
+    folder = tmp_path_factory.mktemp("odd")
+    save_random_lock("llama", folder / "model", hidden_size=200, head_dim=16, max_position_embeddings=512)
+    export_model(str(folder / "model"), folder / "onnx")
+    ids = token_ids(rows, LENGTH)
+    plain, fused = (ExportSession(folder / "onnx", threads=threads, kernel=library) for library in (None, kernel))
+    want, _ = plain.forward(ids)
+    for length in (1, 2, 7, 9, 130, LENGTH):
+        assert_close(fused.forward(ids[:, :length])[0], want[:, :length], 1e-5)
+    assert_close(token_by_token(fused, ids, LENGTH - 20), want, 1e-5)
+
+
+def test_fp16_keeps_its_weights_in_fp16_and_sums_in_fp32(kernel, models, exports, tmp_path):  # noqa: F811
+    export_model(str(models("qwen3", True)), tmp_path / "fp16", ExportConfig(precision="fp16"))
+    ids = token_ids(2, 40)
+    exact = ExportSession(exports("qwen3", True)).forward(ids)[0]
+    fused = ExportSession(tmp_path / "fp16", kernel=kernel)
+    assert "DLRChain" in operators(fused)
+    plain_error = np.abs(ExportSession(tmp_path / "fp16").forward(ids)[0] - exact).mean()
+    assert np.abs(fused.forward(ids)[0] - exact).mean() < 1.2 * plain_error
+
+
+def test_many_sessions_at_once_do_not_disturb_each_other(kernel, exports):  # noqa: F811
+    from concurrent.futures import ThreadPoolExecutor
+
+    session, ids = ExportSession(exports("qwen3", True), kernel=kernel, threads=2), token_ids(1, 12)
+    want = session.forward(ids)[0]
+    with ThreadPoolExecutor(8) as pool:
+        for got in pool.map(lambda _: token_by_token(session, ids, 4), range(32)):
+            assert_close(got, want, 1e-5)
+
+
+def test_genai_takes_it_from_the_folder(kernel, exports, models, tmp_path, monkeypatch, cli):  # noqa: F811
+    genai = pytest.importorskip("onnxruntime_genai")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel.parents[1]))
+    folder = shutil.copytree(exports("qwen3", True), tmp_path / "export")
+    assert cli("kernel", folder).out.strip() == str(folder / "dlr_chain.so")
+    check_manifest(folder)
+    prompt, texts = token_ids(1, 24, seed=3).astype(np.int32), []
+    for path in (exports("qwen3", True), folder):
+        model = genai.Model(str(path))
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=40, min_length=40, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        texts.append(list(generator.get_sequence(0)))
+    assert texts[0] == texts[1]
+    export_model(str(models("qwen3", True)), tmp_path / "int8", ExportConfig(precision="int8"))
+    for other in (exports("qwen3", False), tmp_path / "int8"):
+        with pytest.raises(UsageError, match="no chains that the kernel computes"):
+            install_kernel(other)
+
+
+def test_without_a_compiler_the_message_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match="no-such-compiler"):
+        build_kernel()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(UsageError, match="cannot compile"):
+        build_kernel()
+    assert not list((tmp_path / "lockkit").iterdir())
+
+
+def test_a_damaged_call_is_refused_in_words(kernel, exports, tmp_path):  # noqa: F811
+    folder = shutil.copytree(exports("qwen3", True), tmp_path / "export")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    call = next(node for node in model.graph.node if node.op_type == "DLRChain")
+    next(attribute for attribute in call.attribute if attribute.name == "depth").i = 4
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(UsageError, match="inputs and attributes do not go together"):
+        ExportSession(folder, check=False, kernel=kernel)
+
+
+@torch.no_grad()
+def test_an_uncoupled_chain_runs_as_its_body(kernel, tmp_path):
+    from lockkit.models.load import load_model
+
+    model_type = "llama"
+    save_random_lock(model_type, tmp_path / "model", gains=[0.0, 1.5], **sizes(model_type))
+    export_model(str(tmp_path / "model"), tmp_path / "onnx")
+    session = ExportSession(tmp_path / "onnx", kernel=kernel)
+    assert "DLRChain" in operators(session)
+    ids = token_ids(2, 30)
+    want = load_model(tmp_path / "model", dtype=torch.float32)[0](torch.tensor(ids)).logits.numpy()
+    assert_close(session.forward(ids)[0], want, 1e-4)
