@@ -12,6 +12,7 @@ from test_attack import SMALL
 from torch import nn
 
 from lockkit.attack.attacks.adapters import QLora, quantise
+from lockkit.attack.attacks.closed_form import RandomFeatures
 from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.attacks.redistill import MAX_PASSES, Redistill, RedistillConfig, measured_after
 from lockkit.attack.attacks.reparametrise import Reparametrise, balance
@@ -20,6 +21,7 @@ from lockkit.attack.attacks.small_state import Lomo
 from lockkit.attack.attacks.surrogate import SurrogateBackward
 from lockkit.attack.base import GradientAttack, registry
 from lockkit.attack.bench import Bench
+from lockkit.attack.closed_form import collapse
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost, StepCost
 from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune, logits_of, task_loss
@@ -317,3 +319,27 @@ def test_a_broken_task_is_refused_before_anything_is_run(cli, originals, locks, 
     assert outcome.code == 2
     assert "line 2" in outcome.err
     assert not out.exists()
+
+
+def test_random_features_see_the_function_alone_and_solve_as_least_squares_do():
+    chain, x = random_chain(gated=True), 0.3 * torch.randn(2048, 8)
+    [stage] = collapse(chain, x, [(0, 4)], "random")
+    units, out = nn.functional.silu(x @ stage.weights.gate.T) * (x @ stage.weights.up.T), chain(x)
+    least = torch.linalg.lstsq(units.double(), out.double()).solution.float()
+    left = [(units @ down - out).square().sum().item() for down in (stage.weights.down.T, least)]
+    assert left[1] <= left[0] < 1.05 * left[1]
+    for block in chain.blocks:  # the same function, other weights
+        block.up_proj.weight.mul_(-3)
+        block.down_proj.weight.div_(-3)
+    [again] = collapse(chain, x, [(0, 4)], "random")
+    torch.testing.assert_close(again.weights.up, stage.weights.up, atol=0, rtol=0)
+    torch.testing.assert_close(units @ again.weights.down.T, units @ stage.weights.down.T, atol=1e-3, rtol=1e-3)
+
+
+def test_a_redistillation_from_random_features_starts_where_they_end(bench):
+    solved = RandomFeatures(RandomFeatures.trials(bench.config)[0]).unlock(bench.frozen("locked"), bench)
+    config = RedistillConfig(start="features", learning_rate=1e-9, tokens=1024, points=1)
+    again = Redistill(config).unlock(bench.frozen("locked"), bench)
+    ids = bench.evaluation[:2]
+    torch.testing.assert_close(again.model(ids).logits, solved.model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert again.cost.tokens > solved.cost.tokens

@@ -3,19 +3,22 @@
 For one chain cut into K stages (K = 1: an ordinary MLP), stage by stage:
 
 1. `t = x + gain * s`, with `s` the stream that the stages solved so far make.
-2. First layer of the stage: the chain's own rows side by side (*stacked*), or a ridge regression
-   of the true pre-activations on `t` (*linearised*).
+2. First layer of the stage: the chain's own rows side by side (*stacked*), a ridge regression of the
+   true pre-activations on `t` (*linearised*), or noise (*random*: what a solution gives that knows
+   nothing of the chain's weights).
 3. Second layer: a ridge regression of what is missing (true stream at the stage's end minus `s`)
    on the units.
 
 Gram matrices are added up over tokens in float64; every ridge is chosen on held-out activations.
-Source: this project's first measurements of the lock (ridge regression: Hoerl and Kennard 1970).
+Source: this project's first measurements of the lock (ridge regression: Hoerl and Kennard 1970;
+random features: Rahimi and Recht 2007).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -26,6 +29,8 @@ from lockkit.models.families import MLPWeights
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean of the Gram matrix' diagonal
 HELD_OUT_SHARE = 8  # one part in
 CHUNK = 2048  # tokens at a time
+
+FirstLayer = Literal["stacked", "linearised", "random"]
 
 
 class Ridge:
@@ -124,34 +129,40 @@ def _stream_of(stages: list[Stage], x: torch.Tensor, chain: DLRNet) -> torch.Ten
     return stream
 
 
+def _random(like: MLPWeights, x: torch.Tensor, seed: int) -> MLPWeights:
+    """Rows of noise that make pre-activations of about unit size on `x`; biases of zero."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1 / x[:CHUNK].float().norm(dim=-1).mean().item()
+
+    def noise(matrix: torch.Tensor | None) -> torch.Tensor | None:
+        return None if matrix is None else (torch.randn(matrix.shape, generator=generator) * scale).to(matrix.device)
+
+    def zeros(bias: torch.Tensor | None) -> torch.Tensor | None:
+        return None if bias is None else torch.zeros_like(bias)
+
+    return MLPWeights(noise(like.up), like.down, noise(like.gate), zeros(like.up_bias), zeros(like.gate_bias))
+
+
 @torch.no_grad()
-def collapse(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], linearised: bool) -> list[Stage]:
+def collapse(
+    chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], first_layer: FirstLayer, seed: int = 0
+) -> list[Stage]:
     """Solve a chain for fewer blocks.
 
     Args:
         x: inputs of the chain, `[tokens, hidden]`.
         bounds: blocks of each stage, see `rebuild.stage_bounds`.
-        linearised: regress the first layer, or stack the chain's own rows.
+        first_layer: where a stage's first layer comes from.
+        seed: of the noise, if it is `random`.
     """
     device = next(chain.parameters()).device
     stages: list[Stage] = []
-    bias = chain.blocks[0].up_proj.bias is not None
     for number, (first, last) in enumerate(bounds):
         weights = stacked(chain, first, last)
-        if linearised:
-            rows = Ridge(bias)
-            for part, held_out in _chunks(x):
-                part = part.to(device)
-                up, gate, _ = _trace(chain, part, first, last)
-                t = torch.add(part, _stream_of(stages, part, chain), alpha=chain.gain)
-                rows.add(t, up if gate is None else torch.cat([up, gate], 1), held_out)
-            both, intercept, _, _ = rows.solve()
-            width = len(weights.up)
-            weights.up = both[:width]
-            weights.gate = both[width:] if weights.gate is not None else None
-            if bias:
-                weights.up_bias = intercept[:width]
-                weights.gate_bias = intercept[width:] if weights.gate is not None else None
+        if first_layer == "linearised":
+            _linearise(weights, chain, x, stages, first, last)
+        elif first_layer == "random":
+            weights = _random(weights, x, seed * len(bounds) + number)
         final = number == len(bounds) - 1 and chain.output_bias is not None
         second = Ridge(final)
         for part, held_out in _chunks(x):
@@ -162,3 +173,21 @@ def collapse(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], line
         weights.down, weights.down_bias, ridge, error = second.solve()
         stages.append(Stage(weights, ridge, error))
     return stages
+
+
+def _linearise(weights: MLPWeights, chain: DLRNet, x: torch.Tensor, stages: list[Stage], first: int, last: int) -> None:
+    """Put the regression of the pre-activations of blocks `[first, last)` into `weights`."""
+    device, bias = next(chain.parameters()).device, weights.up_bias is not None
+    rows = Ridge(bias)
+    for part, held_out in _chunks(x):
+        part = part.to(device)
+        up, gate, _ = _trace(chain, part, first, last)
+        t = torch.add(part, _stream_of(stages, part, chain), alpha=chain.gain)
+        rows.add(t, up if gate is None else torch.cat([up, gate], 1), held_out)
+    both, intercept, _, _ = rows.solve()
+    width = len(weights.up)
+    weights.up = both[:width]
+    weights.gate = both[width:] if weights.gate is not None else None
+    if bias:
+        weights.up_bias = intercept[:width]
+        weights.gate_bias = intercept[width:] if weights.gate is not None else None

@@ -157,12 +157,17 @@ def _effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
     }
 
 
+def _knows_weights(label: str) -> bool:
+    """Whether an unlock starts from the lock's weights, and not from its inputs and outputs alone."""
+    return not label.startswith("random-features") and "start=scratch" not in label and "start=features" not in label
+
+
 def _scratch_curve(unlocks: dict[str, dict]) -> list[dict]:
-    """Points (tokens, flops, kl_to_lock) of all re-distillations from scratch."""
+    """Points (tokens, flops, kl_to_lock) of all re-distillations that know nothing of the lock's weights."""
     return [
         point
         for label, unlock in unlocks.items()
-        if label.startswith("redistill") and "start=scratch" in label
+        if label.startswith("redistill") and not _knows_weights(label)
         for point in unlock["notes"]["curve"]
     ]
 
@@ -173,7 +178,7 @@ def _unlock_ratio(unlocks: dict[str, dict]) -> dict:
     The best is the ordinary model closest to the lock. Where no re-distillation came as close within
     the budget, the ratio is only known to be below what it would be at the budget's end.
     """
-    ordinary = {k: u for k, u in unlocks.items() if u["blocks"] == 1 and "start=scratch" not in k}
+    ordinary = {k: u for k, u in unlocks.items() if u["blocks"] == 1 and _knows_weights(k)}
     curve = _scratch_curve(unlocks)
     if not ordinary or not curve:
         return {"says": "not measured: needs a closed-form unlock and redistill"}

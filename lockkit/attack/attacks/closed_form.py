@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
-from lockkit.attack.closed_form import HELD_OUT_SHARE, collapse
+from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, collapse
 from lockkit.attack.cost import Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
 from lockkit.lock.cache import ActivationCache
@@ -25,7 +24,7 @@ CACHE_BYTES = 4 * 10**9  # of activations in memory; what is more goes to files
 
 class CollapseConfig(BaseModel):
     stages: int = Field(1, ge=1, description="Blocks that the result has; 1 is an ordinary MLP.")
-    first_layer: Literal["stacked", "linearised"] = Field("linearised", description="Where the first layer comes from.")
+    first_layer: FirstLayer = Field("linearised", description="Where the first layer comes from.")
 
 
 def unlabelled_rows(bench) -> torch.Tensor:
@@ -57,7 +56,7 @@ class _Collapse(UnlockAttack):
         rows = unlabelled_rows(bench)
         with Meter(bench.device) as meter, torch.no_grad():
             solved = [
-                collapse(chain, inputs, bounds, config.first_layer == "linearised")
+                collapse(chain, inputs, bounds, config.first_layer)
                 for chain, inputs in zip(chains, mlp_inputs(locked, rows, bench), strict=True)
             ]
         meter.cost.tokens = rows.numel()
@@ -104,3 +103,17 @@ class PartialCollapse(_Collapse):
     def trials(cls, audit):
         stages = [2] if audit.suite == "quick" else [2, 4, 8]
         return [CollapseConfig(stages=k, first_layer="linearised") for k in stages]
+
+
+class RandomFeatures(_Collapse):
+    name = "random-features"
+    description = (
+        "The second layer solved behind a first of noise: a closed form that knows nothing of the lock's weights."
+    )
+    reference = "Rahimi and Recht 2007, Random features for large-scale kernel machines"
+    lock_aware = False
+    control_share = 0.5
+
+    @classmethod
+    def trials(cls, audit):
+        return [CollapseConfig(stages=1, first_layer="random")]

@@ -1,7 +1,8 @@
 """Re-distillation: train ordinary MLPs on the chains' input-output maps, layer by layer.
 
 One forward pass of the lock gives every layer's inputs and outputs; all students take a step on
-them. They start from noise (`scratch`), or from the closed-form solution (`warm`).
+them. Two starts know nothing of the lock's weights: noise (`scratch`), and noise with the second layer
+solved for (`features`), which is much the faster. `warm` starts from the closed-form solution.
 
 The KL divergence to the lock is measured at points spaced evenly on a logarithmic axis of tokens. The
 learning rate falls to zero at a run's end, so that its last point is what its tokens buy; the others are
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, Field
 
-from lockkit.attack.attacks.closed_form import CollapseConfig, LinearisedStack
+from lockkit.attack.attacks.closed_form import LinearisedStack, RandomFeatures
 from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
 from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import ordinary_model
@@ -26,11 +27,14 @@ from lockkit.models.families import decoder_layers
 BATCH_ROWS = 4
 FIRST_POINT = 1 / 64  # of the run's tokens
 MAX_PASSES = 8  # over the unlabelled text
-RATES = {"scratch": (1e-3, 3e-3), "warm": (1e-4, 3e-4)}
+RATES = {"scratch": (1e-3, 3e-3), "features": (1e-3,), "warm": (1e-4, 3e-4)}
+SOLVED = {"warm": LinearisedStack, "features": RandomFeatures}
 
 
 class RedistillConfig(BaseModel):
-    start: Literal["scratch", "warm"] = Field("scratch", description="From noise, or from `linearised-stack`.")
+    start: Literal["scratch", "features", "warm"] = Field(
+        "scratch", description="From noise, from `random-features`, or from `linearised-stack`."
+    )
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate (Adam, cosine to zero).")
     tokens: int | None = Field(None, ge=1, description="Tokens to spend; by default the audit's.")
     budget: float | None = Field(
@@ -65,8 +69,9 @@ class Redistill(UnlockAttack):
         wanted = max(1, self._tokens(bench) // batch_tokens)
         steps = min(wanted, max(1, MAX_PASSES * len(rows) // BATCH_ROWS))
         torch.manual_seed(config.seed)
-        if config.start == "warm":
-            solved = LinearisedStack(CollapseConfig()).unlock(locked, bench)
+        if config.start in SOLVED:
+            attack = SOLVED[config.start]
+            solved = attack(attack.trials(bench.config)[0]).unlock(locked, bench)
             model, before = solved.model, solved.cost
         else:
             model = ordinary_model(locked, bench.family)
