@@ -5,33 +5,18 @@ from __future__ import annotations
 import html.parser
 import json
 import shutil
-import struct
 import subprocess
 
 import pytest
+from test_attack import SMALL
+
+from lockkit.attack.config import audit_config
+from lockkit.attack.run import run_audit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>alert('x')</script>&\"|`"
 pytest.importorskip("matplotlib", reason="pip install lockkit[report]")
 
-SUMMARY = {
-    "schema": "lockkit-attack/1",
-    "model": HOSTILE,
-    "headline": {
-        "tokens": {"attack": "stack-solve", "amplification": 1.25},
-        "seconds": {"attack": "full-ft", "amplification": None},
-    },
-    "quality": {"perplexity_ratio": 1.0042},
-    "effective_depth": 1,
-    "unlock_ratio": 0.013,
-    "not_tried": ["soap: not installed"],
-}
-ROWS = [
-    {"attack": "full-ft", "model": model, "task": "$HOSTILE$ _x", "seed": seed, "valid": True, "loss": 2.0 - seed / 10,
-     "tokens": 1000, "flops": 1e12, "seconds": 3.0, "peak_memory_bytes": 10**8,
-     "curve": [{"tokens": t, "flops": t * 1e9, "seconds": t / 300, "loss": 3 - t / 2000} for t in (100, 1000)]}
-    for model in ("original", "locked") for seed in (0, 1)
-] + [{"attack": "galore", "model": "locked", "valid": False, "reason": HOSTILE, "loss": None}]  # fmt: skip
 VERIFY = {
     "schema": "lockkit-verify/1",
     "export": "somewhere/demo-onnx",
@@ -45,15 +30,32 @@ VERIFY = {
 }
 
 
+@pytest.fixture(scope="module")
+def audit(originals, locks, tmp_path_factory):
+    """A small audit of a tiny lock, with a search; one attack cannot run, and says so in hostile words."""
+    out = tmp_path_factory.mktemp("audit")
+    config = audit_config("quick", **SMALL | {"held_out_tokens": 128, "evaluation_tokens": 128, "sweep": 2})
+    run_audit(str(locks("llama")), str(originals("llama")), out, config, ["full-ft", "stack-solve", "redistill"])
+    summary = json.loads((out / "summary.json").read_text())
+    summary["locked"] = HOSTILE
+    assert summary["tasks"]["signatures"]["attacks"][-1]["attack"] == "redistill"
+    summary["tasks"]["signatures"]["attacks"][-1] |= {"valid": False, "says": "attack invalid"}
+    summary["runs"]["not_finished"].append(
+        {"attack": "galore", "model": "locked", "task": "$x$ _y", "status": "failed", "note": HOSTILE}
+    )
+    (out / "summary.json").write_text(json.dumps(summary))
+    return out
+
+
 @pytest.fixture
-def results(locks, tmp_path):
+def results(audit, locks, tmp_path):
     """A real lock's record, with an audit and a verification beside it."""
     folder = tmp_path / "results"
     (folder / "lock").mkdir(parents=True)
     shutil.copy(locks("llama") / "lockkit.json", folder / "lock")
     (folder / "verify.json").write_text(json.dumps(VERIFY))
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n\n")
+    for name in ("summary.json", "rows.jsonl"):
+        shutil.copy(audit / name, folder)
     (folder / "other.json").write_text("{not ours")
     return folder
 
@@ -86,33 +88,53 @@ def test_the_page_says_what_the_results_say_and_needs_nothing_else(results, cli)
     assert "script" not in page.tags and "link" in page.tags
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert len(page.ids) == len(set(page.ids))
-    assert HOSTILE in page.text
-    for said in ("costs 1.25 times as much", "target not reached: > budget", "stack-solve", "1.0042", "attack invalid"):
-        assert said in page.text
-    assert "Not tried: soap: not installed" in page.text and "Verification of demo-onnx: FAILED" in page.text
+    assert HOSTILE in page.text and "Verification of demo-onnx: FAILED" in page.text
+    summary = json.loads((results / "summary.json").read_text())
+    figures = summary["tasks"]["signatures"]
+    for resource in ("tokens", "flops", "seconds", "peak_tensor_bytes"):
+        found = figures["amplification"][resource]
+        assert f"costs {found['value']:.2f} times as much" in page.text
+    for said in (
+        f"{summary['quality']['perplexity_ratio']:.4f}",  # beside the headline
+        summary["effective_depth"]["says"],
+        summary["unlock_ratio"]["says"],
+        f"target {figures['target_loss']:.3f}",
+        f"{figures['attacks'][0]['locked']['tokens']:,.0f}",
+        summary["adversary"],
+        "falsified by any attack",
+        "Not tried: badam",
+        "attack invalid",
+    ):
+        assert said in page.text, said
     record = json.loads((results / "lock" / "lockkit.json").read_text())
     for layer in record["layers"]:
         assert f"{layer['nmse']:.5f}" in page.text
-    assert text.count("<svg") == 3 + 1 + 1  # loss against three resources, best so far, NMSE
-    assert "cannot be fine-tuned" not in page.text
+    # Loss against three resources; KL against stages and tokens; errors of layers, twice; one search.
+    assert text.count("<svg") == 3 + 2 + 2 + 1
+    assert "#c0ffe" not in text  # the page's own colours, not their stand-ins
     card = (results / "report.md").read_text()
-    assert "costs 1.25 times as much" in card and "<script>" not in card
+    assert f"costs {figures['amplification']['tokens']['value']:.2f} times as much" in card and "<script>" not in card
     beside = json.loads((results / "report.json").read_text())
-    assert beside["schema"] == "lockkit-report/1" and len(beside["sections"]) == 3
+    assert beside["schema"] == "lockkit-report/2"
+    assert [section["part"] for section in beside["sections"]].count(False) == 3
 
 
-def test_an_audit_without_figures_does_not_pretend(results, cli):
-    (results / "summary.json").write_text(json.dumps({"schema": "lockkit-attack/1"}))
+def test_an_audit_that_reached_nothing_does_not_pretend(results, cli):
+    summary = json.loads((results / "summary.json").read_text())
+    for figures in summary["tasks"].values():
+        figures["amplification"] = dict.fromkeys(figures["amplification"])
+    (results / "summary.json").write_text(json.dumps(summary))
     (results / "rows.jsonl").unlink()
     assert cli("report", results, "--out", results / "page.html").code == 0
     text = Page((results / "page.html").read_text()).text
-    assert "nothing is known of what this lock is worth" in text and "Not tried: the results do not say" in text
+    assert "nothing is known of what this lock is worth" in text and "times as much" not in text
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda folder: (folder / "rows.jsonl").write_text('{"attack": 1}\n{broken'), "rows.jsonl, line 2, is not JSON"),
+        (lambda folder: (folder / "rows.jsonl").write_text('{"key": "1"}\n{broken'), "rows.jsonl, line 2, is not a row"),
+        (lambda folder: (folder / "summary.json").write_text('{"schema": "lockkit-attack-summary/2"}'), "schema says"),
         (lambda folder: (folder / "verify.json").write_text('{"schema": "lockkit-verify/1", "parity": [1]}'), "schema says"),
         (lambda folder: shutil.rmtree(folder), "there is no folder"),
         (lambda folder: [path.unlink() for path in folder.rglob("*.json")], "has no results"),
@@ -131,22 +153,35 @@ def test_an_impossible_page_is_refused(results, cli):
         assert outcome.code == 2 and "change --out" in outcome.err
 
 
+WIDTHS = {"desktop": (1280, 2000), "phone": (390, 3000)}
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
-@pytest.mark.parametrize(("width", "height"), [(1280, 2000), (390, 3000)])
-def test_it_renders_in_a_browser_without_a_word_in_the_console(results, cli, tmp_path, width, height):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_renders_in_a_browser_without_a_word_in_the_console(results, cli, tmp_path, width):
     assert cli("report", results).code == 0
-    shot = tmp_path / "shot.png"
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},{height}", f"--screenshot={shot}",
-         (results / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1000:]
-    assert "CONSOLE" not in done.stderr
+    page, shot = results / "report.html", tmp_path / "shot.png"
+    # Headless Chromium opens no window narrower than 500 pixels; a frame is as narrow as it is told to be.
+    width, height = WIDTHS[width]
+    frame = results / "frame.html"
+    frame.write_text(
+        f'<!doctype html><link rel="icon" href="data:,"><style>body{{margin:0}}</style><iframe src="report.html" '
+        f'style="border:0;width:{width}px;height:{height}px" onload="const e=this.contentDocument.documentElement;'
+        "document.title='overflow '+(e.scrollWidth-e.clientWidth)\"></iframe>"
+    )
+    common = [
+        CHROMIUM, *["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"],
+        "--disable-component-update", "--allow-file-access-from-files", "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},{height}",
+    ]  # fmt: skip
+    for arguments in ([f"--screenshot={shot}", frame.as_uri()], ["--dump-dom", frame.as_uri()]):
+        done = subprocess.run([*common, *arguments], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-1000:]
+        assert "CONSOLE" not in done.stderr
+    assert "<title>overflow 0</title>" in done.stdout
+    assert page.stat().st_size < 2_000_000
     from PIL import Image
 
     with Image.open(shot) as image:
-        assert image.size == (width, height) == struct.unpack(">II", shot.read_bytes()[16:24])
+        assert image.size == (max(width, 500), height)
         assert len(image.convert("RGB").getcolors(2**24)) > 50  # text and plots, not a blank page

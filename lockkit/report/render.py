@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import html
-import io
 import re
 
-from lockkit.report.sections import Curve, Section, Table
+from lockkit.report.plot import svg
+from lockkit.report.sections import Section, Table
 
 _STYLE = """
-:root{color-scheme:light}*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;color:#1d2430;background:#fff;margin:0 auto;max-width:68rem;padding:1rem}
-h1{font-size:1.7rem;margin:.5rem 0}h2{font-size:1.3rem;margin:2.2rem 0 .6rem;overflow-wrap:anywhere}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.7rem;margin:1rem 0}
-.figures div{border:1px solid #d7dce3;border-radius:.5rem;padding:.7rem}
-.figures b{display:block;font-size:1.2rem;line-height:1.3}.figures span{color:#56606e;font-size:.85rem}
-.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.3rem .7rem;border-bottom:1px solid #e3e7ec;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:1rem}
-p{overflow-wrap:anywhere}svg{width:100%;max-width:36rem;height:auto}footer{color:#56606e;font-size:.85rem;margin-top:3rem}
+:root{color-scheme:light dark;--ink:#1d2430;--soft:#56606e;--line:#d7dce3;--page:#fff;--card:#f6f8fa;--warn:#8a3b00;
+--c0:#0b66c3;--c1:#d1480b;--c2:#1b7f3b;--c3:#8a3fbf;--c4:#a8780a;--c5:#0c8a8a;--c6:#c2307a;--c7:#6b4a2f;--c8:#5a6b1f}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--soft:#9aa5b4;--line:#3a424e;--page:#14181e;--card:#1c222b;
+--warn:#ffb27a;--c0:#6db3ff;--c1:#ff9966;--c2:#68d08a;--c3:#cd9bf5;--c4:#e6c056;--c5:#5fd4d4;--c6:#ff8fc4;--c7:#d0a988;
+--c8:#b9cf6a}}
+*{box-sizing:border-box}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;max-width:72rem;padding:1rem}
+h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.35rem;margin:2.5rem 0 .6rem;overflow-wrap:anywhere}
+h3{font-size:1.1rem;margin:2rem 0 .5rem;overflow-wrap:anywhere}
+h2{border-top:1px solid var(--line);padding-top:1.2rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10rem),1fr));gap:.7rem;margin:1rem 0}
+.figures div{border:1px solid var(--line);background:var(--card);border-radius:.5rem;padding:.7rem}
+.figures b{display:block;font-size:1.15rem;line-height:1.3;overflow-wrap:anywhere}
+.figures span,footer{color:var(--soft);font-size:.85rem}
+.warning{color:var(--warn);font-weight:600}
+.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.875rem}
+th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;max-width:20rem}
+td{overflow-wrap:break-word}td.t{min-width:11rem}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}
+th:first-child,td:first-child{position:sticky;left:0;background:var(--page);padding-left:0;max-width:11rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
+p{overflow-wrap:anywhere;max-width:46rem}svg{display:block;width:100%;max-width:34rem;height:auto;color:var(--ink)}
+footer{margin-top:3rem}
 """
+LONG_CELL = 16  # characters; narrower columns would break such text into single words
+_NUMBER = re.compile(r"[<>–]?\s?[-+]?[\d.,]*(e[-+]?\d+)?\s?%?|> budget|\d+, \d+")
 
 
 def html_page(sections: list[Section], made_by: str) -> str:
@@ -35,7 +49,10 @@ def html_page(sections: list[Section], made_by: str) -> str:
 
 
 def _html_section(section: Section, position: int) -> str:
-    parts = [f"<section><h2>{html.escape(section.title)}</h2>"]
+    heading = "h3" if section.part else "h2"
+    parts = [f"<section><{heading}>{html.escape(section.title)}</{heading}>"]
+    if section.warning:
+        parts.append(f'<p class="warning">{html.escape(section.warning)}</p>')
     if section.figures:
         cards = "".join(
             f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
@@ -52,55 +69,32 @@ def _html_section(section: Section, position: int) -> str:
 
 def _html_table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    rows = "".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in table.rows)
+    # A region that scrolls can be reached by keyboard.
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.head[0])}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
-def svg(curve: Curve, salt: str) -> str:
-    """A curve as inline SVG; `salt` keeps the ids of one page's plots apart."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, points in curve.lines.items():
-        # Labels are data, not formulas; a leading underscore would hide a line.
-        label = name.replace("$", r"\$").replace("_", " ")
-        across, up = zip(*points, strict=True) if points else ((), ())
-        if curve.bars:
-            axes.bar(across, up, label=label)
-        else:
-            axes.plot(across, up, marker="o", markersize=3, label=label)
-    if curve.log:
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter("")  # labels between decades run into each other
-    else:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title=curve.title, xlabel=curve.across, ylabel=curve.up)
-    if 1 < len(curve.lines) <= 12:
-        axes.legend(fontsize=7, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": f"lockkit-{salt}", "svg.fonttype": "path"}):
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Identifiers such as axes_1 come back in every plot; a page may have each only once.
-    return re.sub(r'(\bid="|="#|url\(#)', lambda match: f"{match[1]}p{salt}-", text)
+def _html_cell(cell: str) -> str:
+    kind = ' class="n"' if _NUMBER.fullmatch(cell) else ' class="t"' if len(cell) > LONG_CELL else ""
+    return f"<td{kind}>{html.escape(cell)}</td>"
 
 
 def markdown(sections: list[Section]) -> str:
     """For a model card."""
     parts = []
     for section in sections:
-        parts.append(f"## {_plain(section.title)}")
-        parts += ["\n".join(f"- {_plain(label)}: **{_plain(value)}**" for label, value in section.figures)]
+        parts.append(f"{'###' if section.part else '##'} {_plain(section.title)}")
+        if section.warning:
+            parts.append(f"**{_plain(section.warning)}**")
+        if section.figures:
+            parts.append("\n".join(f"- {_plain(label)}: **{_plain(value)}**" for label, value in section.figures))
         parts += [_plain(text) for text in section.text]
         for table in section.tables:
             if table.rows:
-                lines = [table.head, ["---"] + ["---:"] * (len(table.head) - 1), *table.rows]
+                lines = [table.head, ["---"] * len(table.head), *table.rows]
                 parts.append("\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines))
     return "\n\n".join(parts) + "\n"
 

@@ -18,8 +18,8 @@ from lockkit.report.render import html_page, markdown
 from lockkit.report.sections import sections
 from lockkit.version import __version__, git_hash
 
-SCHEMA = "lockkit-report/1"
-REPORTED = ("lockkit-lock/2", "lockkit-verify/1", "lockkit-attack/1", "lockkit-asymmetry/1")
+SCHEMA = "lockkit-report/2"
+REPORTED = ("lockkit-lock/2", "lockkit-verify/1", "lockkit-attack-summary/2", "lockkit-asymmetry/1")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def find_results(folder: Path) -> list[dict]:
         except (OSError, ValueError):
             continue  # not one of ours, or not readable: other programs' files are nobody's business here
         if isinstance(value, dict) and value.get("schema") in REPORTED:
-            if value["schema"].startswith("lockkit-attack/"):
+            if value["schema"].startswith("lockkit-attack-summary/"):
                 value = _with_rows(value, path)
             found.append(value)
     if not found:
@@ -93,20 +93,17 @@ def find_results(folder: Path) -> list[dict]:
 
 
 def _with_rows(summary: dict, path: Path) -> dict:
-    rows = summary.get("rows")
-    if isinstance(rows, list):
-        return summary
-    file = path.parent / Path(rows if isinstance(rows, str) else "rows.jsonl").name
-    if not file.is_file():
-        return summary | {"rows": []}
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
+    """The summary with the rows it was made from: rows.jsonl may hold others, of other settings."""
+    file = path.parent / "rows.jsonl"
+    rows: dict[str, dict] = {}
+    if file.is_file():
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise UsageError(f"{file}, line {number}, is not JSON ({error}): remove it, or change DIR") from error
-    return summary | {"rows": found}
+                row = json.loads(line)
+                rows[row["key"]] = row
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{file}, line {number}, is not a row ({error}): remove it, or change DIR") from error
+    return summary | {"rows": [rows[key] for key in summary.get("row_keys", []) if key in rows]}
 
 
 def _write(path: Path, text: str) -> None:

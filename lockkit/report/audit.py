@@ -1,0 +1,281 @@
+"""An audit in a report: headline beside the lock's quality, attacks, ways back, searches, limits.
+
+It follows the summary (lockkit/attack/summary.py): nothing is decided here, only shown. Curves are
+each attack's best run, from the rows.
+"""
+
+from __future__ import annotations
+
+from lockkit.report.sections import Curve, Section, Table, number
+
+RESOURCES = {
+    "tokens": "tokens",
+    "flops": "floating-point operations",
+    "seconds": "seconds",
+    "peak_tensor_bytes": "peak memory",
+    "saved_bytes": "memory for the backward pass",
+}
+SHOWN_LINES = 7  # attacks in colour; more cannot be told apart
+CONSEQUENCE = (
+    "Every figure is what this lock costs against these attacks. Nothing is said of attacks that were not tried, "
+    "and where the original weights are public a lock adds nothing."
+)
+
+
+def audit_sections(summary: dict) -> list[Section]:
+    """From a summary with its rows under `rows`."""
+    found = [_headline(summary)]
+    for task, figures in summary["tasks"].items():
+        runs = [row for row in summary["rows"] if row["task"] == task and row.get("curve")]
+        found.append(_task(task, figures, runs))
+    found += [_unlocks(summary), _layers(summary), _searches(summary), _limits(summary)]
+    return [section for section in found if section is not None]
+
+
+def _headline(summary: dict) -> Section:
+    quality = summary["quality"]
+    section = Section(f"Audit of {summary['locked']}", warning=summary["first_line"])
+    best = [found for resource in RESOURCES if (found := _best(summary, resource))]
+    if not best:
+        section.warning = "No valid attack reached a target: nothing is known of what this lock is worth."
+    section.figures = [
+        ("perplexity of the lock, over the original's", number(quality["perplexity_ratio"], ".4f")),
+        ("KL divergence from original to lock, nats a token", number(quality["locked"]["kl_to_original"], ".5f")),
+        *best,
+        *_figures_of_the_lock(summary),
+    ]
+    section.text = [
+        "Cost to reach the held-out loss that a fine-tune of the original reaches: the cheapest attack on the lock, "
+        f"over the cheapest on the original. Budget: {summary['budget']}.",
+        CONSEQUENCE,
+    ]
+    head = ["resource", "task", "against the best of these attacks", "on the lock", "on the original", "over seeds"]
+    rows = [
+        [name, task, found["says"], found["best_attack"] or "–", found["best_attack_original"], _seeds(found)]
+        for resource, name in RESOURCES.items()
+        for task, figures in summary["tasks"].items()
+        if (found := figures["amplification"].get(resource))
+    ]
+    section.tables.append(Table(head, rows))
+    return section
+
+
+def _best(summary: dict, resource: str) -> tuple[str, str] | None:
+    """The lowest amplification of a resource over tasks: the attacker chooses."""
+    found = {task: figures["amplification"].get(resource) for task, figures in summary["tasks"].items()}
+    reached = {task: value for task, value in found.items() if value and value["value"] is not None}
+    if reached:
+        task, best = min(reached.items(), key=lambda item: item[1]["value"])
+        return (
+            f"{RESOURCES[resource]} ({task}), against {best['best_attack']}",
+            f"costs {best['value']:.2f} times as much",
+        )
+    if any(found.values()):
+        return RESOURCES[resource], "target not reached: > budget"
+    return None
+
+
+def _figures_of_the_lock(summary: dict) -> list[tuple[str, str]]:
+    depth, figures = summary["effective_depth"], []
+    figures.append((f"effective depth: blocks of {depth['depth']} within KL {depth['kl_limit']}", depth["says"]))
+    for name, key in (
+        ("unlock ratio; 1 is ideal for the owner", "unlock_ratio"),
+        ("owner's advantage", "owner_advantage"),
+    ):
+        caveat = summary[key].get("caveat")
+        figures.append((f"{name} ({caveat})" if caveat else name, summary[key]["says"]))
+    return figures
+
+
+def _seeds(found: dict) -> str:
+    """Mean and spread of the headline over seeds."""
+    seeds = found.get("seeds")
+    if not seeds:
+        return "one seed only"
+    missed = seeds["seeds"] - seeds["reached"]["locked"]
+    return f"{seeds['seeds']} seeds: mean {seeds['mean']:.2f}, {seeds['lowest']:.2f} to {seeds['highest']:.2f}" + (
+        f"; {missed} did not reach the target" if missed else ""
+    )
+
+
+def _task(task: str, figures: dict, runs: list[dict]) -> Section:
+    section = Section(f"Attacks on the task {task}", part=True)
+    section.text.append(
+        f"Held-out loss of the original {figures['start_loss']:.3f}, after its reference fine-tune "
+        f"{figures['reference_loss']:.3f}; target {figures['target_loss']:.3f}. Costs are the least that reached "
+        f"it. {figures['left_out_as_distillation_text']} documents were left out as distillation text; training and "
+        f"held-out rows by SHA-256: {figures['train_sha256'][:12]}, {figures['held_out_sha256'][:12]}."
+    )
+    losses = {line["attack"]: line["best_loss_locked"] for line in figures["attacks"]}
+    if losses.get("full-ft") is not None and losses.get("trainer") is not None:
+        section.text.append(
+            f"Two loops: the baseline reached {losses['full-ft']:.4f} on the lock, the same through Hugging Face's "
+            f"Trainer {losses['trainer']:.4f}."
+        )
+    head = [
+        *("attack", "control", "runs: original, lock", "best loss: original", "lock"),
+        *("tokens", "GFLOP", "seconds", "peak MB", "saved MB"),
+    ]
+    section.tables.append(Table(head, [_attack_cells(line) for line in figures["attacks"]]))
+    for resource in ("tokens", "flops", "seconds"):
+        section.curves.append(_loss_curve(resource, figures, runs))
+    return section
+
+
+def _attack_cells(line: dict) -> list[str]:
+    control = line["says"] or ("valid" if line["valid"] else "–")
+    if line["control_won_back"] is not None:
+        control += f", {max(0.0, line['control_won_back']):.0%} won back"
+    cells = [
+        line["attack"], control, f"{line['trials_original']}, {line['trials_locked']}",
+        number(line["best_loss_original"], ".3f"), number(line["best_loss_locked"], ".3f"),
+    ]  # fmt: skip
+    cost = line["locked"]
+    if cost is None:
+        return cells + (["> budget", *["–"] * 4] if line["trials_locked"] else ["–"] * 5)
+    return [
+        *cells, f"{cost['tokens']:,.0f}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['seconds']:,.1f}",
+        f"{cost['peak_tensor_bytes'] / 1e6:,.0f}", f"{cost['saved_bytes'] / 1e6:,.1f}",
+    ]  # fmt: skip
+
+
+def _loss_curve(resource: str, figures: dict, runs: list[dict]) -> Curve:
+    """The best run of each attack on the lock, the first few in colour; the reference beside them."""
+    best: dict[str, dict] = {}
+    for row in sorted(runs, key=lambda row: row["mean_loss_over_log_budget"]):
+        name = row["attack"] if row["model"] == "locked" else f"{row['attack']} on the original"
+        if row["model"] == "locked" or row["attack"] == "full-ft":
+            best.setdefault(name, row)
+    valid = {line["attack"] for line in figures["attacks"] if line["valid"]}
+    lines = {name: _points(row, resource) for name, row in best.items()}
+    reference = [name for name in lines if name.endswith(" on the original")]
+    shown = [name for name in lines if name in valid][:SHOWN_LINES]
+    return Curve(
+        f"Held-out loss against {RESOURCES[resource]}",
+        RESOURCES[resource],
+        "loss, nats",
+        {name: lines[name] for name in reference + shown},
+        log=True,
+        dashed=reference,
+        muted={name: points for name, points in lines.items() if name not in reference + shown},
+        level=("target", figures["target_loss"]),
+    )
+
+
+def _points(row: dict, resource: str) -> list[tuple[float, float]]:
+    return [(point[resource], point["loss"]) for point in row["curve"] if point[resource] and point["step"]]
+
+
+def _unlocks(summary: dict) -> Section | None:
+    unlocks, depth = summary["unlocks"], summary["effective_depth"]
+    if not unlocks:
+        return None
+    section = Section("Undoing the lock", part=True)
+    section.text.append(
+        f"Fewest stages of a closed-form unlock within a KL divergence of {depth['kl_limit']} nats: {depth['says']}; "
+        f"within 5 % of the lock's perplexity: {depth['says_within_5_percent']}, of {depth['depth']} blocks."
+    )
+    rows = [
+        [
+            label, "valid" if found["valid"] else "attack invalid", str(found["blocks"]),
+            number(found["perplexity"], ".3f"), number(found["kl_to_lock"], ".5f"),
+            f"{found['cost']['tokens']:,}", f"{found['cost']['flops'] / 1e9:,.0f}", f"{found['cost']['seconds']:,.1f}",
+        ]
+        for label, found in unlocks.items()
+    ]  # fmt: skip
+    head = ["unlock", "control", "blocks left", "perplexity", "KL to the lock", "tokens", "GFLOP", "seconds"]
+    section.tables.append(Table(head, rows))
+    stages = [(int(stages), kl) for stages, kl in depth["kl_by_stages"].items()]
+    if stages:
+        level = ("limit", depth["kl_limit"])
+        section.curves.append(
+            Curve("Closed-form unlocks", "stages", "KL to the lock", {"best": stages}, True, True, level=level)
+        )
+    section.curves += _redistillation(unlocks)
+    return section
+
+
+def _redistillation(unlocks: dict[str, dict]) -> list[Curve]:
+    """KL against tokens of every re-distillation; closed-form unlocks are points beside it."""
+    lines = {}
+    for label, found in unlocks.items():
+        curve = found["notes"].get("curve") or []
+        if curve:
+            lines[label] = [(point["tokens"], point["kl_to_lock"]) for point in curve]
+    if not lines:
+        return []
+    points = {
+        found["attack"]: [(found["cost"]["tokens"], found["kl_to_lock"])]
+        for found in unlocks.values()
+        if found["blocks"] == 1 and found["valid"] and not found["notes"].get("curve")
+    }
+    ends = sorted(lines, key=lambda label: lines[label][-1][1])
+    shown = {label: lines[label] for label in ends[: SHOWN_LINES - len(points)]}
+    muted = {label: lines[label] for label in lines if label not in shown}
+    return [Curve("Re-distillation", "tokens", "KL to the lock", points | shown, True, True, muted=muted)]
+
+
+def _layers(summary: dict) -> Section | None:
+    layers = [(row["layer"], row["nmse"]) for row in summary["lock"]["layers"] if row["nmse"] is not None]
+    if not layers:
+        return None
+    section = Section("The lock's own error", part=True)
+    section.curves.append(Curve("Error of each layer's chain", "layer", "NMSE", {"NMSE": layers}, bars=True))
+    return section
+
+
+def _searches(summary: dict) -> Section | None:
+    """Best so far against the number of trials, lock and original under the same budget."""
+    by_attack: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for sweep in summary["sweeps"]:
+        points = [(point["trial"], point["loss"]) for point in sweep["best_so_far"] if point["loss"] is not None]
+        title = f"{sweep['attack']}, {sweep['task']}"
+        by_attack.setdefault(title, {})[sweep["model"]] = points
+    if not by_attack:
+        return None
+    section = Section("Searches", part=True)
+    section.text.append(
+        f"{summary['sweeps'][0]['budget']} trials an attack and model; the lowest held-out loss so far."
+    )
+    section.curves = [
+        Curve(title, "trial", "best loss so far", lines, dashed=["original"]) for title, lines in by_attack.items()
+    ]
+    return section
+
+
+def _limits(summary: dict) -> Section:
+    runs = summary["runs"]
+    section = Section("What this rests on, and what it does not show", part=True)
+    tried = ", ".join(f"{count} {status}" for status, count in runs["by_status"].items())
+    section.text = [
+        f"Adversary: {summary['adversary']}.",
+        f"Budget: {summary['budget']}.",
+        f"This would be falsified by {summary['falsified_by']}.",
+        "Not tried: " + ("; ".join(summary["not_tried"]) or "nothing of lockkit's own suite is left out") + ".",
+        f"{runs['rows']} runs ({tried}), {runs['reused_from_controls']} of them on the original taken from another audit.",
+    ]
+    head = ["run", "on", "task", "ended", "note"]
+    rows = [
+        [row["attack"], row["model"], row["task"] or "–", row["status"], row["note"] or "–"]
+        for row in runs["not_finished"]
+    ]
+    section.tables.append(Table(head, rows))
+    probes = [[row["attack"], _settings(row["config"]), _outcome(row)] for row in summary["probes"]]
+    section.tables.append(Table(["measured on the lock", "settings", "outcome"], probes))
+    return section
+
+
+def _settings(config: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in config.items()) or "–"
+
+
+def _outcome(row: dict) -> str:
+    if row["status"] != "finished":
+        return f"{row['status']}: {row['note']}"
+    if "held_out" in row:
+        return "; ".join(
+            f"{task}: loss {found['original']:.3f} (original), {found['locked']:.3f} (lock)"
+            for task, found in row["held_out"].items()
+        )
+    verdict = {True: "the weights were recovered", False: "not recovered"}.get(row.get("passed"), "measured")
+    return verdict + (f" (NMSE of logits {row['logits_nmse']:.1e})" if "logits_nmse" in row else "")

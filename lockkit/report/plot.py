@@ -1,0 +1,109 @@
+"""Curves as inline SVG whose colours are the page's, so that they suit light and dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from typing import TYPE_CHECKING
+
+from lockkit.report.sections import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that matplotlib writes; the page's style says what they look like (render.py: --c0, --c1, ...).
+COLOURS = [f"#c0ffe{index}" for index in range(9)]
+INK, MUTED = "#000000", "#c0ffee"
+LEGEND_MAX = 9
+
+
+def svg(curve: Curve, salt: str) -> str:
+    """A curve as inline SVG; `salt` keeps the ids of one page's plots apart."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with_legend = 1 < len(curve.lines) <= LEGEND_MAX
+    lines_below = (len(curve.lines) + 1) // 2 if with_legend else 0
+    figure = Figure(figsize=(4.6, 3 + 0.19 * lines_below), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    _draw(axes, curve)
+    if with_legend:
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes.set_title(curve.title, fontsize=11)
+    axes.set(xlabel=curve.across, ylabel=curve.up)
+    axes.spines[["top", "right"]].set_visible(False)
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": f"lockkit-{salt}", "svg.fonttype": "path"}):
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
+    return _inline(out.getvalue(), curve.title, salt)
+
+
+def _draw(axes: Axes, curve: Curve) -> None:
+    for points in curve.muted.values():
+        if points:
+            axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=0.8, alpha=0.45)
+    for position, (name, points) in enumerate(curve.lines.items()):
+        # Labels are data, not formulas; a leading underscore would hide a line.
+        label = name.replace("$", r"\$").replace("_", " ")
+        label = label if len(label) <= 34 else label[:33] + "…"
+        across, up = zip(*points, strict=True) if points else ((), ())
+        colour = COLOURS[position % len(COLOURS)]
+        if curve.bars:
+            axes.bar(across, up, label=label, color=colour)
+        elif name in curve.dashed:
+            axes.plot(across, up, linestyle="--", linewidth=1.6, color=INK, label=label)
+        else:
+            axes.plot(across, up, marker="o", markersize=3, linewidth=1.4, color=colour, label=label)
+    if curve.level:
+        name, value = curve.level
+        axes.axhline(value, color=INK, linewidth=0.8, linestyle=":")
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    shown = [up for points in curve.lines.values() for _, up in points] + ([curve.level[1]] if curve.level else [])
+    if curve.muted and shown:  # they must not squeeze the others together
+        low, high = min(shown), max(shown)
+        margin = 0.06 * (high - low or abs(high) or 1)
+        axes.set_ylim(low / 1.3, high * 1.3) if curve.log_up else axes.set_ylim(low - margin, high + margin)
+    for chosen, axis, scale in ((curve.log, axes.xaxis, axes.set_xscale), (curve.log_up, axes.yaxis, axes.set_yscale)):
+        if chosen:
+            scale("log")
+            _label_decades(axis)
+    if not curve.log:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _label_decades(axis) -> None:
+    """Decades, and 2 and 5 between them where there are few: labels of all nine run into each other."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    if low > 0 and high / low < 300:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _position: _short(value))
+        axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: float) -> str:
+    """2,000 as 2k: ticks of two plots side by side stay apart."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _inline(text: str, title: str, salt: str) -> str:
+    """Only the drawing, named for screen readers, with ids of its own and the page's colours."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Identifiers such as axes_1 come back in every plot; a page may have each only once.
+    text = re.sub(r'(\bid="|="#|url\(#)', lambda match: f"{match[1]}p{salt}-", text)
+    for index, stand_in in enumerate(COLOURS):
+        text = text.replace(stand_in, f"var(--c{index})")
+    text = text.replace(MUTED, "currentColor").replace(INK, "currentColor")
+    # Glyphs have no colour of their own, and would stay black.
+    text = text.replace("<svg ", '<svg role="img" fill="currentColor" ', 1)
+    return text.replace(">", f"><title>{html.escape(title)}</title>", 1)
