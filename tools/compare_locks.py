@@ -1,0 +1,166 @@
+"""What locks of one model are worth beside each other: depth and start compared, in one table.
+
+    python tools/compare_locks.py --out tools/results/locks --work /somewhere/with/space
+
+1. Locks the model at every depth and start; a lock that is there is used as it is.
+2. Audits each; rows of the original are made once and shared (`lockkit attack --controls`).
+3. Writes OUT.json and OUT.md: quality, effective depth, unlock ratio, owner's advantage, and the
+   amplification of each resource with the attack that reached it, mean and spread over seeds.
+
+Locks and audits stay in --work: run the same command again, and it goes on where it was interrupted.
+`--quick` is for trying the tool itself: locks of a few thousand tokens, and the suite `quick`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+from lockkit.attack.config import audit_config
+from lockkit.attack.run import run_audit
+from lockkit.cli.console import TerminalProgress
+from lockkit.errors import DistillationError
+from lockkit.files import write_json
+from lockkit.lock.config import LockConfig
+from lockkit.lock.run import lock_model
+from lockkit.report.audit import RESOURCES
+from lockkit.version import git_hash, versions
+
+SCHEMA = "lockkit-locks-compared/1"
+QUICK_LOCK = {"tokens": 8_192, "end_to_end_tokens": 0, "validation_tokens": 1_024}
+
+
+def main() -> None:
+    arguments = _arguments()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows, controls = [], []
+    for depth, init in itertools.product(arguments.depth, arguments.init):
+        name = f"{init}-{depth}"
+        try:
+            lock = _lock(arguments, depth, init, arguments.work / f"lock-{name}")
+        except DistillationError as error:  # the others are still worth their rows
+            rows.append({"lock": name, "failed": str(error)})
+            _write(arguments, rows)
+            continue
+        audit = arguments.work / f"audit-{name}"
+        config = audit_config(arguments.suite, device=arguments.device)
+        with TerminalProgress() as progress:
+            progress.say(f"{name}: audit")
+            summary = run_audit(str(lock), arguments.model, audit, config, arguments.attack, controls, progress)
+        controls.append(audit)
+        rows.append(_row(name, summary))
+        _write(arguments, rows)  # a table of what is there, so far
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="the table: OUT.json and OUT.md")
+    parser.add_argument("--work", type=Path, required=True, help="folder for locks and audits")
+    parser.add_argument("--model", default="demo", help="the original (demo)")
+    parser.add_argument("--depth", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--init", nargs="+", default=["continuation", "random"], choices=["continuation", "random"])
+    parser.add_argument("--suite", default="standard", choices=["quick", "standard", "full"])
+    parser.add_argument("--attack", action="append", help="only this attack; may be repeated")
+    parser.add_argument("--data", help="text of the locks, as for `lockkit lock`")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true", help="small locks and the suite quick: to try the tool")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.suite = "quick"
+    return arguments
+
+
+def _lock(arguments: argparse.Namespace, depth: int, init: str, out: Path) -> Path:
+    """The lock at `out`, made unless it is there."""
+    if not (out / "lockkit.json").is_file():
+        small = QUICK_LOCK if arguments.quick else {}
+        given = {"data": arguments.data} if arguments.data else {}
+        with TerminalProgress() as progress:
+            progress.say(f"{init}-{depth}: lock")
+            config = LockConfig(depth=depth, init=init, device=arguments.device, **small, **given)
+            lock_model(arguments.model, out, config, progress=progress)
+    return out
+
+
+def _row(name: str, summary: dict) -> dict:
+    """What the table says of one lock."""
+    depth = summary["effective_depth"]
+    return {
+        "lock": name,
+        "perplexity_ratio": summary["quality"]["perplexity_ratio"],
+        "kl_divergence": summary["quality"]["locked"]["kl_to_original"],
+        "depth": depth["depth"],
+        "effective_depth": {key: depth[key] for key in ("says", "kl_limit", "says_within_5_percent", "kl_by_stages")},
+        "unlock_ratio": summary["unlock_ratio"],
+        "owner_advantage": summary["owner_advantage"],
+        "amplification": {task: figures["amplification"] for task, figures in summary["tasks"].items()},
+        "runs": summary["runs"],
+        "not_tried": summary["not_tried"],
+        "config": summary["config"],
+        "identity": summary["identity"],
+    }
+
+
+def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
+    record = {
+        "schema": SCHEMA,
+        "model": arguments.model,
+        "suite": arguments.suite,
+        "git_hash": git_hash(),
+        "versions": versions(),
+        "rows": rows,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out.with_suffix(".json"), record)
+    arguments.out.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+
+
+def markdown(record: dict) -> str:
+    """The record as two tables: the locks, and what the best attacks make of each."""
+    rows = [row for row in record["rows"] if "failed" not in row]
+    lines = [
+        f"Locks of {record['model']} under the suite `{record['suite']}`, commit {record['git_hash']}. "
+        "A lock costs this many times as much against these attacks, and nothing is said of others.",
+        "",
+        "| lock | perplexity over the original's | KL, nats | effective depth | within 5 % perplexity "
+        "| unlock ratio | owner's advantage |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        depth = row["effective_depth"]
+        lines.append(
+            f"| {row['lock']} | {row['perplexity_ratio']:.4f} | {row['kl_divergence']:.5f} "
+            f"| {depth['says']} of {row['depth']} | {depth['says_within_5_percent']} of {row['depth']} "
+            f"| {_with_caveat(row['unlock_ratio'])} | {_with_caveat(row['owner_advantage'])} |"
+        )
+    lines += ["", "| lock | task | " + " | ".join(RESOURCES.values()) + " |", "|---|---|" + "---|" * len(RESOURCES)]
+    for row in rows:
+        for task, found in row["amplification"].items():
+            lines.append(f"| {row['lock']} | {task} | " + " | ".join(_cell(found[key]) for key in RESOURCES) + " |")
+    lines += [
+        "",
+        "Cells: the cheapest attack on the lock over the cheapest on the original, to the same held-out loss; the "
+        "attack; mean of that attack's seeds over the original's mean, and its range. `*`: the re-distillation from scratch "
+        "failed its control at this budget, so the figure is a bound on what it says, no more.",
+    ]
+    lines += [f"\nNo lock {row['lock']}: {row['failed']}" for row in record["rows"] if "failed" in row]
+    return "\n".join(lines) + "\n"
+
+
+def _with_caveat(figure: dict) -> str:
+    return figure["says"] + ("*" if figure.get("caveat") else "")
+
+
+def _cell(found: dict | None) -> str:
+    if found is None:
+        return "–"
+    if found["value"] is None:
+        return "> budget"
+    seeds = found.get("seeds")
+    spread = f"; {seeds['mean']:.2f}, {seeds['lowest']:.2f} to {seeds['highest']:.2f}" if seeds else ""
+    return f"{found['value']:.2f} ({found['best_attack']}{spread})"
+
+
+if __name__ == "__main__":
+    main()
