@@ -16,9 +16,9 @@ from lockkit.attack.bench import Bench
 from lockkit.attack.closed_form import Ridge
 from lockkit.attack.config import audit_config
 from lockkit.attack.finetune import FinetuneConfig, batches, finetune, logits_of, task_loss
-from lockkit.attack.run import original_as_chain
 from lockkit.attack.savers import SAVERS, saver
 from lockkit.attack.tasks import BUILT_IN, IGNORED, chat_examples, load_task
+from lockkit.attack.unlocking import original_as_chain
 from lockkit.errors import UsageError
 from lockkit.models.load import DEMO, load_tokenizer
 from lockkit.text import documents
@@ -150,7 +150,7 @@ def test_quick_suite_through_the_program_and_again(cli, originals, locks, tmp_pa
     assert not wrong
     assert [row["passed"] for row in rows if row["attack"] == "recover-onnx"] == [True, True]
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["schema"] == "lockkit-attack-summary/1"
+    assert summary["schema"] == "lockkit-attack-summary/2"
     assert {row["attack"] for row in rows} == {name for name, attack in registry().items() if attack.in_quick}
     unlock = next(row["unlock"] for row in rows if row["attack"] == "stack-solve" and row.get("unlock"))
     model = AutoModelForCausalLM.from_pretrained(out / unlock["folder"])

@@ -25,8 +25,9 @@ from lockkit.attack.closed_form import collapse
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost, StepCost
 from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune, logits_of, task_loss
-from lockkit.attack.run import original_as_chain, run_audit
+from lockkit.attack.run import run_audit
 from lockkit.attack.shorten import merge, padded, prune
+from lockkit.attack.unlocking import original_as_chain
 from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.models.families import MLPWeights, decoder_layers
 
@@ -301,13 +302,13 @@ def test_what_fails_in_one_attack_stays_in_its_row(originals, locks, tmp_path, m
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = audit_config("quick", **SMALL)
     names = ["greedy", "qlora", "last-layers"]
-    summary = run_audit(str(locks("qwen3")), str(originals("qwen3")), tmp_path / "audit", config, names)
-    found = {(row["attack"], row["model"]): row for row in summary["statuses"]}
+    run_audit(str(locks("qwen3")), str(originals("qwen3")), tmp_path / "audit", config, names)
+    rows = [json.loads(line) for line in (tmp_path / "audit" / "rows.jsonl").read_text().splitlines()]
+    found = {(row["attack"], row["model"]): row for row in rows}
     assert found["greedy", "locked"]["status"] == "out-of-memory"
     assert found["qlora", "locked"]["status"] == "unavailable"
     assert "bitsandbytes is not installed: pip install" in found["qlora", "locked"]["note"]
     assert found["last-layers", "locked"]["status"] == "finished"
-    rows = [json.loads(line) for line in (tmp_path / "audit" / "rows.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["best_loss"]) for row in rows if row["status"] == "finished")
 
 

@@ -48,7 +48,6 @@ class Attack(ABC):
     reference: ClassVar[str]
     family: ClassVar[str]  # what it attacks: optimisation, memory, architecture, ...
     lock_aware: ClassVar[bool] = False  # uses what is known of this lock
-    headline: ClassVar[bool] = False  # repeated with several seeds
     in_quick: ClassVar[bool] = False  # stands for its family in the quick suite
     Config: ClassVar[type[BaseModel]]
 

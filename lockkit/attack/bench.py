@@ -5,6 +5,7 @@ Models are loaded from their folders for each use, so that no attack sees what a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class Bench:
         self.tasks = {name: self._task(name) for name in config.tasks}
         self.hashes = {name: weights_sha256(folder) for name, folder in self.folders.items()}
         self._kept: dict[str, PreTrainedModel] = {}
+        self._quality: dict[str, Quality] = {}
 
     def _lock_record(self) -> dict:
         path = self.folders["locked"] / LOCK_RECORD
@@ -135,6 +137,43 @@ class Bench:
             to_lock.add(self.frozen("locked")(ids, use_cache=False).logits[:, :-1], logits[:, :-1])
             to_original.add(self.frozen("original")(ids, use_cache=False).logits[:, :-1], logits[:, :-1])
         return Quality(perplexity.value, to_lock.kl_divergence, to_original.kl_divergence)
+
+    def quality_of(self, subject: Subject) -> Quality:
+        """The quality of the lock or of the original, measured once."""
+        if subject not in self._quality:
+            self._quality[subject] = self.quality(self.frozen(subject))
+        return self._quality[subject]
+
+    @torch.no_grad()
+    def kl(self, model: PreTrainedModel, subject: Subject) -> float:
+        """KL(subject || model) on the same text, nats a token: cheaper than `quality`."""
+        comparison = Comparison()
+        for ids in self.evaluation.split(MEASURED_ROWS):
+            ids = ids.to(self.device)
+            logits = model(ids, use_cache=False).logits[:, :-1]
+            comparison.add(self.frozen(subject)(ids, use_cache=False).logits[:, :-1], logits)
+        return comparison.kl_divergence
+
+    @functools.cached_property
+    def kl_without_mlps(self) -> float:
+        """KL of an original whose MLPs give nothing: what there is to win back."""
+        emptied = self.load("original").requires_grad_(False)
+        for layer in decoder_layers(emptied):
+            for weight in layer.mlp.parameters():
+                weight.zero_()
+        return self.kl(emptied, "original")
+
+    @property
+    def lock_tokens(self) -> int:
+        """Tokens that the lock was distilled on, both phases; 0 if its record does not say."""
+        recipe = self.record.get("recipe") or {}
+        return recipe.get("tokens", 0) + recipe.get("end_to_end_tokens", 0)
+
+    @property
+    def lock_shape(self) -> dict:
+        """The architecture of the chains, without what distillation chose."""
+        settings = self.frozen("locked").config.dlr
+        return {key: value for key, value in settings.items() if key != "gains"}
 
     @property
     def depth(self) -> int:

@@ -1,43 +1,50 @@
 """The audit, from two folders to rows and a summary.
 
 1. Load and match the models, tasks and text (bench.py).
-2. Reference: fine-tune the original with the baseline at every learning rate; the target loss of a
-   task is set by the best of these.
-3. Every attack at the same settings on the original (positive control), then on the lock. An
-   unlock is first run on a chain that *is* the original, then on the lock; what it makes is
-   fine-tuned with all weights, and both are charged.
-4. A row is appended to `rows.jsonl` when it is done. Its key is a hash of everything it depends
-   on, so an interrupted audit goes on where it stopped, and a changed one does not reuse old rows.
-5. `summary.json`: target, headline, figures of the lock, what was not tried.
+2. References: fine-tune the original with the baseline at every learning rate; the best of these
+   sets a task's target loss.
+3. Every attack on the first task, on the original (positive control) as on the lock (plan.py says
+   at which settings). An unlock is first run on a chain that *is* the original, then on the lock;
+   what it makes is fine-tuned with all weights, and both are charged (unlocking.py).
+4. With `sweep`, a search over each gradient attack's settings on that task, as long for both (sweep.py).
+5. What was cheapest on the first task is tried on the others.
+6. What was cheapest, in any resource, is repeated with more seeds.
+7. `summary.json`: targets, headline, figures of the lock, what was not tried (summary.py).
+
+Each run is a row (rows.py), written when it is done: an interrupted audit goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel
 
-from lockkit.attack.base import Attack, CannotRun, GradientAttack, Probe, UnlockAttack, Unlocked, attack_class, registry
+from lockkit.attack.base import Attack, GradientAttack, Probe, UnlockAttack, attack_class, registry
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneResult
+from lockkit.attack.plan import (
+    BASELINE,
+    SUBJECTS,
+    best_position,
+    groups,
+    takes_baseline_steps,
+    winners,
+    without_rate,
+)
+from lockkit.attack.rows import ROWS, SCHEMA, RowStore, check_controls, depends_on, head_of
 from lockkit.attack.summary import summarise
+from lockkit.attack.sweep import Sweep
+from lockkit.attack.target import Target, reference_target
+from lockkit.attack.unlocking import control, unlock
 from lockkit.errors import UsageError
-from lockkit.files import new_folder, readable_disk_errors, write_json
-from lockkit.lock.initialise import start_from_teacher
-from lockkit.models.families import decoder_layers, mlp_weights
-from lockkit.models.locked import locked_classes
-from lockkit.models.save import copy_tokenizer, render_modeling_file
+from lockkit.files import readable_disk_errors, write_json
 from lockkit.progress import NoProgress, Progress
 
-SCHEMA = "lockkit-attack/1"
-ROWS, SUMMARY = "rows.jsonl", "summary.json"
-# What PyTorch says on CUDA, on Windows and on Linux; its class of error is a plain RuntimeError on the last two.
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+SUMMARY = "summary.json"
 
 
 def run_audit(
@@ -46,25 +53,29 @@ def run_audit(
     out: Path,
     config: AuditConfig,
     attacks: list[str] | None = None,
+    controls: list[Path] | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """Attack a lock; return the summary that is written to `out`.
 
+    Args:
+        attacks: names; the suite's by default.
+        controls: folders of other audits, whose rows of the original are reused where they fit.
+
     Raises:
-        UsageError: models, tasks, attacks or `out` cannot be used as given.
+        UsageError: models, tasks, attacks, `controls` or `out` cannot be used as given.
     """
-    progress = progress or NoProgress()
     chosen = [attack_class(name) for name in attacks] if attacks else _of_suite(config)
+    chosen.sort(key=lambda attack: attack.name != BASELINE)  # others go by its learning rates
+    check_controls(controls or [])
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ROWS).is_file())):
         raise UsageError(f"{out} exists and is not an audit to go on with: change --out")
     bench = Bench(locked, original, config)
     with readable_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        audit = Audit(bench, out, progress)
-        audit.references()
-        for attack in chosen:
-            audit.attack(attack)
-        summary = summarise(bench, audit.used, chosen)
+        audit = Audit(bench, out, controls or [], progress or NoProgress())
+        audit.run(chosen)
+        summary = summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps)
         temporary = out / f".{SUMMARY}.partial"
         write_json(temporary, summary)
         temporary.replace(out / SUMMARY)
@@ -78,162 +89,162 @@ def _of_suite(config: AuditConfig) -> list[type[Attack]]:
 class Audit:
     """One audit: the rows it has, and how it makes more."""
 
-    def __init__(self, bench: Bench, out: Path, progress: Progress):
-        self.bench, self.out, self.progress = bench, out, progress
-        self.rows = _read_rows(out / ROWS)
-        self.used: list[dict] = []  # rows of this audit, old and new
-        self.targets: dict[str, tuple[float, float]] = {}  # task: start and target
+    def __init__(self, bench: Bench, out: Path, controls: list[Path], progress: Progress):
+        self.bench, self.config, self.out, self.progress = bench, bench.config, out, progress
+        self.rows = RowStore(out, controls)
+        self.targets: dict[str, Target] = {}
+        self.sweeps: list[dict] = []
 
-    def references(self) -> None:
-        """Fine-tune the original; set each task's target."""
-        baseline = attack_class("full-ft")
+    def run(self, chosen: list[type[Attack]]) -> None:
+        """All rows of the attacks, in the order of the steps at the top of this file."""
+        first, *others = self.bench.tasks
         for task in self.bench.tasks:
-            rows = [self._gradient(baseline, c, task, "original") for c in baseline.trials(self.bench.config)]
-            finished = [row for row in rows if row["status"] == "finished"]
-            if not finished:
-                raise UsageError(
-                    f"the original cannot be fine-tuned on {task}: change --learning-rates or --batch-rows"
-                )
-            start, best = finished[0]["start_loss"], min(row["best_loss"] for row in finished)
-            if best >= start:
-                raise UsageError(
-                    f"fine-tuning does not improve the original on {task}: change --learning-rates or --steps"
-                )
-            target = start - self.bench.config.target_share * (start - best)
-            self.targets[task] = (start, target)
-            self.progress.say(f"{task}: held-out loss of the original {start:.3f}, target {target:.3f}")
+            self._reference(task)
+        for attack in chosen:
+            self._attack(attack, first)
+        if self.config.sweep:
+            self._sweep([a for a in chosen if issubclass(a, GradientAttack)], first)
+        for task in others:
+            if self.config.exhaustive:
+                for attack in chosen:
+                    self._attack(attack, task)
+            else:
+                self._attack_with_winners(first, task)
+        for task in self.bench.tasks:
+            self._repeat(task)
 
-    def attack(self, attack: type[Attack]) -> None:
-        """All rows of one attack: trials, tasks, seeds; control first."""
+    def _reference(self, task: str) -> None:
+        """Fine-tune the original; set the task's target."""
+        baseline = attack_class(BASELINE)
+        rows = [self._gradient(baseline, config, task, "original") for config in baseline.trials(self.config)]
+        target = reference_target(rows, self.config.target_share)
+        if target is None:
+            reasons = "; ".join(dict.fromkeys(row["note"] or row["status"] for row in rows))
+            raise UsageError(
+                f"fine-tuning does not improve the original on {task} ({reasons}): "
+                "change --learning-rate, --steps or --batch-rows"
+            )
+        self.targets[task] = target
+        self.progress.say(f"{task}: held-out loss of the original {target.start:.3f}, target {target.loss:.3f}")
+
+    def _attack(self, attack: type[Attack], task: str) -> None:
+        """The suite's trials of one attack on one task; control first."""
         if issubclass(attack, Probe):
-            for config in attack.trials(self.bench.config):
+            for config in attack.trials(self.config):
                 self._row(attack, config, None, "locked", lambda c=config: attack(c).probe(self.bench))
-            return
-        for task in self.bench.tasks:
-            for config in attack.trials(self.bench.config):
-                if issubclass(attack, UnlockAttack):
-                    self._unlock(attack, config, task)
-                    continue
-                for seed in range(self.bench.config.seeds if attack.headline else 1):
-                    seeded = config.model_copy(update={"seed": self.bench.config.seed + seed})
-                    self._gradient(attack, seeded, task, "original")
-                    self._gradient(attack, seeded, task, "locked")
+        elif issubclass(attack, UnlockAttack):
+            for config in attack.trials(self.config):
+                self._unlock(attack, config, task)
+        else:
+            for subject in SUBJECTS:
+                for config in self._gradient_trials(attack, task, subject):
+                    self._gradient(attack, config, task, subject)
 
-    def _gradient(self, attack: type[GradientAttack], config, task: str, subject: str) -> dict:
+    def _gradient_trials(self, attack: type[GradientAttack], task: str, subject: str) -> Iterator[BaseModel]:
+        """Settings of an attack, one after the other: later ones go by what earlier ones found."""
+        grid = groups(attack.trials(self.config))
+        if self.config.exhaustive:
+            yield from (config for group in grid for config in group)
+            return
+        position = self._baseline_position(task, subject)
+        for number, group in enumerate(grid):
+            if takes_baseline_steps(group[0]):
+                yield group[min(position, len(group) - 1)]
+            elif number:
+                yield group[min(best_position(self._rows_of(attack, grid[0], task, subject)), len(group) - 1)]
+            else:
+                yield from group
+
+    def _rows_of(self, attack: type[Attack], configs: list[BaseModel], task: str, subject: str) -> list[dict]:
+        return [self._gradient(attack, config, task, subject) for config in configs]
+
+    def _baseline_position(self, task: str, subject: str) -> int:
+        """Which of the suite's learning rates served the baseline best (the original's, if it was not chosen)."""
+        baseline = attack_class(BASELINE)
+        known = {row["model"] for row in self.rows.used.values() if row["attack"] == BASELINE and row["task"] == task}
+        on = subject if subject in known else "original"
+        return best_position(self._rows_of(baseline, baseline.trials(self.config), task, on))
+
+    def _unlock(self, attack: type[UnlockAttack], config: BaseModel, task: str) -> None:
+        """Control, unlock, and the fine-tune of what it made, at the rates that serve the original."""
+        found = self._row(attack, config, None, "original", lambda: control(attack, config, self.bench))
+        if found["status"] != "finished":
+            return
+        settings = attack_class(BASELINE).trials(self.config)
+        if not self.config.exhaustive:
+            settings = [settings[self._baseline_position(task, "original")]]
+        for finetuning in settings:
+            self._unlocked(attack, config, finetuning, task)
+
+    def _unlocked(self, attack: type[UnlockAttack], config: BaseModel, finetuning: BaseModel, task: str) -> dict:
         def work() -> dict:
-            return _run_record(attack(config).run(self.bench.load(subject), self.bench, self.bench.tasks[task]))
+            unlocked, record = unlock(attack, config, self.bench, self.out)
+            model = unlocked.model.requires_grad_(True)
+            result = attack_class(BASELINE)(finetuning).run(model, self.bench, self.bench.tasks[task])
+            return run_record(result, unlocked.cost) | {"unlock": record}
+
+        both = {"unlock": config.model_dump(), "finetune": finetuning.model_dump()}
+        return self._row(attack, both, task, "locked", work)
+
+    def _gradient(self, attack: type[GradientAttack], config: BaseModel, task: str, subject: str) -> dict:
+        def work() -> dict:
+            return run_record(attack(config).run(self.bench.load(subject), self.bench, self.bench.tasks[task]))
 
         return self._row(attack, config, task, subject, work)
 
-    def _unlock(self, attack: type[UnlockAttack], config: BaseModel, task: str) -> None:
-        control = self._row(attack, config, None, "original", lambda: self._unlock_control(attack, config))
-        if control["status"] == "finished":
-            baseline = attack_class("full-ft")
-            for settings in baseline.trials(self.bench.config):
-                both = {"unlock": config.model_dump(), "finetune": settings.model_dump()}
-                self._row(
-                    attack, both, task, "locked", lambda s=settings: self._unlock_and_finetune(attack, config, s, task)
-                )
+    def _sweep(self, attacks: list[type[GradientAttack]], task: str) -> None:
+        """As many trials of every attack that has something to search, on the original as on the lock."""
+        for attack in attacks:
+            if takes_baseline_steps(attack.trials(self.config)[0]):
+                continue
+            for subject in SUBJECTS:
+                sweep = Sweep(self.out, attack, task, subject, self.bench, self.targets[task])
+                self.sweeps.append(sweep.run(lambda c, a=attack, s=subject: self._gradient(a, c, task, s)))
 
-    def _unlock_control(self, attack: type[UnlockAttack], config: BaseModel) -> dict:
-        bench = self.bench
-        unlocked = attack(config).unlock(original_as_chain(bench), bench)
-        emptied = bench.load("original").requires_grad_(False)
-        for layer in decoder_layers(emptied):
-            for weight in layer.mlp.parameters():
-                weight.zero_()
-        worst, left = bench.quality(emptied).kl_to_original, bench.quality(unlocked.model).kl_to_original
-        share = 1 - left / worst
-        return {
-            "control_passed": share >= attack.control_share,
-            "control_kl": left,
-            "kl_without_mlps": worst,
-            "won_back": share,
-            "cost": unlocked.cost.record(),
-        }
+    def _attack_with_winners(self, first: str, task: str) -> None:
+        """The baseline, and what was cheapest on the first task, on another one."""
+        self._attack(attack_class(BASELINE), task)
+        for row in self._winners(first):
+            attack = attack_class(row["attack"])
+            if issubclass(attack, UnlockAttack):
+                self._unlock(attack, attack.Config(**row["config"]["unlock"]), task)
+                continue
+            config = attack.Config(**row["config"])
+            same = [g for g in groups(attack.trials(self.config)) if without_rate(g[0]) == without_rate(config)]
+            for subject in SUBJECTS:
+                self._rows_of(attack, same[0] if same else [config], task, subject)
 
-    def _unlock_and_finetune(self, attack, config, settings, task: str) -> dict:
-        unlocked, record = self._unlocked(attack, config)
-        model = unlocked.model.requires_grad_(True)
-        result = attack_class("full-ft")(settings).run(model, self.bench, self.bench.tasks[task])
-        return _run_record(result, unlocked.cost) | {"unlock": record}
+    def _winners(self, task: str) -> list[dict]:
+        return winners(list(self.rows.used.values()), task, self.targets[task], self.config.seed)
 
-    def _unlocked(self, attack, config) -> tuple[Unlocked, dict]:
-        """The unlocked model, made once and saved; later rows load what was saved."""
-        from lockkit.models.load import load_model, no_progress_bars
+    def _repeat(self, task: str) -> None:
+        """More seeds for what was cheapest on a task, and for the baseline."""
+        for row in self._winners(task):
+            attack = attack_class(row["attack"])
+            for seed in range(self.config.seed + 1, self.config.seed + self.config.seeds):
+                if issubclass(attack, UnlockAttack):
+                    finetuning = attack_class(BASELINE).Config(**row["config"]["finetune"] | {"seed": seed})
+                    self._unlocked(attack, attack.Config(**row["config"]["unlock"]), finetuning, task)
+                else:
+                    self._gradient(attack, attack.Config(**row["config"] | {"seed": seed}), task, row["model"])
 
-        key = _key([attack.name, config.model_dump(), self.bench.identity()])
-        folder = self.out / "unlocked" / f"{attack.name}-{key[:12]}"
-        if not (folder / "unlock.json").is_file():
-            made = attack(config).unlock(self.bench.frozen("locked"), self.bench)
-            record = {
-                "folder": str(folder.relative_to(self.out)),
-                "blocks": made.blocks,
-                "architecture": type(made.model).__name__,
-                **self.bench.quality(made.model).record(),
-                "cost": made.cost.record(),
-                "notes": made.notes,
-            }
-            folder.parent.mkdir(exist_ok=True)
-            with new_folder(folder) as temporary:
-                with no_progress_bars():
-                    made.model.save_pretrained(temporary)
-                copy_tokenizer(self.bench.folders["original"], temporary)
-                if made.blocks > 1:
-                    file = temporary / "modeling_dlr_lock.py"
-                    file.write_text(render_modeling_file(self.bench.family), encoding="utf-8")
-                write_json(temporary / "unlock.json", record)
-        record = json.loads((folder / "unlock.json").read_text(encoding="utf-8"))
-        model, _ = load_model(folder, torch.float32, str(self.bench.device))
-        return Unlocked(model, record["blocks"], Cost(**record["cost"]), record["notes"]), record
-
-    def _row(self, attack: type[Attack], config, task: str | None, subject: str, work) -> dict:
-        """Run `work` unless its row is there; whatever goes wrong in one attack stays in its row."""
+    def _row(self, attack: type[Attack], config: BaseModel | dict, task: str | None, subject: str, work) -> dict:
+        """Run `work`, unless its row is there."""
         settings = config if isinstance(config, dict) else config.model_dump()
-        task_hash = self.bench.tasks[task].record() if task else None
-        key = _key([SCHEMA, attack.name, settings, subject, task_hash, self.bench.identity()])
-        if key not in self.rows:
-            row = {
-                "schema": SCHEMA,
-                "key": key,
-                "attack": attack.name,
-                "family": attack.family,
-                "lock_aware": attack.lock_aware,
-                "model": subject,
-                "task": task,
-                "config": settings,
-            }
+        made = False
+
+        def told() -> dict:
+            nonlocal made
+            made = True
             self.progress.start(f"{attack.name} on the {subject}" + (f", {task}" if task else ""), 1)
-            row |= _guarded(work)
-            row["finished"] = True
-            if row["status"] != "out-of-memory":  # another machine may have more
-                self.rows[key] = row
-            with (self.out / ROWS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            self.progress.finish(row.get("note") or _short(row))
-        row = self.rows.get(key, locals().get("row"))
-        if row not in self.used:
-            self.used.append(row)
+            return work()
+
+        row = self.rows.row(
+            head_of(attack, settings, task, subject), depends_on(self.bench, attack, settings, task, subject), told
+        )
+        if made:
+            self.progress.finish(row["note"] or _short(row))
         return row
-
-
-def _guarded(work) -> dict:
-    """Run; tell apart finished, diverged, not possible here, out of memory, failed."""
-    try:
-        found = work()
-        return {"status": "diverged" if found.get("diverged") else "finished", "note": "", **found}
-    except CannotRun as reason:
-        return {"status": "unavailable", "note": str(reason)}
-    except Exception as error:
-        memory = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
-        reason = " ".join(str(error).split())[:200]
-        return {
-            "status": "out-of-memory" if memory else "failed",
-            "note": "out of memory" if memory else f"{type(error).__name__}: {reason}",
-        }
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _short(row: dict) -> str:
@@ -242,17 +253,12 @@ def _short(row: dict) -> str:
     return "" if "won_back" not in row else f"control wins back {row['won_back']:.1%}"
 
 
-def _run_record(result: FinetuneResult, before: Cost | None = None) -> dict:
+def run_record(result: FinetuneResult, before: Cost | None = None) -> dict:
     """A run's figures; the cost of what came `before` is in every point and in the total."""
     before = before or Cost()
+    work = ("tokens", "flops", "seconds")
     curve = [
-        point.record()
-        | {
-            "tokens": point.tokens + before.tokens,
-            "flops": point.flops + before.flops,
-            "seconds": point.seconds + before.seconds,
-        }
-        for point in result.curve
+        point.record() | {key: getattr(point, key) + getattr(before, key) for key in work} for point in result.curve
     ]
     return {
         "start_loss": result.start,
@@ -266,38 +272,4 @@ def _run_record(result: FinetuneResult, before: Cost | None = None) -> dict:
     }
 
 
-def original_as_chain(bench: Bench):
-    """The original in the lock's architecture: its own units in blocks that do not depend on each other."""
-    original, config = bench.frozen("original"), bench.frozen("locked").config
-    model = locked_classes(bench.family)[1](config).to(bench.device, torch.float32)
-    rest = {key: value for key, value in original.state_dict().items() if ".mlp." not in key}
-    model.load_state_dict(rest, strict=False)
-    model.tie_weights()
-    for index, (layer, teacher) in enumerate(zip(decoder_layers(model), decoder_layers(original), strict=True)):
-        start_from_teacher(layer.mlp, mlp_weights(teacher.mlp, bench.family), seed=index)
-        layer.mlp.gain = 0.0
-    return model.requires_grad_(False).eval()
-
-
-def _key(parts: list) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _read_rows(path: Path) -> dict[str, dict]:
-    """Finished rows by key; a line cut short by an interruption is passed over."""
-    found: dict[str, dict] = {}
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):
-            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-        for line in text.splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row.get("finished") and row.get("status") not in ("out-of-memory", "failed"):
-                found[row["key"]] = row
-    return found
-
-
-__all__ = ["ROWS", "SCHEMA", "SUMMARY", "run_audit"]
+__all__ = ["ROWS", "SCHEMA", "SUMMARY", "Audit", "run_audit"]

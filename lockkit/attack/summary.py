@@ -1,66 +1,70 @@
 """From rows to the figures a lock carries.
 
-Cost to target: the least of each resource at which a run reaches the task's target; None if no
-run did within the budget. Amplification: that of the lock over that of the original, each the
-cheapest of all valid attacks under the same trial budget.
+Cost to target and what counts as valid: target.py. Amplification: the cost to target on the lock over
+that on the original, each the cheapest of all valid attacks under the same trial budget. Effective
+depth, unlock ratio and owner's advantage: unlock_figures.py.
 """
 
 from __future__ import annotations
 
 import datetime
-import math
+import statistics
 from typing import TYPE_CHECKING
 
+from lockkit.attack.base import registry
+from lockkit.attack.plan import BASELINE, SUBJECTS
+from lockkit.attack.target import (
+    MEMORY,
+    RESOURCES,
+    WORK,
+    Target,
+    cheapest,
+    control_passed,
+    cost_to_target,
+    reference_target,
+    runs_of,
+    seed_of,
+    unlock_control,
+    valid_runs,
+    without_seed,
+)
+from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio, unlocks_of
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:
     from lockkit.attack.base import Attack
     from lockkit.attack.bench import Bench
 
-SCHEMA = "lockkit-attack-summary/1"
-CONTROL_SHARE = 0.25  # of the reference's improvement, that a gradient attack must reach on the original
-WORK = ("step", "tokens", "flops", "seconds")
-MEMORY = ("peak_tensor_bytes", "saved_bytes")
+SCHEMA = "lockkit-attack-summary/2"
+NO_LOCK_AWARE = "This audit has no attack that knows the lock: its figures say little."
+ADVERSARY = "has all weights of the lock, knows the method, has unlabelled text and the task's data; not the original"
+FALSIFIED_BY = "any attack that reaches a target at a lower cost than the cheapest here"
 
 
-def cost_to_target(row: dict, target: float) -> dict[str, float] | None:
-    """What the first point at or below `target` cost; peaks are the run's."""
-    for point in row.get("curve", []):
-        if point["loss"] <= target and point["step"] > 0:
-            return {key: point[key] for key in WORK} | {key: row["cost"][key] for key in MEMORY}
-    return None
-
-
-def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]]) -> dict:
+def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]], sweeps: list[dict]) -> dict:
     """The summary, as it is written."""
-    tasks = {}
-    for task in bench.tasks:
-        tasks[task] = bench.tasks[task].record() | _task_figures(
-            bench, [r for r in rows if r["task"] == task], rows, task
-        )
-    from lockkit.attack.base import registry
-
-    unlocks = {_label(r): r["unlock"] for r in rows if r.get("unlock")}
-    aware = any(attack.lock_aware for attack in attacks)
+    unlocks = unlocks_of(rows)
+    quality = {subject: bench.quality_of(subject).record() for subject in SUBJECTS}
     return {
         "schema": SCHEMA,
-        "first_line": "" if aware else "This audit has no attack that knows the lock: its figures say little.",
+        "first_line": "" if any(attack.lock_aware for attack in attacks) else NO_LOCK_AWARE,
         "locked": bench.names["locked"],
         "original": bench.names["original"],
-        "quality": {name: bench.quality(bench.frozen(name)).record() for name in ("original", "locked")},
-        "tasks": tasks,
+        "quality": quality | {"perplexity_ratio": quality["locked"]["perplexity"] / quality["original"]["perplexity"]},
+        "lock": _lock(bench),
+        "tasks": {task: bench.tasks[task].record() | _task_figures(bench, rows, task) for task in bench.tasks},
         "unlocks": unlocks,
-        "effective_depth": _effective_depth(bench, unlocks),
-        "unlock_ratio": _unlock_ratio(unlocks),
-        "owner_advantage": _owner_advantage(bench, unlocks),
-        "statuses": [
-            {"attack": r["attack"], "model": r["model"], "task": r["task"], "status": r["status"], "note": r["note"]}
-            for r in rows
-        ],
-        "not_tried": sorted(set(registry()) - {attack.name for attack in attacks}),
-        "adversary": "has all weights of the lock, knows the method, has unlabelled text and the task's data; "
-        "not the original",
-        "falsified_by": "any attack that reaches the target at a lower cost than the cheapest here",
+        "effective_depth": effective_depth(bench, unlocks),
+        "unlock_ratio": unlock_ratio(unlocks, bench.config.effective_depth_kl),
+        "owner_advantage": owner_advantage(bench.lock_tokens, unlocks, quality["locked"]["kl_to_original"]),
+        "sweeps": [sweep | {"best_so_far": _best_so_far(sweep["trials"])} for sweep in sweeps],
+        "probes": [_probe(row) for row in rows if row["model"] == "locked" and row["task"] is None],
+        "runs": _runs(rows),
+        "row_keys": [row["key"] for row in rows],
+        "not_tried": _not_tried(rows, attacks),
+        "adversary": ADVERSARY,
+        "budget": _budget(bench),
+        "falsified_by": FALSIFIED_BY,
         "config": bench.config.model_dump(),
         "identity": bench.identity(),
         "versions": versions(),
@@ -69,138 +73,180 @@ def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]]) -> di
     }
 
 
-def _label(row: dict) -> str:
-    settings = row["config"]["unlock"]
-    return " ".join([row["attack"], *(f"{key}={value}" for key, value in settings.items())])
-
-
-def _task_figures(bench: Bench, rows: list[dict], everything: list[dict], task: str) -> dict:
-    baseline = [r for r in rows if r["attack"] == "full-ft" and r["model"] == "original" and "best_loss" in r]
-    # The target comes from the first seed's runs, as when it was set: more seeds do not move it.
-    first = [r for r in baseline if r["config"]["seed"] == bench.config.seed and r["status"] == "finished"]
-    start, best = first[0]["start_loss"], min(r["best_loss"] for r in first)
-    target = start - bench.config.target_share * (start - best)
-    required = start - CONTROL_SHARE * (start - best)
-    table, valid = [], {"original": [], "locked": []}
-    for name in dict.fromkeys(r["attack"] for r in rows):
-        own = [r for r in rows if r["attack"] == name]
-        controls = [r for r in everything if r["attack"] == name and r["model"] == "original" and "control_passed" in r]
-        on_original = [r for r in own if r["model"] == "original" and "best_loss" in r]
-        passed = (
-            all(r["control_passed"] for r in controls)
-            if controls
-            else any(r["best_loss"] <= required for r in on_original)
-        )
-        on_locked = [r for r in own if r["model"] == "locked" and "best_loss" in r]
-        table.append(
-            {
-                "attack": name,
-                "valid": passed,
-                "says": "" if passed else "attack invalid",
-                "best_loss_original": min((r["best_loss"] for r in on_original), default=None),
-                "best_loss_locked": min((r["best_loss"] for r in on_locked), default=None),
-                "locked": _cheapest(on_locked, target),
-                "original": _cheapest(on_original, target),
-            }
-        )
-        if passed and own[0]["family"] != "control":
-            valid["original"] += on_original
-            valid["locked"] += on_locked
+def _lock(bench: Bench) -> dict:
+    recipe = bench.record.get("recipe") or {}
     return {
-        "start_loss": start,
-        "reference_loss": best,
-        "target_loss": target,
-        "attacks": table,
-        "amplification": {key: _amplification(valid, target, key) for key in (*WORK, *MEMORY)},
+        "depth": bench.depth,
+        "init": recipe.get("init"),
+        "coupling": recipe.get("coupling"),
+        "layers": [{"layer": r["layer"], "nmse": r.get("nmse")} for r in bench.record.get("layers") or []],
     }
 
 
-def _cheapest(rows: list[dict], target: float) -> dict[str, float] | None:
+def _budget(bench: Bench) -> str:
+    config = bench.config
+    searched = f", and {config.sweep} searched trials an attack" if config.sweep else ""
+    return (
+        f"{config.steps} steps of {config.batch_rows} rows of {config.block_tokens} tokens a run, "
+        f"learning rates {', '.join(map(str, config.learning_rates))}{searched}, the same for lock and original; "
+        f"{config.unlock_tokens:,} unlabelled tokens for closed-form unlocks, {config.redistill_tokens:,} for a re-distillation"
+    )
+
+
+def _probe(row: dict) -> dict:
+    """What a row measured, without what all rows have."""
+    common = ("schema", "key", "family", "lock_aware", "model", "task", "reused")
+    return {key: value for key, value in row.items() if key not in common}
+
+
+def _runs(rows: list[dict]) -> dict:
+    """How rows ended, and those that did not end well."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["status"]] = counts.get(row["status"], 0) + 1
+    keep = ("attack", "model", "task", "status", "note")
+    troubled = [{key: row[key] for key in keep} for row in rows if row["status"] != "finished"]
+    reused = sum(row["reused"] for row in rows)
+    return {"rows": len(rows), "reused_from_controls": reused, "by_status": counts, "not_finished": troubled}
+
+
+def _not_tried(rows: list[dict], attacks: list[type[Attack]]) -> list[str]:
+    """Attacks that were not chosen, and those that could not run at all, with the reason."""
+    left_out = sorted(set(registry()) - {attack.name for attack in attacks})
+    for attack in attacks:
+        own = [row for row in rows if row["attack"] == attack.name]
+        if own and all(row["status"] in ("unavailable", "failed", "out-of-memory") for row in own):
+            left_out.append(f"{attack.name} ({own[0]['note']})")
+    return left_out
+
+
+def _best_so_far(trials: list[dict]) -> list[dict]:
+    """Lowest loss and lowest value after each trial, by number; trials without a loss count as tried."""
+    found, best = [], {"value": None, "loss": None}
+    for trial in sorted(trials, key=lambda trial: trial["number"]):
+        for key in best:
+            if trial[key] is not None and (best[key] is None or trial[key] < best[key]):
+                best[key] = trial[key]
+        found.append({"trial": trial["number"] + 1, **best})
+    return found
+
+
+def _task_figures(bench: Bench, rows: list[dict], task: str) -> dict:
+    config = bench.config
+    references = [
+        row
+        for row in runs_of(rows, task)
+        # The first seed's alone, as when the target was set: more seeds and searched trials do not move it.
+        if row["attack"] == BASELINE and row["model"] == "original" and _in_grid(row, bench)
+    ]
+    target = reference_target(references, config.target_share)
+    valid = valid_runs(rows, task, target)
+    return {
+        "start_loss": target.start,
+        "reference_loss": target.best,
+        "target_loss": target.loss,
+        "attacks": _attack_table(rows, task, target),
+        "amplification": {key: _amplification(valid, target, key, config.seed) for key in ("step", *RESOURCES)},
+    }
+
+
+def _in_grid(row: dict, bench: Bench) -> bool:
+    from lockkit.attack.base import attack_class
+
+    return row["config"] in [config.model_dump() for config in attack_class(BASELINE).trials(bench.config)]
+
+
+def _attack_table(rows: list[dict], task: str, target: Target) -> list[dict]:
+    """A line for each attack: control, best losses, least costs to the target."""
+    table = []
+    runs = runs_of(rows, task)
+    for name in dict.fromkeys(row["attack"] for row in rows if row["task"] == task or _control_did_not_run(row)):
+        own = {subject: [r for r in runs if r["attack"] == name and r["model"] == subject] for subject in SUBJECTS}
+        passed = [control_passed(row, rows, target) for row in own["original"] + own["locked"]]
+        counted = [row for row in own["locked"] if control_passed(row, rows, target)] or own["locked"]
+        valid = any(passed)
+        ended = {row["status"]: row["note"] for row in rows if row["attack"] == name and row["task"] in (task, None)}
+        says = "" if valid else "attack invalid" if passed else "; ".join(note or s for s, note in ended.items())
+        control = next((unlock_control(row, rows) for row in counted if "unlock" in row["config"]), None)
+        table.append(
+            {
+                "attack": name,
+                "family": next(row["family"] for row in rows if row["attack"] == name),
+                "valid": valid,
+                "says": says,
+                "trials_original": len(own["original"]),
+                "trials_locked": len(own["locked"]),
+                "control_won_back": control and control.get("won_back"),
+                "best_loss_original": min((r["best_loss"] for r in own["original"]), default=None),
+                "best_loss_locked": min((r["best_loss"] for r in counted), default=None),
+                "original": _least(own["original"], target.loss),
+                "locked": _least(counted, target.loss),
+            }
+        )
+    return table
+
+
+def _control_did_not_run(row: dict) -> bool:
+    """An unlock that never came to the lock: unavailable here, out of memory, failed."""
+    return row["model"] == "original" and row["task"] is None and row["status"] != "finished"
+
+
+def _least(rows: list[dict], target: float) -> dict[str, float] | None:
     costs = [cost for row in rows if (cost := cost_to_target(row, target))]
     return {key: min(cost[key] for cost in costs) for key in (*WORK, *MEMORY)} if costs else None
 
 
-def _amplification(valid: dict[str, list[dict]], target: float, key: str) -> dict | None:
-    found = {}
-    for subject, rows in valid.items():
-        costs = [(cost[key], row["attack"]) for row in rows if (cost := cost_to_target(row, target))]
-        if costs:
-            found[subject] = min(costs)
-    if "original" not in found:
+def _amplification(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
+    """Cheapest on the lock over cheapest on the original, and what other seeds of both give."""
+    best = {
+        subject: cheapest([row for row in valid if row["model"] == subject], target.loss, resource)
+        for subject in SUBJECTS
+    }
+    if best["original"] is None:
         return None
-    if "locked" not in found:
-        return {"value": None, "says": "> budget", "best_attack": None}
-    value = found["locked"][0] / found["original"][0] if found["original"][0] else math.nan
+    original, base = best["original"]
+    if best["locked"] is None:
+        return {
+            "value": None, "says": "target not reached: > budget", "best_attack": None, "original": original,
+            "best_attack_original": base["attack"],
+        }  # fmt: skip
+    locked, row = best["locked"]
+    value = locked / original
     return {
-        "value": None if math.isnan(value) else value,
+        "value": value,
         "says": f"costs {value:.2f} times as much against these attacks",
-        "best_attack": found["locked"][1],
-        "locked": found["locked"][0],
-        "original": found["original"][0],
+        "best_attack": row["attack"],
+        "best_attack_original": base["attack"],
+        "locked": locked,
+        "original": original,
+        "seeds": _over_seeds(valid, target, resource, first_seed),
     }
 
 
-def _effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
-    """The fewest stages of a closed-form collapse within the stated KL; the curve beside it."""
-    curve: dict[int, float] = {}
-    for label, unlock in unlocks.items():
-        if label.split()[0] in ("stack-solve", "linearised-stack", "partial-collapse"):
-            curve[unlock["blocks"]] = min(unlock["kl_to_lock"], curve.get(unlock["blocks"], math.inf))
-    limit = bench.config.effective_depth_kl
-    within = [stages for stages, kl in sorted(curve.items()) if kl <= limit]
-    return {
-        "stages": within[0] if within else None,
-        "says": str(within[0]) if within else f"more than {max(curve)}" if curve else "not measured",
-        "kl_limit": limit,
-        "depth": bench.depth,
-        "kl_by_stages": {str(stages): kl for stages, kl in sorted(curve.items())},
-    }
+def _over_seeds(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
+    """The winners of the first seed, repeated: ratio of means, and its spread over pairs of seeds.
 
-
-def _knows_weights(label: str) -> bool:
-    """Whether an unlock starts from the lock's weights, and not from its inputs and outputs alone."""
-    return not label.startswith("random-features") and "start=scratch" not in label and "start=features" not in label
-
-
-def _scratch_curve(unlocks: dict[str, dict]) -> list[dict]:
-    """Points (tokens, flops, kl_to_lock) of all re-distillations that know nothing of the lock's weights."""
-    return [
-        point
-        for label, unlock in unlocks.items()
-        if label.startswith("redistill") and not _knows_weights(label)
-        for point in unlock["notes"]["curve"]
-    ]
-
-
-def _unlock_ratio(unlocks: dict[str, dict]) -> dict:
-    """Tokens and operations of the best unlock over those of a scratch re-distillation as close to the lock.
-
-    The best is the ordinary model closest to the lock. Where no re-distillation came as close within
-    the budget, the ratio is only known to be below what it would be at the budget's end.
+    None if there is one seed only. `reached` counts the seeds that came to the target.
     """
-    ordinary = {k: u for k, u in unlocks.items() if u["blocks"] == 1 and _knows_weights(k)}
-    curve = _scratch_curve(unlocks)
-    if not ordinary or not curve:
-        return {"says": "not measured: needs a closed-form unlock and redistill"}
-    label, best = min(ordinary.items(), key=lambda item: item[1]["kl_to_lock"])
-    reached = [point for point in curve if point["kl_to_lock"] <= best["kl_to_lock"]]
-    found = {"best_unlock": label, "kl_to_lock": best["kl_to_lock"], "reached_from_scratch": bool(reached)}
-    for key in ("tokens", "flops"):
-        beside = min(p[key] for p in reached) if reached else max(p[key] for p in curve)
-        found[key] = best["cost"][key] / beside
-    sign = "" if reached else "below "
-    return found | {"says": f"{sign}{found['tokens']:.3g} in tokens, {sign}{found['flops']:.3g} in operations"}
-
-
-def _owner_advantage(bench: Bench, unlocks: dict[str, dict]) -> dict:
-    """Tokens of a scratch re-distillation to the lock's own fidelity, over the tokens the lock took."""
-    recipe, curve = bench.record.get("recipe") or {}, _scratch_curve(unlocks)
-    if not curve or "tokens" not in recipe:
-        return {"says": "not measured: needs redistill, and the lock's lockkit.json"}
-    own = bench.quality(bench.frozen("locked")).kl_to_original
-    spent = recipe["tokens"] + recipe.get("end_to_end_tokens", 0)
-    reached = [point["tokens"] for point in curve if point["kl_to_lock"] <= own]
-    tokens = min(reached) if reached else max(point["tokens"] for point in curve)
-    value = tokens / spent
-    says = f"{'' if reached else 'more than '}{value:.3g}"
-    return {"says": says, "value": value, "reached": bool(reached), "lock_tokens": spent, "kl": own}
+    costs: dict[str, list[float]] = {}
+    seeds = 0
+    for subject in SUBJECTS:
+        own = [row for row in valid if row["model"] == subject]
+        first = cheapest([row for row in own if seed_of(row) == first_seed], target.loss, resource)
+        if first is None:
+            return None
+        repeats = [r for r in own if r["attack"] == first[1]["attack"] and without_seed(r) == without_seed(first[1])]
+        seeds = max(seeds, len(repeats))
+        costs[subject] = [cost[resource] for row in repeats if (cost := cost_to_target(row, target.loss))]
+    if seeds < 2 or not all(costs.values()):
+        return None
+    mean = {subject: statistics.fmean(found) for subject, found in costs.items()}
+    ratios = [cost / mean["original"] for cost in costs["locked"]]
+    return {
+        "seeds": seeds,
+        "reached": {subject: len(found) for subject, found in costs.items()},
+        "mean": mean["locked"] / mean["original"],
+        "standard_deviation": statistics.stdev(ratios) if len(ratios) > 1 else 0.0,
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }

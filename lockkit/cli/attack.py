@@ -30,18 +30,24 @@ def attack(
     learning_rate: Annotated[
         list[float] | None, typer.Option(help="Learning rate, in place of the suite's; may be repeated.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of each fine-tuning run.")] = None,
-    batch_rows: Annotated[int | None, typer.Option(help="Rows in a step.")] = None,
-    block_tokens: Annotated[int | None, typer.Option(help="Length of a row, in tokens.")] = None,
-    held_out_tokens: Annotated[int | None, typer.Option(help="Tokens of a task that measure.")] = None,
-    evaluation_tokens: Annotated[int | None, typer.Option(help="Tokens that measure perplexity and KL.")] = None,
-    unlock_tokens: Annotated[int | None, typer.Option(help="Unlabelled tokens for closed-form unlocks.")] = None,
-    redistill_tokens: Annotated[int | None, typer.Option(help="Tokens of a re-distillation, at most.")] = None,
+    steps: Annotated[int | None, option(AuditConfig, "steps")] = None,
+    batch_rows: Annotated[int | None, option(AuditConfig, "batch_rows")] = None,
+    block_tokens: Annotated[int | None, option(AuditConfig, "block_tokens")] = None,
+    held_out_tokens: Annotated[int | None, option(AuditConfig, "held_out_tokens")] = None,
+    evaluation_tokens: Annotated[int | None, option(AuditConfig, "evaluation_tokens")] = None,
+    unlock_tokens: Annotated[int | None, option(AuditConfig, "unlock_tokens")] = None,
+    redistill_tokens: Annotated[int | None, option(AuditConfig, "redistill_tokens")] = None,
     redistill_budget: Annotated[
         list[float] | None,
         typer.Option(help="Tokens of a re-distillation, in multiples of the lock's own; may be repeated."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Seeds of headline rows.")] = None,
+    seeds: Annotated[int | None, option(AuditConfig, "seeds")] = None,
+    exhaustive: Annotated[bool | None, option(AuditConfig, "exhaustive", "--exhaustive")] = None,
+    sweep: Annotated[int | None, option(AuditConfig, "sweep")] = None,
+    controls: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another audit, whose rows of the original are reused where they fit; may be repeated."),
+    ] = None,
     seed: Annotated[int | None, option(AuditConfig, "seed")] = None,
     target_share: Annotated[float | None, option(AuditConfig, "target_share")] = None,
     effective_depth_kl: Annotated[float | None, option(AuditConfig, "effective_depth_kl")] = None,
@@ -63,10 +69,7 @@ def attack(
         lockkit attack ./locked --original demo --attack stack-solve --attack lora --out audit
     """
     if list_:
-        from lockkit.attack.base import registry
-
-        for attack_name, found in registry().items():
-            console.print(f"{attack_name}: {found.description} [{found.reference}]", soft_wrap=True, markup=False)
+        _print_list()
         return
     for value, what in ((locked, "LOCKED"), (original, "--original MODEL"), (out, "--out DIR")):
         if value is None:
@@ -79,43 +82,67 @@ def attack(
     from lockkit.attack.run import run_audit
 
     with TerminalProgress() as progress:
-        summary = run_audit(locked, original, out, config, name, progress)
+        summary = run_audit(locked, original, out, config, name, controls, progress)
     _print(summary)
     console.print(f"wrote {out}: rows.jsonl, summary.json and the unlocked models", soft_wrap=True)
 
 
-def _print(summary: dict) -> None:
+def _print_list() -> None:
     from rich.table import Table
+    from rich.text import Text
+
+    from lockkit.attack.base import registry
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, found in registry().items():
+        suites = "; in quick" if found.in_quick else ""
+        table.add_row(name, Text(f"{found.description}\n{found.reference}{suites}\n"))
+    console.print(table)
+
+
+def _print(summary: dict) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
     if summary["first_line"]:
         console.print(summary["first_line"])
     for task, figures in summary["tasks"].items():
-        table = Table(title=f"{task}: target {figures['target_loss']:.3f}", title_justify="left")
-        for column in ("attack", "best on original", "best on lock", "tokens", "GFLOP", "peak MB", ""):
-            table.add_column(column)
+        title = f"{task}: lowest held-out losses, and least cost to the target {figures['target_loss']:.3f}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        table.add_column("attack", no_wrap=True)
+        for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("")
         for row in figures["attacks"]:
-            cost = row["locked"]
-            table.add_row(
-                row["attack"],
-                *(_number(row[key]) for key in ("best_loss_original", "best_loss_locked")),
-                *(["> budget", "", ""] if cost is None else [
-                    f"{cost['tokens']:,}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['peak_tensor_bytes'] / 1e6:,.0f}"
-                ]),
-                row["says"],
-            )  # fmt: skip
+            losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
+            table.add_row(row["attack"], *losses, *_costs(row["locked"]), Text(row["says"]))
         console.print(table)
         for resource, found in figures["amplification"].items():
             if found:
                 best = f" ({found['best_attack']})" if found["best_attack"] else ""
-                console.print(f"  {resource}: {found['says']}{best}", soft_wrap=True)
+                console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
     for label, unlock in summary["unlocks"].items():
         console.print(
             f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}", soft_wrap=True
         )
     depth = summary["effective_depth"]
-    console.print(f"effective depth {depth['says']} of {depth['depth']} (KL within {depth['kl_limit']})")
-    console.print(f"unlock ratio: {summary['unlock_ratio']['says']}", soft_wrap=True)
-    console.print(f"owner's advantage: {summary['owner_advantage']['says']}", soft_wrap=True)
+    console.print(
+        f"effective depth: {depth['says']} of {depth['depth']} (KL within {depth['kl_limit']}); "
+        f"{depth['says_within_5_percent']} (perplexity within 5 %)",
+        soft_wrap=True,
+    )
+    for name, key in (("unlock ratio", "unlock_ratio"), ("owner's advantage", "owner_advantage")):
+        caveat = summary[key].get("caveat")
+        console.print(f"{name}: {summary[key]['says']}" + (f" ({caveat})" if caveat else ""), soft_wrap=True)
+
+
+def _costs(cost: dict | None) -> list[str]:
+    if cost is None:
+        return ["> budget", "", ""]
+    return [f"{cost['tokens']:,.0f}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['peak_tensor_bytes'] / 1e6:,.0f}"]
 
 
 def _number(value: float | None) -> str:

@@ -75,7 +75,6 @@ class _Collapse(UnlockAttack):
 class StackSolve(_Collapse):
     name = "stack-solve"
     description = "Put the blocks' first layers side by side in one MLP and solve the second by ridge regression."
-    headline = True
     in_quick = True
 
     @classmethod
@@ -86,7 +85,6 @@ class StackSolve(_Collapse):
 class LinearisedStack(_Collapse):
     name = "linearised-stack"
     description = "Regress all pre-activations on the chain's input, then solve the second layer."
-    headline = True
     in_quick = True
 
     @classmethod

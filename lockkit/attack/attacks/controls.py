@@ -33,7 +33,6 @@ class RandomMLPs(FullFinetune):
     description = "Control: all weights, after the chains (the MLPs) were replaced by random MLPs."
     reference = "control"
     family = "control"
-    headline = False
     in_quick = False
 
     def prepare(self, model, bench):

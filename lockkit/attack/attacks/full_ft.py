@@ -18,7 +18,6 @@ class FullFinetune(GradientAttack):
     description = "All weights with AdamW: the baseline that every other attack is measured against."
     reference = "Loshchilov and Hutter 2019, arXiv 1711.05101"
     family = "baseline"
-    headline = True
     in_quick = True
 
     def prepare(self, model, bench) -> Training:

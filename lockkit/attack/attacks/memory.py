@@ -13,7 +13,6 @@ class Checkpointing(FullFinetune):
     description = "All weights; activations are computed again in the backward pass: per layer, every k blocks, nested."
     reference = "Chen et al. 2016, arXiv 1604.06174"
     family = "memory"
-    headline = False
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
@@ -27,7 +26,6 @@ class Reversal(FullFinetune):
     reference = "this project (lockkit/dlr/reversal.py), after Gomez et al. 2017, arXiv 1707.04585"
     family = "memory"
     lock_aware = True
-    headline = False
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
@@ -39,7 +37,6 @@ class Offload(FullFinetune):
     description = "All weights; saved activations are compressed to bfloat16, or kept in the CPU's memory."
     reference = "PyTorch, saved tensor hooks and save_on_cpu"
     family = "memory"
-    headline = False
     in_quick = False
 
     @classmethod

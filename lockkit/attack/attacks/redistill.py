@@ -94,7 +94,7 @@ class Redistill(UnlockAttack):
                     optimiser.zero_grad()
             meter.cost.steps, meter.cost.tokens = point - done, (point - done) * batch_tokens
             spent, done = spent + meter.cost, point
-            kl = bench.quality(model).kl_to_lock
+            kl = bench.kl(model, "locked")
             curve.append({"tokens": spent.tokens, "flops": spent.flops, "seconds": spent.seconds, "kl_to_lock": kl})
         notes = {
             "curve": curve,

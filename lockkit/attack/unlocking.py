@@ -1,0 +1,89 @@
+"""Unlocks in an audit: their positive control, and what they made, saved once and loaded again.
+
+The control: an unlock undoes a chain that *is* the original (its own units in blocks that do not
+depend on each other). Of the KL divergence that an original without its MLPs has, it must win back a share.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from filelock import FileLock
+from pydantic import BaseModel
+
+from lockkit.attack.base import UnlockAttack, Unlocked
+from lockkit.attack.cost import Cost
+from lockkit.attack.rows import key_of
+from lockkit.files import new_folder, write_json
+from lockkit.lock.initialise import start_from_teacher
+from lockkit.models.families import decoder_layers, mlp_weights
+from lockkit.models.locked import locked_classes
+from lockkit.models.save import copy_tokenizer, render_modeling_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+
+FOLDER, RECORD = "unlocked", "unlock.json"
+
+
+def original_as_chain(bench: Bench) -> PreTrainedModel:
+    """The original in the lock's architecture: its own units in blocks that do not depend on each other."""
+    original, config = bench.frozen("original"), bench.frozen("locked").config
+    model = locked_classes(bench.family)[1](config).to(bench.device, torch.float32)
+    rest = {key: value for key, value in original.state_dict().items() if ".mlp." not in key}
+    model.load_state_dict(rest, strict=False)
+    model.tie_weights()
+    for index, (layer, teacher) in enumerate(zip(decoder_layers(model), decoder_layers(original), strict=True)):
+        start_from_teacher(layer.mlp, mlp_weights(teacher.mlp, bench.family), seed=index)
+        layer.mlp.gain = 0.0
+    return model.requires_grad_(False).eval()
+
+
+def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict:
+    """Run an unlock on the original in the lock's shape; whether it passed, and the figures."""
+    unlocked = attack(config).unlock(original_as_chain(bench), bench)
+    worst, left = bench.kl_without_mlps, bench.kl(unlocked.model, "original")
+    share = 1 - left / worst
+    return {
+        "control_passed": share >= attack.control_share,
+        "control_kl": left,
+        "kl_without_mlps": worst,
+        "won_back": share,
+        "cost": unlocked.cost.record(),
+    }
+
+
+def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Path) -> tuple[Unlocked, dict]:
+    """The unlocked model and its record: made and saved in `out` once, by one process, then loaded."""
+    from lockkit.models.load import load_model, no_progress_bars
+
+    key = key_of([attack.name, config.model_dump(), bench.identity()])
+    folder = out / FOLDER / f"{attack.name}-{key[:12]}"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not (folder / RECORD).is_file():
+            made = attack(config).unlock(bench.frozen("locked"), bench)
+            record = {
+                "folder": str(folder.relative_to(out)),
+                "blocks": made.blocks,
+                "architecture": type(made.model).__name__,
+                **bench.quality(made.model).record(),
+                "cost": made.cost.record(),
+                "notes": made.notes,
+            }
+            with new_folder(folder) as temporary:
+                with no_progress_bars():
+                    made.model.save_pretrained(temporary)
+                copy_tokenizer(bench.folders["original"], temporary)
+                if made.blocks > 1:
+                    file = temporary / "modeling_dlr_lock.py"
+                    file.write_text(render_modeling_file(bench.family), encoding="utf-8")
+                write_json(temporary / RECORD, record)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    model, _ = load_model(folder, torch.float32, str(bench.device))
+    return Unlocked(model, record["blocks"], Cost(**record["cost"]), record["notes"]), record

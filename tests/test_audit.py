@@ -1,0 +1,273 @@
+"""An audit as a whole: rows of the original shared, seeds and tasks, sweeps that processes share, failures."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from test_attack import SMALL
+
+from lockkit.attack.base import attack_class, registry
+from lockkit.attack.bench import Bench
+from lockkit.attack.config import audit_config
+from lockkit.attack.finetune import FinetuneConfig
+from lockkit.attack.plan import groups, takes_baseline_steps
+from lockkit.attack.run import run_audit
+from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, valid_runs
+from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio
+from lockkit.errors import UsageError
+
+TINY = SMALL | {"held_out_tokens": 128, "evaluation_tokens": 128, "tasks": ["signatures"]}
+
+
+@pytest.fixture(scope="module")
+def bench(originals, locks):
+    return Bench(str(locks("qwen3")), str(originals("qwen3")), audit_config("quick", **TINY))
+
+
+def row(attack="full-ft", model="locked", losses=(3.0, 2.0, 1.0), cost=100, family="baseline", **config) -> dict:
+    curve = [
+        {"step": 8 * i, "tokens": cost * i, "flops": 1e6 * cost * i, "seconds": 0.1 * i, "loss": loss}
+        for i, loss in enumerate(losses)
+    ]
+    return {
+        "key": f"{attack} {model} {losses} {config}", "attack": attack, "model": model, "family": family, "task": "t",
+        "status": "finished", "config": {"seed": 0} | config, "curve": curve, "start_loss": losses[0],
+        "best_loss": min(losses), "cost": {"peak_tensor_bytes": 10 * cost, "saved_bytes": cost},
+    }  # fmt: skip
+
+
+def test_cost_to_target_lies_between_the_points_around_it():
+    assert cost_to_target(row(), 1.5) == {
+        "step": 12, "tokens": 150, "flops": 1.5e8, "seconds": pytest.approx(0.15), "peak_tensor_bytes": 1000,
+        "saved_bytes": 100,
+    }  # fmt: skip
+    assert cost_to_target(row(), 2.0)["tokens"] == 100
+    assert cost_to_target(row(), 0.9) is None
+
+
+def test_an_attack_that_learns_nothing_on_the_original_does_not_count():
+    target = reference_target([row(model="original")], share=0.9)
+    assert target == Target(3.0, 1.0, pytest.approx(1.2))
+    rows = [
+        row(model="original"),
+        row("broken", "original", (3.0, 2.9, 2.8), cost=1, family="optimisation"),
+        row("broken", "locked", (3.0, 0.5, 0.5), cost=1, family="optimisation"),
+        row("random", "locked", (3.0, 0.5, 0.5), cost=1, family="control"),
+        row("full-ft", "locked", cost=200),
+    ]
+    valid = valid_runs(rows, "t", target)
+    assert [r["attack"] for r in valid] == ["full-ft", "full-ft"]
+    cost, best = cheapest([r for r in valid if r["model"] == "locked"], target.loss, "tokens")
+    assert (cost, best["attack"]) == (pytest.approx(360), "full-ft")
+
+
+def test_both_sides_get_the_same_trials_of_every_attack():
+    config = audit_config("standard")
+    for attack in registry().values():
+        trials = attack.trials(config)
+        assert sum(len(group) for group in groups(trials)) == len(trials)
+    assert takes_baseline_steps(attack_class("checkpointing").trials(config)[0])
+    assert not takes_baseline_steps(FinetuneConfig())
+
+
+def test_standard_repeats_the_cheapest_on_another_task_and_rows_of_the_original_serve_another_lock(
+    originals, locks, tmp_path
+):
+    lock, original = locks("qwen3"), str(originals("qwen3"))
+    config = audit_config(
+        "standard",
+        **TINY | {"tasks": ["signatures", "docstrings"], "seeds": 2, "learning_rates": [1e-3, 3e-3], "steps": 8},
+    )
+    attacks = ["full-ft", "linearised-stack", "reversal"]
+    summary = run_audit(str(lock), original, tmp_path / "a", config, attacks)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "rows.jsonl").read_text().splitlines()]
+    assert {r["task"] for r in rows if r["attack"] == "full-ft"} == {"signatures", "docstrings"}
+    assert len([r for r in rows if r["attack"] == "reversal" and r["model"] == "locked" and r["task"] == "signatures"
+                and r["config"]["saver"] == "reversal" and r["config"]["seed"] == 0]) == 1  # at one rate  # fmt: skip
+    for task in summary["tasks"].values():
+        for resource in ("tokens", "flops", "seconds", "peak_tensor_bytes"):
+            found = task["amplification"][resource]
+            assert found["seeds"]["seeds"] == 2
+            assert found["seeds"]["lowest"] <= found["seeds"]["mean"] <= found["seeds"]["highest"]
+            assert found["says"] == f"costs {found['value']:.2f} times as much against these attacks"
+
+    other = tmp_path / "other lock"  # another lock of the same shape: other weights, other hash
+    shutil.copytree(lock, other)
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    safetensors.torch.save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    again = run_audit(str(other), original, tmp_path / "b", config, attacks[:2], controls=[tmp_path / "a"])
+    rows = [json.loads(line) for line in (tmp_path / "b" / "rows.jsonl").read_text().splitlines()]
+    made = [r for r in rows if r["model"] == "original" and not r["reused"]]
+    # What is repeated with a second seed depends on what was cheapest on each lock; the rest is all there.
+    assert all(r["config"].get("seed") for r in made)
+    assert again["runs"]["reused_from_controls"] >= 5
+    assert not any(r["reused"] for r in rows if r["model"] == "locked")
+
+
+def test_controls_must_be_an_audit(cli, originals, locks, tmp_path):
+    outcome = cli(
+        "attack", locks("qwen3"), "--original", originals("qwen3"), "--out", tmp_path / "o", "--controls", tmp_path
+    )
+    assert outcome.code == 2 and "change --controls" in outcome.err
+    assert not (tmp_path / "o").exists()
+
+
+SWEEP = TINY | {"sweep": 4}
+
+
+def _sweep(locked: str, original: str, out: str, pause: float = 0.0) -> None:
+    """An audit in a process of its own; `pause` makes each row slow enough to be interrupted."""
+    import torch
+
+    from lockkit.attack import rows
+
+    torch.set_num_threads(1)
+    if pause:
+        guarded = rows.guarded
+        rows.guarded = lambda work: (time.sleep(pause), guarded(work))[1]
+    run_audit(locked, original, Path(out), audit_config("quick", **SWEEP), ["full-ft"])
+
+
+def _trials(out: Path) -> list[dict]:
+    """Finished trials' rows: of the searched settings, each once."""
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert len({r["key"] for r in rows}) == len(rows)
+    grid = [c.model_dump() for c in attack_class("full-ft").trials(audit_config("quick", **SWEEP))]
+    return [r for r in rows if r["config"] not in grid]
+
+
+def test_two_processes_share_a_sweep_and_one_that_is_killed_loses_nothing(originals, locks, tmp_path):
+    locked, original, out = str(locks("qwen3")), str(originals("qwen3")), tmp_path / "audit"
+    context = multiprocessing.get_context("spawn")
+    victim = context.Process(target=_sweep, args=(locked, original, str(out), 0.5))
+    victim.start()
+    deadline = time.time() + 120
+    while not ((out / "rows.jsonl").is_file() and len(_trials(out)) >= 2):
+        assert time.time() < deadline and victim.is_alive()
+        time.sleep(0.05)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    before = (out / "rows.jsonl").read_text()
+
+    workers = [context.Process(target=_sweep, args=(locked, original, str(out), 0.1)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert (out / "rows.jsonl").read_text().startswith(before[: before.rfind("\n") + 1])
+    trials = _trials(out)
+    assert [sum(r["model"] == subject for r in trials) for subject in ("original", "locked")] == [4, 4]
+    summary = json.loads((out / "summary.json").read_text())
+    for sweep in summary["sweeps"]:
+        assert [t["number"] for t in sweep["trials"]] == list(range(4))
+        losses = {r["best_loss"] for r in trials if r["model"] == sweep["model"]}
+        assert {t["loss"] for t in sweep["trials"]} == losses
+        best = [point["loss"] for point in sweep["best_so_far"]]
+        assert best == sorted(best, reverse=True) and best[-1] == min(losses)
+
+
+def test_what_goes_wrong_in_one_attack_stays_in_its_row(originals, locks, tmp_path, monkeypatch):
+    lora = attack_class("lora")
+
+    def prepare(self, model, bench):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(lora, "prepare", prepare)
+    arguments = str(locks("qwen3")), str(originals("qwen3")), tmp_path / "a", audit_config("quick", **TINY)
+    summary = run_audit(*arguments, ["lora", "full-ft"])
+    assert {r["status"] for r in summary["runs"]["not_finished"]} == {"out-of-memory"}
+    line = next(a for a in summary["tasks"]["signatures"]["attacks"] if a["attack"] == "lora")
+    assert line["says"] == "out of memory" and line["locked"] is None
+    assert "lora (out of memory)" in summary["not_tried"]
+    assert summary["tasks"]["signatures"]["amplification"]["tokens"]["value"]
+    assert summary["first_line"].startswith("This audit has no attack that knows the lock")
+
+    monkeypatch.undo()  # memory was found: the same command tries these rows again, and those only
+    again = run_audit(*arguments, ["lora", "full-ft"])
+    assert not again["runs"]["not_finished"]
+
+
+def test_settings_out_of_range_name_their_option():
+    with pytest.raises(UsageError, match="--sweep"):
+        audit_config("quick", sweep=-1)
+
+
+def unlock(kl: float, tokens: int, blocks=1, valid=True, scratch=False, steps=0, curve=()) -> dict:
+    cost = {"tokens": tokens, "flops": 1e6 * tokens, "steps": steps}
+    points = [{"tokens": t, "flops": 2e6 * t, "kl_to_lock": k} for t, k in curve]
+    return {
+        "kl_to_lock": kl, "perplexity": 10 * math.exp(kl), "blocks": blocks, "valid": valid, "from_weights": not scratch,
+        "cost": cost, "notes": {"curve": points} if points else {},
+    }  # fmt: skip
+
+
+SCRATCH = unlock(0.02, 8000, scratch=True, steps=8, curve=[(1000, 1.0), (4000, 0.1), (8000, 0.02)])
+
+
+def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
+    unlocks = {
+        "good": unlock(0.05, 1000), "better": unlock(0.03, 2000), "bad": unlock(0.5, 10),
+        "invalid": unlock(0.001, 1, valid=False), "chain": unlock(0.001, 1, blocks=2), "redistill": SCRATCH,
+    }  # fmt: skip
+    ratio = unlock_ratio(unlocks, kl_limit=0.06)
+    assert ratio["tokens"] == {"value": 1000 / 8000, "reached": True, "unlock": "good", "kl_to_lock": 0.05}
+    assert ratio["says"] == "0.125 in tokens, 0.0625 in operations" and not ratio["caveat"]
+    assert unlock_ratio(unlocks, kl_limit=0.04)["tokens"]["unlock"] == "better"
+    assert unlock_ratio(unlocks, kl_limit=0.01)["tokens"]["unlock"] == "better"  # none within: the closest
+    nearer = unlock_ratio({"near": unlock(0.001, 1000), "redistill": SCRATCH}, kl_limit=0.01)
+    assert nearer["says"].startswith("below 0.125 in tokens") and not nearer["tokens"]["reached"]
+    failed = unlock_ratio(unlocks | {"redistill": SCRATCH | {"valid": False}}, kl_limit=0.06)
+    assert "failed its control" in failed["caveat"]
+    assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06)["says"]
+
+
+def test_owner_advantage_is_tokens_from_scratch_over_the_locks():
+    assert owner_advantage(400, {"r": SCRATCH}, kl_of_lock=0.1)["says"] == "10"
+    assert owner_advantage(400, {"r": SCRATCH}, kl_of_lock=0.001)["says"] == "more than 20"
+    assert "not measured" in owner_advantage(0, {"r": SCRATCH}, kl_of_lock=0.1)["says"]
+
+
+def test_effective_depth_counts_valid_closed_forms_only(bench):
+    most = 1.05 * bench.quality_of("locked").perplexity
+    unlocks = {
+        "one": unlock(0.5, 1) | {"perplexity": most + 1},
+        "two": unlock(0.04, 1, blocks=2) | {"perplexity": most - 1},
+        "four": unlock(0.005, 1, blocks=4) | {"perplexity": most - 1},
+        "broken": unlock(0.0, 1, valid=False),
+        "trained": unlock(0.0, 1, steps=100),
+    }
+    depth = effective_depth(bench, unlocks)
+    assert (depth["says"], depth["says_within_5_percent"]) == ("4", "2")
+    assert depth["kl_by_stages"] == {"1": 0.5, "2": 0.04, "4": 0.005}
+    assert effective_depth(bench, {"one": unlocks["one"]})["says"] == "more than 1"
+    assert effective_depth(bench, {})["says"] == "not measured"
+
+
+def test_one_command_compares_locks(originals, tmp_path, monkeypatch):
+    out, work = tmp_path / "table", tmp_path / "work"
+    arguments = [
+        *("--out", out, "--work", work, "--model", originals("qwen3"), "--depth", 3, 4, "--init", "continuation"),
+        *("--quick", "--data", "stdlib", "--attack", "full-ft", "--attack", "stack-solve", "--device", "cpu"),
+    ]
+    monkeypatch.setattr("sys.argv", ["compare_locks.py", *map(str, arguments)])
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "compare_locks.py"))
+    tool["main"]()
+    record, table = json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
+    assert [row["lock"] for row in record["rows"]] == ["continuation-3", "continuation-4"]
+    # The baseline on the original is run once; the control of an unlock depends on the depth.
+    assert record["rows"][1]["runs"]["reused_from_controls"] == 1
+    for row in record["rows"]:
+        assert f"| {row['lock']} | {row['perplexity_ratio']:.4f} |" in table
+        assert f"{row['amplification']['signatures']['tokens']['value']:.2f} (" in table
