@@ -26,7 +26,7 @@ h2{border-top:1px solid var(--line);padding-top:1.2rem}
 .warning{color:var(--warn);font-weight:600}
 .scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.875rem}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;max-width:20rem}
-td{overflow-wrap:break-word}td.t{min-width:11rem}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+td{overflow-wrap:break-word}td.t{min-width:11rem}th.n{text-align:right}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 th{color:var(--soft);font-weight:600;vertical-align:bottom}
 th:first-child,td:first-child{position:sticky;left:0;background:var(--page);padding-left:0;max-width:11rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
@@ -68,7 +68,11 @@ def _html_section(section: Section, position: int) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.head)
+    numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*table.rows, strict=True)]
+    head = "".join(
+        f'<th class="n">{html.escape(cell)}</th>' if right else f"<th>{html.escape(cell)}</th>"
+        for cell, right in zip(table.head, numeric, strict=True)
+    )
     rows = "".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in table.rows)
     # A region that scrolls can be reached by keyboard.
     return (
