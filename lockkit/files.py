@@ -85,8 +85,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def readable_disk_errors(out: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that names OUT."""
+def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
+    """Turn a full or read-only disk into one line that names the folder and the option to change."""
     try:
         yield
     except LockkitError:
@@ -99,9 +99,9 @@ def readable_disk_errors(out: Path) -> Iterator[None]:
             or "No space left on device" in str(error)
             or any(f"os error {number}" in str(error) for number in FULL)
         ):
-            raise UsageError(f"the disk is full while writing {out}: free some space, or change OUT") from error
+            raise UsageError(f"the disk is full while writing {out}: free some space, or change {option}") from error
         if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-            raise UsageError(f"cannot write {out} ({error.strerror}): change OUT") from error
+            raise UsageError(f"cannot write {out} ({error.strerror}): change {option}") from error
         raise
 
 

@@ -27,6 +27,7 @@ QUICK = {
     "end_to_end_tokens": 2_048,
     "block_tokens": 64,
     "batch_tokens": 512,
+    "end_to_end_batch_tokens": 512,
     "validation_tokens": 512,
     "device": "cpu",
 }

@@ -121,8 +121,22 @@ def test_chains_computed_in_bfloat16_are_nearly_as_good(originals):
     assert reached[1] == pytest.approx(reached[0], rel=0.3)
 
 
+def test_a_layer_that_diverges_is_tried_again_at_half_the_rate(originals):
+    model, family = load_model(originals("llama"), torch.float32)
+    mlp = decoder_layers(model)[0].requires_grad_(False).mlp
+    task = LayerTask(0, mlp, mlp_weights(mlp, family), *torch.randn(2, 2048, 32))
+    [(chain, result)], [(expected, careful)] = (
+        distil_layers([task], quick(coupling=1, learning_rate=rate), NoProgress()) for rate in (2.0, 0.25)
+    )
+    assert result.learning_rate < 2
+    if result.learning_rate == careful.learning_rate:
+        assert all(map(torch.equal, chain.parameters(), expected.parameters()))
+    assert careful.record()["learning_rate"] == 0.25 and result.nmse < 10
+
+
 def test_phase_2_improves_on_phase_1(originals, tmp_path):
-    config = quick(coupling=1, end_to_end_tokens=16_384, end_to_end_learning_rate=0.01)
+    """With the rate it finds by itself."""
+    config = quick(coupling=1, end_to_end_tokens=16_384)
     record = lock_model(str(originals("llama")), tmp_path / "out", config).record
     assert record["end_to_end"]["best_step"] > 0
     assert record["end_to_end"]["kl_divergence_after"] < 0.95 * record["end_to_end"]["kl_divergence_before"]
@@ -159,14 +173,14 @@ def test_a_step_of_phase_2_is_one_of_plain_autograd(originals, tmp_path):
     teacher, _ = load_model(folder, torch.float32)
     rows = torch.randint(1, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
     stream = StreamedModel(folder, load_config(folder), family, "cpu")
-    stack = ChainStack(stream, start, config, steps=1)
+    stack = ChainStack(stream, start, config)
     gradients = []
     for index in range(len(stream)):
         _, optimiser = stack._take(index)
         optimiser.optimiser.register_step_pre_hook(
             lambda optimiser, *_: gradients.append([p.grad.clone() for p in optimiser.param_groups[0]["params"]])
         )
-    expected = ChainStack(stream, start, config, steps=1)
+    expected = ChainStack(stream, start, config)
     with torch.no_grad():
         target = model(rows).logits
     for index, layer in enumerate(decoder_layers(model)):

@@ -66,8 +66,7 @@ print(json.dumps({"killed": killed, "finished_before_the_kill": lost}))
 
 
 def test_twenty_kills_change_nothing(originals, tmp_path):
-    settings = QUICK | {"end_to_end_learning_rate": 0.003}
-    command = [sys.executable, "-c", KILLER, str(originals("qwen3")), str(tmp_path), json.dumps(settings), "20"]
+    command = [sys.executable, "-c", KILLER, str(originals("qwen3")), str(tmp_path), json.dumps(QUICK), "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["killed"] == 20
@@ -95,6 +94,29 @@ def unfinished(originals, tmp_path, monkeypatch):
         lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK))
     assert "run the same command again" in error.value.__notes__[0]
     return tmp_path / "out"
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+from lockkit.cli.app import main
+sys.argv = ["lockkit", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_disk_that_fills_in_phase_2_costs_no_layer(originals, tmp_path):
+    """Chains of 18 KB still fit, their optimisers' state does not."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in (QUICK | {"offload": "disk"}).items()]
+    command = [sys.executable, "-c", FULL_DISK, "lock", originals("llama"), tmp_path / "out", *options]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the disk is full while writing" in done.stderr and "change --work" in done.stderr
+    assert "Traceback" not in done.stderr and "run the same command again" in done.stderr
+    assert len(list((tmp_path / ".out.lockkit-work").glob("layer-*.safetensors"))) == 2
+    lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_recipe_is_refused_with_the_difference(originals, unfinished):

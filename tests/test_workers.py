@@ -92,15 +92,31 @@ def test_a_worker_that_fails_stops_all_and_keeps_finished_layers(original, tmp_p
     assert done.returncode == 0 and "layer 0" not in done.stderr, done.stderr
 
 
-def test_workers_with_different_recipes_are_stopped(original, tmp_path):
+RECIPE = "sys.argv += ['--config', 'RECIPE']"
+VERSIONS = """
+    from lockkit.lock import run
+    real = run.versions()
+    run.versions = lambda: real | {'torch': '1.0'}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (RECIPE, "workers differ in 'recipe'"),
+        (VERSIONS, "workers differ in 'torch'"),
+        ("sys.argv[3] += '-elsewhere'", "give all workers the same OUT and --work, on a disk they share"),
+    ],
+)
+def test_workers_that_differ_are_stopped(original, tmp_path, what, message):
     (tmp_path / "recipe.yaml").write_text("learning_rate: 0.02\n")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import os, sys\nif os.environ.get('RANK') == '1' and 'lock' in sys.argv:\n"
-        f"    sys.argv += ['--config', {str(tmp_path / 'recipe.yaml')!r}]\n"
+        "import os, sys\nif os.environ.get('RANK') == '1' and 'lock' in sys.orig_argv:\n"
+        f"    {what.replace('RECIPE', str(tmp_path / 'recipe.yaml'))}\n"
     )
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     done = lock(2, original, tmp_path / "out", setup={"PYTHONPATH": path})
     assert done.returncode != 0
-    assert "workers differ in 'recipe'" in done.stderr and "same command" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lockkit-work").exists()

@@ -2,7 +2,8 @@
 
     python tools/compare_phases.py --out tools/results/phases.json
 
-Each row is a lock of `demo` that differs from the plain recipe in one thing. What proved useful
+Each row is a lock of `demo` that differs from the plain recipe in one thing. The plain recipe is the
+one lockkit began with, so that rows stay comparable; the last row is today's. What proved useful
 is an option of `lockkit lock` or its default; what did not lives here alone, as a function that
 replaces one piece of the pipeline, so that the comparison can be run again. A coupling of 0.5,
 twice the default, makes differences show. Needs `pip install schedulefree` for two rows.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ import torch
 from lockkit.errors import DistillationError
 from lockkit.files import read_json, write_json
 from lockkit.lock import modulewise
+from lockkit.lock import optimiser as adam
 from lockkit.lock.cache import ActivationCache
 from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.config import LockConfig
@@ -64,7 +67,7 @@ class Bench:
                 LayerwiseCapture(self.stream, rows, ActivationCache(Path(folder), 10**10), name, Workers())
                 for name, rows in (("train", data.train), ("validation", data.validation))
             ]
-            chains, errors = [], []
+            chains, errors, rates = [], [], []
             for index in range(len(self.stream)):
                 with self.stream.layer(index) as layer:
                     inputs = [torch.empty_like(capture.hidden) for capture in captures]
@@ -82,21 +85,36 @@ class Bench:
                                 capture.advance(index, layer, None)
                 chains.append(chain)
                 errors.append(result.nmse)
+                rates.append(result.learning_rate)
             after_phase_1 = self.final.measure(lambda index: chains[index])
-            row = {"nmse": sum(errors) / len(errors), "worst_nmse": max(errors)}
+            row = {"nmse": sum(errors) / len(errors), "worst_nmse": max(errors), "learning_rates": rates}
             row |= {"phase_1": after_phase_1.record()}
-            if config.end_to_end_tokens >= config.batch_tokens:
-                steps = config.end_to_end_tokens // config.batch_tokens
-                stack = ChainStack(self.stream, lambda index: chains[index], config, steps)
+            if config.end_to_end_tokens >= config.end_to_end_batch_tokens:
+                stack = ChainStack(self.stream, lambda index: chains[index], config)
                 work = Work(Path(folder) / "work")
                 phase_2 = EndToEnd(
                     self.stream, stack, data.train, self.validation, config, work, Workers(), NoProgress()
                 ).run()
-                row |= {"phase_2": self.final.measure(stack.chain).record(), "best_step": phase_2.best_step}
+                row |= {"phase_2": self.final.measure(stack.chain).record(), "end_to_end": phase_2.record()}
         return row | {"seconds": time.perf_counter() - started}
 
 
 # --- pieces that rows replace
+
+
+@contextlib.contextmanager
+def training(warm_up: float = 0.03, attempts: int = 1) -> Iterator[None]:
+    """Share of the steps of a warm-up, and how often a layer that diverged is tried; as the plain recipe has them.
+
+    With one attempt, a loss that runs away and comes back is let go on.
+    """
+    diverged = modulewise.DIVERGED_NMSE if attempts > 1 else float("inf")
+    with (
+        mock.patch.object(adam, "WARM_UP_SHARE", warm_up),
+        mock.patch.object(modulewise, "ATTEMPTS", attempts),
+        mock.patch.object(modulewise, "DIVERGED_NMSE", diverged),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -215,6 +233,44 @@ def optimiser(kind: type) -> Patch:
     return lambda: mock.patch.object(modulewise, "RelativeAdam", kind)
 
 
+@contextlib.contextmanager
+def hidden_states(weight: float) -> Iterator[None]:
+    """Phase 2 on logits and hidden states: `weight` times the mean NMSE of every decoder layer's output."""
+    forward, loss, take_input = EndToEnd._forward, EndToEnd._loss, ChainStack.take_input
+    gradients: dict[int, torch.Tensor] = {}  # by layer whose input it is of
+
+    def pull(run: EndToEnd, student: torch.Tensor, teacher: torch.Tensor, share: float) -> torch.Tensor:
+        variance = (teacher - teacher.mean((0, 1))).square().mean()
+        return 2 * (student - teacher) / (variance * teacher.numel()) * (weight * share / len(run.stream))
+
+    def with_gradients(run, ids):
+        arguments, teacher, student = forward(run, ids)
+        own = run.stream.begin(ids)[0]
+        with torch.no_grad():
+            for index in range(len(run.stream) - 1):
+                with run.stream.layer(index) as layer:
+                    own = layer(own, **arguments[index])
+                gradients[index + 1] = pull(run, run.stack.inputs[index + 1], own, len(ids) / run.batch_rows)
+        return arguments, teacher, student
+
+    def with_last(run, ids, teacher, student, share):
+        value, gradient = loss(run, ids, teacher, student, share)
+        return value, gradient + pull(run, student, teacher, share)
+
+    def hooked(stack, index):
+        hidden = take_input(stack, index)
+        if index:
+            hidden.requires_grad_(True).register_hook(lambda gradient: gradient + gradients[index])
+        return hidden
+
+    with (
+        mock.patch.object(EndToEnd, "_forward", with_gradients),
+        mock.patch.object(EndToEnd, "_loss", with_last),
+        mock.patch.object(ChainStack, "take_input", hooked),
+    ):
+        yield
+
+
 def rows_of(bench: Bench, plain: LockConfig) -> Iterator[tuple[str, LockConfig, Patch, dict]]:
     """Name, recipe, replaced piece and further arguments of each row."""
 
@@ -236,17 +292,32 @@ def rows_of(bench: Bench, plain: LockConfig) -> Iterator[tuple[str, LockConfig, 
     for rate in (0.01, 0.03):
         yield f"Muon, learning rate {rate}", change(learning_rate=rate), optimiser(Muon), {}
         yield f"schedule-free AdamW, learning rate {rate}", change(learning_rate=rate), optimiser(ScheduleFree), {}
-    for batch in (512, 2048):
+    for batch in (256, 512, 2048):
         yield f"batches of {batch} tokens (plain {plain.batch_tokens})", change(batch_tokens=batch), nothing, {}
     for rate in (0.0003, 0.003, 0.01):
         name = f"phase 2, learning rate {rate} (plain {plain.end_to_end_learning_rate})"
         yield name, change(end_to_end_learning_rate=rate), nothing, {}
+    yield "phase 2, learning rate found by trials", change(end_to_end_learning_rate=None), nothing, {}
+    for weight in (0.1, 1.0):
+        name = f"phase 2 on logits and hidden states, weight {weight:g}"
+        yield name, plain, lambda weight=weight: hidden_states(weight), {}
     sampled = DistillationData(
         "self", **sample_from_model(DEMO, plain, bench.stream.config, "cpu", False, NoProgress())
     )
     yield "text sampled from the model (--data self)", plain, nothing, {"data": sampled}
+    slowly = functools.partial(training, warm_up=0.1)
+    yield "warm-up over 10 % of the steps (plain 3 %)", plain, slowly, {}
     for depth in (8, 16, 64, 128):
         yield f"depth {depth} (plain {plain.depth})", change(depth=depth), nothing, {}
+    for depth in (64, 128):
+        again = functools.partial(training, attempts=modulewise.ATTEMPTS)
+        yield f"depth {depth}, diverged layers once more at half the rate", change(depth=depth), again, {}
+        yield f"depth {depth}, warm-up over 10 % of the steps", change(depth=depth), slowly, {}
+    today = LockConfig(**{name: getattr(plain, name) for name in ("tokens", "end_to_end_tokens", "validation_tokens")})
+    today = today.model_copy(update={"coupling": plain.coupling})
+    defaults = functools.partial(training, adam.WARM_UP_SHARE, modulewise.ATTEMPTS)
+    for depth in (32, 64, 128):
+        yield f"today's defaults, depth {depth}", today.model_copy(update={"depth": depth}), defaults, {}
 
 
 def main() -> None:
@@ -262,6 +333,9 @@ def main() -> None:
         end_to_end_tokens=arguments.end_to_end_tokens,
         coupling=arguments.coupling,
         validation_tokens=4096,
+        batch_tokens=1024,
+        ramp_share=0.5,
+        end_to_end_learning_rate=0.001,
     )
     bench = Bench(plain)
     rows = read_json(arguments.out, "--out")["rows"] if arguments.only and arguments.out else []
@@ -270,7 +344,7 @@ def main() -> None:
             continue
         row = {"name": name, "recipe": config.result_settings(), "git_hash": git_hash()}
         try:
-            with patch():
+            with training(), patch():
                 row |= bench.lock(config, **({"data": bench.data} | more))
         except DistillationError as error:
             row |= {"error": str(error)}

@@ -16,7 +16,7 @@ VERIFY_OPTIONS=${VERIFY_OPTIONS:-}                   # for instance: --data corp
 
 mkdir -p "$OUT"
 
-# shellcheck disable=SC2086  (options are meant to be split)
+# shellcheck disable=SC2086 # options are meant to be split
 lockkit lock "$MODEL" "$OUT/locked" --overwrite $LOCK_OPTIONS
 
 lockkit export "$OUT/locked" "$OUT/onnx" --overwrite --precision "$PRECISION"

@@ -25,6 +25,7 @@ def lock(
     end_to_end_tokens: Annotated[int | None, option(LockConfig, "end_to_end_tokens")] = None,
     block_tokens: Annotated[int | None, option(LockConfig, "block_tokens")] = None,
     batch_tokens: Annotated[int | None, option(LockConfig, "batch_tokens")] = None,
+    end_to_end_batch_tokens: Annotated[int | None, option(LockConfig, "end_to_end_batch_tokens")] = None,
     validation_tokens: Annotated[int | None, option(LockConfig, "validation_tokens")] = None,
     learning_rate: Annotated[float | None, option(LockConfig, "learning_rate")] = None,
     end_to_end_learning_rate: Annotated[float | None, option(LockConfig, "end_to_end_learning_rate")] = None,

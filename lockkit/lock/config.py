@@ -48,7 +48,8 @@ class LockConfig(BaseModel):
         40_000, ge=0, description="Tokens of phase 2, all chains together on the logits; 0 leaves it out."
     )
     block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
-    batch_tokens: int = Field(1024, ge=8, description="Tokens in a step of either phase.")
+    batch_tokens: int = Field(512, ge=8, description="Tokens in a step of phase 1.")
+    end_to_end_batch_tokens: int = Field(1024, ge=8, description="Tokens in a step of phase 2.")
     validation_tokens: int = Field(
         8_192,
         ge=64,
@@ -56,13 +57,19 @@ class LockConfig(BaseModel):
         "other measures the result.",
     )
     learning_rate: float = Field(
-        0.03, gt=0, description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix."
+        0.03,
+        gt=0,
+        description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix; halved for a layer that "
+        "diverges.",
     )
-    end_to_end_learning_rate: float = Field(
-        0.001, gt=0, description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix."
+    end_to_end_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix. Default: found by short "
+        "trials.",
     )
     ramp_share: float = Field(
-        0.5, ge=0, le=1, description="Share of phase 1's steps over which `continuation` raises the coupling from 0."
+        0.25, ge=0, le=1, description="Share of phase 1's steps over which `continuation` raises the coupling from 0."
     )
     seed: int = Field(0, ge=0, description="Seed of grouping, initialisation, order of text and sampling.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

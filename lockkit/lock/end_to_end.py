@@ -8,11 +8,15 @@ A step, with never more than one decoder layer's activations in memory:
 3. Backward, layer by layer: run the layer again, this time with gradients, take the step of its
    chain, hand the gradient of its input on. Workers share a batch's rows and add up gradients.
 
+The step size is found first, unless it is given: short trials from phase 1's state with rising
+rates, judged by held-out KL, until one does worse than the one before. They are deterministic, so
+that a lock killed among them finds the same rate again.
+
 Everything but the chains is frozen. Where the chains, the optimiser and the teacher do not fit
 into memory together, each layer's share of them lives on disk between its turns (`ChainStack`).
 Several times on the way and at the end, measure held-out KL and perplexity. The lowest KL wins,
-among states whose perplexity is no higher than phase 1's; phase 1's own counts too, so this
-phase never makes the lock worse.
+among states whose perplexity is no higher than phase 1's or the original's; phase 1's own counts
+too, so this phase never makes the lock worse.
 """
 
 from __future__ import annotations
@@ -35,6 +39,9 @@ from lockkit.progress import Progress
 EVALUATIONS = 4
 SAVE_EVERY_SECONDS = 120
 MAX_GRADIENT_NORM = 1.0
+TRIAL_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01)
+TRIAL_SHARE = 1 / 8  # of the steps
+SHORTEST_TRIAL = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class EndToEndResult:
     steps: int
     best_step: int
     tokens: int
+    learning_rate: float
     seconds: float
     kl_divergence_before: float
     kl_divergence_after: float
@@ -60,7 +68,8 @@ class _Position:
     best_step: int
     best_kl: float
     before_kl: float
-    before_perplexity: float
+    highest_perplexity: float
+    learning_rate: float
     seconds: float
 
 
@@ -87,8 +96,10 @@ class EndToEnd:
     ):
         self.stream, self.stack, self.train, self.meter = stream, stack, train, meter
         self.config, self.work, self.workers, self.progress = config, work, workers, progress
-        self.batch_rows = min(len(train), max(1, config.batch_tokens // train.shape[1]))
+        self.batch_rows = min(len(train), max(1, config.end_to_end_batch_tokens // train.shape[1]))
         self.steps = config.end_to_end_tokens // (self.batch_rows * train.shape[1])
+        order = _row_order(len(train), self.steps * self.batch_rows, config.seed)
+        self.batches = order.split(self.batch_rows)
 
     def run(self) -> EndToEndResult:
         """Train; leave the best held-out state in `stack`.
@@ -96,16 +107,14 @@ class EndToEnd:
         Raises:
             DistillationError: the loss is no longer finite.
         """
-        started = time.perf_counter()
         position = self._resume() or self._begin()
-        before_seconds = position.seconds
-        order = _row_order(len(self.train), self.steps * self.batch_rows, self.config.seed).split(self.batch_rows)
+        started, before_seconds = time.perf_counter(), position.seconds
         evaluate_at = {round(self.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
         self.progress.start("end to end", self.steps)
         self.progress.advance(position.step)
         saved = time.perf_counter()
         for step in range(position.step, self.steps):
-            loss = self._step(order[step], step)
+            loss = self._step(self.batches[step], step)
             position.step = step + 1
             position.seconds = before_seconds + time.perf_counter() - started
             self.progress.advance(1, f"kl {loss:.5f}")
@@ -122,22 +131,54 @@ class EndToEnd:
         self.progress.finish(f"held-out kl {position.before_kl:.5f} -> {position.best_kl:.5f}")
         tokens = self.steps * self.batch_rows * self.train.shape[1]
         return EndToEndResult(
-            self.steps, position.best_step, tokens, position.seconds, position.before_kl, position.best_kl
+            self.steps,
+            position.best_step,
+            tokens,
+            position.learning_rate,
+            position.seconds,
+            position.before_kl,
+            position.best_kl,
         )
 
     def _begin(self) -> _Position:
+        started = time.perf_counter()
         before = self.meter.measure(self.stack.chain)
-        return _Position(0, 0, before.kl_divergence, before.kl_divergence, before.perplexity, 0.0)
+        before_kl, highest_perplexity = before.kl_divergence, max(before.perplexity, before.original_perplexity)
+        rate = self.config.end_to_end_learning_rate or self._find_rate(before_kl, highest_perplexity)
+        self.stack.restart(rate, self.steps)
+        return _Position(0, 0, before_kl, before_kl, highest_perplexity, rate, time.perf_counter() - started)
+
+    def _find_rate(self, before_kl: float, highest_perplexity: float) -> float:
+        """The rate whose trial reaches the lowest held-out KL; the lowest rate if none improves on phase 1."""
+        steps = min(self.steps, max(SHORTEST_TRIAL, round(TRIAL_SHARE * self.steps)))
+        self.progress.start("learning rate of phase 2", len(TRIAL_RATES))
+        best, best_kl = TRIAL_RATES[0], before_kl
+        for rate in TRIAL_RATES:
+            self.stack.restart(rate, steps)
+            try:
+                for step in range(steps):
+                    self._step(self.batches[step], step)
+                reached = self.meter.measure(self.stack.chain)
+            except DistillationError:
+                break
+            self.progress.advance(1, f"{rate:g}: held-out kl {reached.kl_divergence:.5f}")
+            if reached.perplexity > highest_perplexity or not reached.kl_divergence < best_kl:
+                break
+            best, best_kl = rate, reached.kl_divergence
+        self.progress.finish(f"{best:g}")
+        return best
 
     def _resume(self) -> _Position | None:
         snapshot = self.work.state("snapshot")
         if snapshot is None:
             return None
+        position = _Position(**read_json(snapshot[0] / "position.json", "--work"))
+        self.stack.restart(position.learning_rate, self.steps)
         self.stack.load(snapshot[0], with_optimiser=True)
-        return _Position(**read_json(snapshot[0] / "position.json", "--work"))
+        return position
 
     def _keep_if_better(self, position: _Position, held_out: Fidelity) -> None:
-        if held_out.kl_divergence < position.best_kl and held_out.perplexity <= position.before_perplexity:
+        if held_out.perplexity <= position.highest_perplexity and held_out.kl_divergence < position.best_kl:
             position.best_kl, position.best_step = held_out.kl_divergence, position.step
             if self.workers.first:
                 with self.work.new_state("best", position.step) as folder:

@@ -24,13 +24,18 @@ FLOAT_BYTES = 4
 SHARE_TO_USE = 0.6  # of the memory that is free
 # In training, a chain is there as it is published, packed, scaled, as gradient and as Adam's two moments.
 COPIES_OF_A_CHAIN = 6
+# Logits of teacher and student, copies without the last token, logarithms, the loss and its gradient.
+COPIES_OF_LOGITS = 10
+# Measured on models of 4 to 16 layers (tools/measure_memory.py): the tokenizer's caches, scratch memory of matrix
+# products, and what the allocator keeps between uses.
+BUFFER_BYTES = 60_000_000
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
     """Peak memory of a lock beyond the interpreter and libraries, in bytes, by what takes it.
 
-    Training, comparing logits and writing follow each other: the largest of them counts.
+    Phase 1's steps, comparing logits and writing follow each other: the largest of them counts.
     """
 
     outside_layers_bytes: int
@@ -40,13 +45,13 @@ class MemoryPrediction:
     activation_cache_bytes: int
     logits_bytes: int
     writing_bytes: int
+    buffer_bytes: int
     phase_2_keeps_all_layers: bool
 
     @property
     def total_bytes(self) -> int:
-        phase_1_or_2 = self.chains_bytes + self.step_bytes + self.activation_cache_bytes
-        working = max(phase_1_or_2, self.logits_bytes, self.writing_bytes)
-        return self.outside_layers_bytes + self.decoder_layers_bytes + working
+        held = self.outside_layers_bytes + self.decoder_layers_bytes + self.chains_bytes + self.buffer_bytes
+        return held + max(self.step_bytes + self.activation_cache_bytes, self.logits_bytes, self.writing_bytes)
 
     def line(self) -> str:
         where = "all layers in memory in phase 2" if self.phase_2_keeps_all_layers else "one layer at a time"
@@ -100,13 +105,14 @@ def predict(
         chains_bytes=FLOAT_BYTES * mlp_parameters(shape) * COPIES_OF_A_CHAIN * max(kept, together),
         step_bytes=max(
             together * step_bytes(shape, config.depth, min(config.batch_tokens, tokens)),
+            step_bytes(shape, config.depth, min(config.end_to_end_batch_tokens, tokens)),
             # attention and MLP of one layer in a capture's forward pass
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        # logits of teacher and student, their logarithms, and the loss
-        logits_bytes=FLOAT_BYTES * 6 * ROWS_IN_A_BATCH * block * vocab_size,
+        logits_bytes=FLOAT_BYTES * COPIES_OF_LOGITS * ROWS_IN_A_BATCH * block * vocab_size,
         writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
+        buffer_bytes=BUFFER_BYTES,
         phase_2_keeps_all_layers=kept > 1,
     )
 
@@ -114,11 +120,13 @@ def predict(
 def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:
     """What one training step of a packed chain holds (lockkit/lock/packed.py), in bytes.
 
-    Every block's input, and for its units: pre-activations and their gradient, activated, slope, product.
+    Every block's input, and for its units: pre-activations and their gradient, activated, slope, product;
+    the teacher's own hidden values.
     """
     padded = depth * max(block_ranks(shape.intermediate_size, depth))
     read = 2 if shape.gated else 1
-    values = depth * shape.hidden_size + (2 * read + 4) * padded + 6 * shape.hidden_size
+    teacher = (read + 2) * shape.intermediate_size
+    values = depth * shape.hidden_size + (2 * read + 4) * padded + 6 * shape.hidden_size + teacher
     return FLOAT_BYTES * batch_tokens * values
 
 

@@ -9,6 +9,7 @@ their MLPs' inputs:
    variance (NMSE; arXiv 2605.10777, phase 1). With `init: continuation`, the coupling between
    blocks rises linearly from 0 to 1 over the first part of the steps.
 3. Measure the NMSE on held-out activations, with full coupling.
+4. Where a loss ran away, start again at half the step size.
 
 Layers do not touch each other: each has its own seed, order of tokens and step size.
 """
@@ -34,6 +35,8 @@ from lockkit.progress import Progress
 EVALUATION_TOKENS = 4096  # in one forward pass
 SAMPLE_TOKENS = 4096
 REPORT_EVERY = 20  # steps; reading a loss waits for the GPU
+DIVERGED_NMSE = 10.0  # the mean of the teacher's outputs scores 1
+ATTEMPTS = 4  # each at half the step size of the one before
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class LayerResult:
     gain: float
     nmse: float
     tokens: int
+    learning_rate: float
     seconds: float
 
     def record(self) -> dict:
@@ -70,8 +74,21 @@ def distil_layers(
     """Distil the MLPs of a group of layers into chains, in one batched computation.
 
     Raises:
-        DistillationError: a loss is no longer finite.
+        DistillationError: a loss ran away, at the last and smallest step size too.
     """
+    names = f"layer {tasks[0].layer}" if len(tasks) == 1 else f"layers {tasks[0].layer}-{tasks[-1].layer}"
+    for attempt in range(ATTEMPTS - 1):
+        rate = config.learning_rate / 2**attempt
+        try:
+            return _distil(tasks, config, rate, names, progress)
+        except DistillationError:
+            progress.finish(f"diverged at learning rate {rate:g}, once more at {rate / 2:g}")
+    return _distil(tasks, config, config.learning_rate / 2 ** (ATTEMPTS - 1), names, progress)
+
+
+def _distil(
+    tasks: Sequence[LayerTask], config: LockConfig, learning_rate: float, names: str, progress: Progress
+) -> list[tuple[DLRNet, LayerResult]]:
     started = time.perf_counter()
     device = tasks[0].weights.up.device
     chains = [_start(task, config) for task in tasks]
@@ -82,8 +99,7 @@ def distil_layers(
     ramp_steps = config.ramp_share * steps if config.init == "continuation" else 0
 
     packed = PackedChains(chains)
-    optimiser = RelativeAdam(packed.parameters(), config.learning_rate, steps)
-    names = f"layer {tasks[0].layer}" if len(tasks) == 1 else f"layers {tasks[0].layer}-{tasks[-1].layer}"
+    optimiser = RelativeAdam(packed.parameters(), learning_rate, steps)
     progress.start(names, steps)
     for step in range(steps):
         x = torch.stack([task.train[order[step]].to(device) for task, order in zip(tasks, orders, strict=True)])
@@ -94,14 +110,16 @@ def distil_layers(
         losses.sum().backward()
         optimiser.step(step)
         if step % REPORT_EVERY == 0 or step == steps - 1:
-            _require_finite(losses, tasks)
+            _require_converging(losses, tasks)
             done = min(REPORT_EVERY, steps - step)
             progress.advance(done, f"nmse {losses.mean().item():.4f}")
     packed.unpack(chains)
+    errors = [chain_nmse(chain, task.teacher, task.validation) for chain, task in zip(chains, tasks, strict=True)]
+    _require_converging(torch.tensor(errors), tasks)
     seconds = (time.perf_counter() - started) / len(tasks)
     results = [
-        LayerResult(task.layer, chain.gain, chain_nmse(chain, task.teacher, task.validation), steps * batch, seconds)
-        for task, chain in zip(tasks, chains, strict=True)
+        LayerResult(task.layer, chain.gain, error, steps * batch, learning_rate, seconds)
+        for task, chain, error in zip(tasks, chains, errors, strict=True)
     ]
     progress.finish("nmse " + ", ".join(f"{result.nmse:.5f}" for result in results))
     return list(zip(chains, results, strict=True))
@@ -149,9 +167,9 @@ def _token_order(available: int, wanted: int, seed: int) -> torch.Tensor:
     return torch.cat(passes)[:wanted]
 
 
-def _require_finite(losses: torch.Tensor, tasks: Sequence[LayerTask]) -> None:
-    for loss, task in zip(losses.tolist(), tasks, strict=True):
-        if not loss < float("inf"):
+def _require_converging(errors: torch.Tensor, tasks: Sequence[LayerTask]) -> None:
+    for error, task in zip(errors.tolist(), tasks, strict=True):
+        if not error < DIVERGED_NMSE:
             raise DistillationError(
-                f"distillation of layer {task.layer} diverged (loss {loss}): lower --learning-rate or --coupling"
+                f"distillation of layer {task.layer} diverged (NMSE {error:.3g}): lower --learning-rate or --coupling"
             )

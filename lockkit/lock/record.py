@@ -7,7 +7,7 @@ Schema `lockkit-lock/2`:
     dlr                                     depth and ranks of the chains
     recipe                                  every setting (lockkit/lock/config.py)
     data                                    source, sizes and sha256 of the token ids, no text
-    layers                                  per layer: gain, nmse, tokens, seconds
+    layers                                  per layer: gain, nmse, tokens, learning rate it took, seconds
     after_phase_1, fidelity                 KL, top-1 agreement and perplexities on the split
                                             `evaluate`; `fidelity` on the weights as saved
     end_to_end                              phase 2: steps, best step, KL on the split `validate`

@@ -25,7 +25,7 @@ import torch
 
 from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.errors import DistillationError, LockkitError, UsageError
-from lockkit.files import check_apart, check_output_folder, new_folder
+from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData, effective_source, load_data, sample_from_model
@@ -42,7 +42,7 @@ from lockkit.lock.workers import Workers
 from lockkit.models.families import Family, mlp_weights, require_unlocked
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.save import save_description, save_locked_weights
-from lockkit.models.stream import Checkpoint, StreamedModel
+from lockkit.models.stream import Checkpoint, StreamedModel, import_model_class
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import versions
 
@@ -94,7 +94,6 @@ class _Lock:
         self, model: str, out: Path, config: LockConfig, overwrite: bool, trust_remote_code: bool, progress: Progress
     ):
         self.started = time.perf_counter()
-        self.idle_memory_bytes = peak_memory_bytes()
         self.model, self.out, self.config, self.overwrite = model, Path(out), config, overwrite
         self.workers = Workers.from_environment()
         self.progress = progress if self.workers.first else NoProgress()
@@ -104,6 +103,8 @@ class _Lock:
         self.trust_remote_code = trust_remote_code
         self.raw_config = load_config(self.original, trust_remote_code)
         self.family: Family = require_unlocked(self.raw_config)
+        import_model_class(self.family)
+        self.idle_memory_bytes = peak_memory_bytes()
         if config.depth > self.raw_config.intermediate_size:
             raise UsageError(
                 f"--depth {config.depth} is larger than the MLP's width {self.raw_config.intermediate_size}: lower it"
@@ -121,6 +122,8 @@ class _Lock:
             with self.workers.together():
                 if self.workers.first:
                     self.work.open()
+            with self.workers.together():
+                self.work.require_shared()
             result = self._lock()
             finished = True
             return result
@@ -210,16 +213,16 @@ class _Lock:
     def _end_to_end(self, data: DistillationData) -> tuple[Chains, Fidelity, EndToEndResult | None]:
         """Phase 2, if it was asked for; returns the final chains, and phase 1's fidelity."""
         after_phase_1 = FidelityMeter(self.stream, data.evaluation, self.workers).measure(self._phase_1_chain)
-        if self.config.end_to_end_tokens < self.config.batch_tokens:
+        if self.config.end_to_end_tokens < self.config.end_to_end_batch_tokens:
             return self._phase_1_chain, after_phase_1, None
         in_memory = keeps_everything(self.stream, self.config)
         folder = None if in_memory else self.work.folder / f"working-{self.workers.rank}"
-        steps = self.config.end_to_end_tokens // self.config.batch_tokens
-        stack = ChainStack(self.stream, self._phase_1_chain, self.config, steps, folder)
-        meter = FidelityMeter(self.stream, data.validation, self.workers)
-        result = EndToEnd(
-            self.stream, stack, data.train, meter, self.config, self.work, self.workers, self.progress
-        ).run()
+        with readable_disk_errors(self.work.folder, "--work"):
+            stack = ChainStack(self.stream, self._phase_1_chain, self.config, folder)
+            meter = FidelityMeter(self.stream, data.validation, self.workers)
+            result = EndToEnd(
+                self.stream, stack, data.train, meter, self.config, self.work, self.workers, self.progress
+            ).run()
         self.stream.drop_layers()
         return stack.unpacked, after_phase_1, result
 

@@ -39,7 +39,6 @@ class ChainStack:
     Args:
         stream: the teacher; kept in memory too unless `folder` is given.
         start: from a layer's index to its chain before training.
-        steps: steps of training, for the learning rate's schedule.
         folder: where layers live between their turns; None keeps all in memory.
     """
 
@@ -48,10 +47,10 @@ class ChainStack:
         stream: StreamedModel,
         start: Callable[[int], DLRNet],
         config: LockConfig,
-        steps: int,
         folder: Path | None = None,
     ):
-        self.stream, self.start, self.config, self.steps, self.folder = stream, start, config, steps, folder
+        self.stream, self.start, self.config, self.folder = stream, start, config, folder
+        self.learning_rate, self.steps = config.end_to_end_learning_rate or 0.0, 1
         self.held: dict[int, tuple[PackedMLP, RelativeAdam]] = {}
         self.inputs: dict[int, torch.Tensor] = {}
         stream.keep_layers = folder is None
@@ -103,6 +102,11 @@ class ChainStack:
             return load_file(self.folder / f"input-{index}", device=str(self.stream.device))["hidden"]
         return self.inputs.pop(index)
 
+    def restart(self, learning_rate: float, steps: int) -> None:
+        """Back to the chains before training, with new optimisers for `steps` steps."""
+        self.learning_rate, self.steps = learning_rate, steps
+        self.reset()
+
     def reset(self) -> None:
         """Back to the chains before training."""
         self.held.clear()
@@ -140,7 +144,7 @@ class ChainStack:
 
     def _new(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
         mlp = PackedMLP(self.start(index), self.config.torch_compute_dtype).to(self.stream.device)
-        return mlp, RelativeAdam(mlp.parameters(), self.config.end_to_end_learning_rate, self.steps)
+        return mlp, RelativeAdam(mlp.parameters(), self.learning_rate, self.steps)
 
     @staticmethod
     def _file(folder: Path, index: int) -> Path:

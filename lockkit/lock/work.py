@@ -59,7 +59,7 @@ class Work:
         """
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "in-use").exists():
             raise UsageError(f"{self.folder} is not a work folder of lockkit: change --work")
-        with readable_disk_errors(self.folder):
+        with readable_disk_errors(self.folder, "--work"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._in_use = (self.folder / "in-use").open("w")
         try:
@@ -67,6 +67,17 @@ class Work:
         except OSError as error:
             raise UsageError(f"another lockkit lock is at work in {self.folder}: change OUT or --work") from error
         self.claimed = True
+
+    def require_shared(self) -> None:
+        """Refuse to go on where another worker does not see the folder that the first one opened.
+
+        Raises:
+            UsageError: the folder is not there.
+        """
+        if not (self.folder / "in-use").exists():
+            raise UsageError(
+                f"there is no {self.folder} here: give all workers the same OUT and --work, on a disk they share"
+            )
 
     def require_same(self, fingerprint: dict) -> None:
         """Go on only with what the folder was made with; remember it if the folder is new.
@@ -129,7 +140,7 @@ class Work:
         """Yield a folder that becomes phase 2's `kind`-`step`; older ones of the kind go once it stands."""
         final = self.end_to_end / f"{kind}-{step}"
         partial = self.end_to_end / f"{kind}-{step}.partial"
-        with readable_disk_errors(self.folder):
+        with readable_disk_errors(self.folder, "--work"):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
@@ -154,7 +165,7 @@ class Work:
     def _write(self, file: Path, write: Callable[[Path], object]) -> None:
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
-            with readable_disk_errors(self.folder):
+            with readable_disk_errors(self.folder, "--work"):
                 write(partial)
             partial.replace(file)
         finally:

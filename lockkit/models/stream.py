@@ -219,12 +219,20 @@ def return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def import_model_class(family: Family) -> type[nn.Module]:
+    """The family's class; transformers imports some 80 MB of libraries for the first of them."""
+    import accelerate  # noqa: F401
+    import transformers
+
+    return getattr(transformers, family.model_class)
+
+
 def empty_model(config: PreTrainedConfig, family: Family) -> nn.Module:
     """The model of `config` without memory for its weights; its buffers are real."""
-    import transformers
     from accelerate import init_empty_weights
 
+    model_class = import_model_class(family)
     with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, family.model_class)(config)
+        model = model_class(config)
     model.tie_weights()
     return model
