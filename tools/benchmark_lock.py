@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--depth", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=1024, help="in a step")
+    parser.add_argument("--tokens", type=int, default=512, help="in a step; 512 is the default of `lockkit lock`")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--compile", action="store_true", help="torch.compile too (minutes)")
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")

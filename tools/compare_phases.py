@@ -316,6 +316,7 @@ def rows_of(bench: Bench, plain: LockConfig) -> Iterator[tuple[str, LockConfig, 
     today = LockConfig(**{name: getattr(plain, name) for name in ("tokens", "end_to_end_tokens", "validation_tokens")})
     today = today.model_copy(update={"coupling": plain.coupling})
     defaults = functools.partial(training, adam.WARM_UP_SHARE, modulewise.ATTEMPTS)
+    yield "today's defaults, coupling raised over 50 %", today.model_copy(update={"ramp_share": 0.5}), defaults, {}
     for depth in (32, 64, 128):
         yield f"today's defaults, depth {depth}", today.model_copy(update={"depth": depth}), defaults, {}
 

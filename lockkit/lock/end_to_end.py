@@ -40,8 +40,8 @@ EVALUATIONS = 4
 SAVE_EVERY_SECONDS = 120
 MAX_GRADIENT_NORM = 1.0
 TRIAL_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01)
-TRIAL_SHARE = 1 / 8  # of the steps
-SHORTEST_TRIAL = 4  # steps
+TRIAL_SHARE = 1 / 4  # of the steps
+SHORTEST_TRIAL = 8  # steps
 
 
 @dataclass(frozen=True)
