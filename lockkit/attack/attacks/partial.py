@@ -24,6 +24,10 @@ class FrozenDLR(GradientAttack):
     family = "partial training"
     lock_aware = True
 
+    @classmethod
+    def variants(cls) -> list[dict[str, Any]]:
+        return [{}, {"saver": "reversal"}]  # which then keeps nothing of a chain but its units
+
     def prepare(self, model, bench) -> Training:
         for layer in decoder_layers(model):
             layer.mlp.requires_grad_(False)
