@@ -22,6 +22,8 @@ _HOMES = {
     "export_model": "lockkit.export.run",
     "VerifyConfig": "lockkit.verify.config",
     "verify_export": "lockkit.verify.run",
+    "ServeConfig": "lockkit.serve.config",
+    "serve_export": "lockkit.serve.server",
     "describe_environment": "lockkit.environment",
 }
 __all__ = ["__version__", *_HOMES]

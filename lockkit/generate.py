@@ -93,25 +93,31 @@ def open_model(name: str, provider: str = "cpu", option: str = "MODEL") -> TextM
         model, _ = load_model(folder, torch.float32, device)
         runner, config = TorchRunner(model), model.config.to_dict()
     tokenizer = load_tokenizer(folder, option)
-    end_ids = _end_ids(folder, config, tokenizer)
-    starts = [tokenizer.bos_token_id, config.get("bos_token_id"), tokenizer.eos_token_id, *sorted(end_ids)]
+    start_id, end_ids = special_tokens(folder, config, tokenizer)
     return TextModel(
         name=name,
         runner=runner,
         tokenizer=tokenizer,
-        start_id=next((token for token in starts if token is not None), None),
+        start_id=start_id,
         end_ids=end_ids,
         context=config.get("max_position_embeddings"),
     )
 
 
-def _end_ids(folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """End-of-text tokens, by the generation configuration, the configuration and the tokenizer."""
+def special_tokens(
+    folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int | None, set[int]]:
+    """The token that an empty prompt becomes, and those that end a text.
+
+    The latter by the generation configuration, the configuration and the tokenizer.
+    """
     found = [config.get("eos_token_id"), tokenizer.eos_token_id]
     # Optional, and what is broken in it is not needed here.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id"))
-    return {token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])}
+    ends = {token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])}
+    starts = [tokenizer.bos_token_id, config.get("bos_token_id"), tokenizer.eos_token_id, *sorted(ends)]
+    return next((token for token in starts if token is not None), None), ends
 
 
 def generate(
@@ -173,14 +179,20 @@ def _tokens(model: TextModel, prompt_ids: list[int], room: int, config: Generate
         ids = torch.tensor([[token]])
 
 
-def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator) -> int:
-    """Choose a token by its logits, `[vocab]`."""
+def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator, top_p: float = 1.0) -> int:
+    """Choose a token by its logits, `[vocab]`, among the most likely ones that make up `top_p` together."""
     import torch
 
     if temperature == 0:
         return int(logits.argmax())
     # Subtracting the highest first keeps a tiny temperature from overflowing.
     probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
+    if (
+        top_p < 1
+    ):  # nucleus sampling (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1)
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        probabilities[order[before >= top_p]] = 0
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 

@@ -18,7 +18,7 @@ from lockkit.errors import GateFailed, LockkitError
 app = typer.Typer(
     name="lockkit",
     help="Lock a pretrained language model, export it to ONNX, and prove it is the same model.\n\n"
-    "A model flows one way: plan, lock, export, verify, generate.",
+    "A model flows one way: plan, lock, export, verify, serve.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -28,11 +28,13 @@ from lockkit.files import EXPORT_MANIFEST, read_json
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 MODEL_FILE = "model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Operators that do the work; the others look after shapes, which belong on the CPU.
 HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention"}
+ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # numbers of TensorProto.DataType
 Cache = dict[str, Any]  # name of a cache input -> onnxruntime.OrtValue, [batch, kv_heads, past, head_size]
 
 
@@ -50,7 +52,9 @@ class ExportSession:
         folder, manifest: of the export; no manifest in another program's folder.
         config: `config.json` as a dict, the original family's configuration.
         provider: the execution provider in use, "CPUExecutionProvider" or "CUDAExecutionProvider".
+        device: "cpu" or "cuda", where caches live.
         cache_names: the cache inputs of the graph.
+        counts_positions: the graph takes a row's length from the mask (GroupQueryAttention).
 
     Raises:
         UsageError: the folder is not an intact export, the graph cannot be loaded, or the
@@ -72,12 +76,12 @@ class ExportSession:
         self.config = read_json(self.folder / "config.json", "EXPORT")
         self._session = _load(self.folder / MODEL_FILE, provider, threads, kernel)
         self.provider = self._session.get_providers()[0]
-        self._device = "cuda" if provider == "cuda" else "cpu"
+        self.device = "cuda" if provider == "cuda" else "cpu"
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._output_names = [node.name for node in self._session.get_outputs()]
         self.cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
         # Graphs with GroupQueryAttention count positions themselves and have no such input.
-        self._counts_positions = "position_ids" not in self._inputs
+        self.counts_positions = "position_ids" not in self._inputs
 
     def forward(
         self,
@@ -118,10 +122,10 @@ class ExportSession:
         context = self.config.get("max_position_embeddings")
         if context and past + seq > context:
             raise UsageError(f"{past + seq} tokens are more than the model's context of {context}: give it fewer")
-        if past and seq > 1 and (batch > 1 or not self._counts_positions):
+        if past and seq > 1 and (batch > 1 or not self.counts_positions):
             return self._one_by_one(input_ids, mask, cache)
         real = mask[:, past:].astype(bool)  # [batch, seq]
-        if self._counts_positions and not real.all():
+        if self.counts_positions and not real.all():
             if past:
                 raise UsageError("padding among new tokens: this graph takes padded rows in the first call only")
             # Real tokens first, padding last, and the logits back to where they came from.
@@ -136,6 +140,41 @@ class ExportSession:
         if not real.all():
             logits[~real] = 0
         return logits, new_cache
+
+    def cache_shapes(self) -> dict[str, tuple[int, int, str]]:
+        """For each cache input its key and value heads, head size, and onnxruntime type."""
+        nodes = [self._inputs[name] for name in self.cache_names]
+        return {node.name: (node.shape[1], node.shape[3], node.type) for node in nodes}
+
+    def step(self, input_ids: np.ndarray, mask: np.ndarray, caches: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run the next tokens of every row and write their keys and values into `caches`, in place.
+
+        For graphs that count positions. Unlike `forward`, nothing of the past is copied.
+
+        Args:
+            input_ids: int64 `[batch, seq]`; `batch` is 1 where `seq` is not and there is a past.
+            mask: int64 `[batch, total]`, a row of ones as long as the row is with the new tokens.
+            caches: a contiguous `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
+
+        Returns:
+            logits `[batch, seq, vocab]` on the CPU, in the graph's own type.
+        """
+        import torch
+
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", input_ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        for name, cache in caches.items():
+            place = (self.device, 0, ONNX_TYPES[self._inputs[name].type], list(cache.shape), cache.data_ptr())
+            binding.bind_input(name, *place)
+            binding.bind_output(name.replace("past_key_values.", "present."), *place)
+        node = self._session.get_outputs()[0]
+        logits = torch.empty((*input_ids.shape, node.shape[2]), dtype=torch_type(node.type))
+        kind = ONNX_TYPES[node.type]
+        binding.bind_output("logits", "cpu", 0, kind, list(logits.shape), logits.data_ptr())
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return logits
 
     def _one_by_one(self, input_ids: np.ndarray, mask: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Several tokens after the first call, where the graph takes one at a time."""
@@ -152,7 +191,7 @@ class ExportSession:
         import numpy as np
 
         feeds = {"input_ids": input_ids.astype(np.int64), "attention_mask": mask}
-        if not self._counts_positions:
+        if not self.counts_positions:
             positions = np.maximum(mask.cumsum(1) - 1, 0)
             feeds["position_ids"] = positions[:, -input_ids.shape[1] :]
         binding = self._session.io_binding()
@@ -161,7 +200,7 @@ class ExportSession:
         for name, value in (cache or self._empty_cache(input_ids.shape[0])).items():
             binding.bind_ortvalue_input(name, value)
         for name in self._output_names:
-            binding.bind_output(name, "cpu" if name == "logits" else self._device)
+            binding.bind_output(name, "cpu" if name == "logits" else self.device)
         self._session.run_with_iobinding(binding)
         outputs = dict(zip(self._output_names, binding.get_outputs(), strict=True))
         logits = outputs.pop("logits").numpy().astype(np.float32)
@@ -181,6 +220,14 @@ class ExportSession:
                 dtype = np.float16 if node.type == "tensor(float16)" else np.float32
                 cache[name] = OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
         return cache
+
+
+def torch_type(onnx_type: str) -> torch.dtype:
+    """PyTorch's type for onnxruntime's name of one: "tensor(float)" is `torch.float32`."""
+    import torch
+
+    types = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
+    return types[onnx_type]
 
 
 def _load(path: Path, provider: str, threads: int | None, kernel: Path | None) -> Any:

@@ -1,0 +1,285 @@
+"""Continuous batching: one thread that runs the graph for all requests.
+
+Each turn of its loop:
+
+1. Forget the jobs whose clients left or ran out of time; their rows are free at once.
+2. While rows are free, take the next job of the queue and run its prompt, at most
+   `PREFILL_TOKENS` in a turn, so that a long prompt does not stop the others.
+3. Run one token for every row in use, choose each row's next token, and hand over the text.
+
+The thread holds no lock while it computes. Everything that a client waits for goes through its
+job's `pieces`, an asyncio queue of the server's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from lockkit.generate import next_token
+from lockkit.serve.rows import PREFILL_TOKENS, SeparateRows, SharedRows
+from lockkit.serve.text import TextStream
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from lockkit.serve.metrics import Metrics
+
+log = logging.getLogger(__name__)
+Reason = Literal["stop", "length", "cancelled", "timeout", "shutdown", "error"]
+
+
+class QueueFullError(Exception):
+    """No row is free, and as many jobs wait as may."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next text of an answer; the last piece has a reason."""
+
+    text: str
+    reason: Reason | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """One request: what to generate, and where its text goes."""
+
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: Sequence[str] = ()
+    pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
+    generated: int = 0  # tokens, the one that ended the text included
+    done: bool = False  # nothing more is to be computed for it
+    created: float = field(default_factory=time.perf_counter)
+    # The engine's own:
+    computed: int = 0  # tokens of the prompt that have been run
+    length: int = 0  # tokens in the row
+    token: int = 0  # the newest, not yet run
+    stream: TextStream | None = None
+    random: torch.Generator | None = None
+
+
+class Engine:
+    """Runs jobs; `start`, `submit`, `cancel` and `stop` belong to the event loop.
+
+    Args:
+        rows: the graph.
+        tokenizer: to turn tokens into text.
+        end_ids: tokens that end an answer.
+        max_batch: rows in use at the same time.
+        max_queue: jobs that may wait.
+        metrics: told what happens.
+    """
+
+    def __init__(
+        self,
+        rows: SharedRows | SeparateRows,
+        tokenizer: Tokenizer,
+        end_ids: frozenset[int],
+        max_batch: int,
+        max_queue: int,
+        metrics: Metrics,
+    ):
+        self._rows, self._tokenizer, self._end_ids = rows, tokenizer, end_ids
+        self._max_batch, self._max_queue, self._metrics = max_batch, max_queue, metrics
+        self._waiting: deque[Job] = deque()
+        self._prompt: Job | None = None  # whose prompt is being run
+        self._running: list[Job] = []  # by row
+        self._outbox: list[tuple[Job, Piece]] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="lockkit-engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Queue a job.
+
+        Raises:
+            QueueFullError: too many wait already.
+        """
+        with self._changed:
+            free = self._max_batch - len(self._running) - (self._prompt is not None)
+            if len(self._waiting) >= self._max_queue + max(0, free):
+                raise QueueFullError
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job, reason: Reason) -> None:
+        """End a job now, if it has not ended; its row is freed in the engine's next turn."""
+        if not job.done:
+            job.done = True
+            job.pieces.put_nowait(Piece("", reason))
+            with self._changed:
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """End the thread; jobs that still run end with "shutdown"."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+        for job in (*self._waiting, *([self._prompt] if self._prompt else []), *self._running):
+            self.cancel(job, "shutdown")
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            self._forget_the_done()
+            self._admit()
+            self._decode()
+            self._hand_over()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._stopping or self._waiting or self._prompt or self._running):
+                self._changed.wait()
+            return not self._stopping
+
+    def _forget_the_done(self) -> None:
+        with self._changed:
+            if any(job.done for job in self._waiting):
+                self._waiting = deque(job for job in self._waiting if not job.done)
+        if self._prompt and self._prompt.done:
+            self._prompt = None
+        for row in reversed(range(len(self._running))):
+            if self._running[row].done:
+                self._free(row)
+
+    def _free(self, row: int) -> None:
+        """Fill the row with the last one, so that the rows in use stay the first ones."""
+        last = len(self._running) - 1
+        self._rows.move(last, row, self._running[last].length)
+        self._running[row] = self._running[last]
+        self._running.pop()
+
+    def _admit(self) -> None:
+        """Run prompts: those of several short jobs, or a part of a long one."""
+        budget = PREFILL_TOKENS
+        while budget > 0 and len(self._running) < self._max_batch:
+            if self._prompt is None:
+                with self._changed:
+                    if not self._waiting:
+                        return
+                    self._prompt = self._waiting.popleft()
+            job = self._prompt
+            part = job.prompt[job.computed : job.computed + budget]
+            try:
+                logits = self._rows.prefill(part, job.computed)
+                job.computed += len(part)
+                budget -= len(part)
+                if job.computed < len(job.prompt):
+                    return
+                self._rows.admit(len(self._running), len(job.prompt))
+                self._begin(job)
+            except Exception as error:
+                self._fail([job], error)
+                self._prompt = None
+                continue
+            self._prompt = None
+            self._running.append(job)
+            self._choose([job], logits[None])
+            if job.done:
+                self._running.pop()
+
+    def _begin(self, job: Job) -> None:
+        import torch
+
+        job.length = len(job.prompt)
+        job.stream = TextStream(self._tokenizer, job.prompt, job.stops)
+        if job.temperature > 0:
+            seed = secrets.randbits(63) if job.seed is None else job.seed
+            job.random = torch.Generator().manual_seed(seed)
+        self._metrics.prompt_tokens.inc(len(job.prompt))
+
+    def _decode(self) -> None:
+        jobs = list(self._running)
+        if not jobs:
+            return
+        for job in jobs:
+            job.length += 1
+        try:
+            logits = self._rows.decode([job.token for job in jobs], [job.length for job in jobs])
+        except Exception as error:
+            self._fail(jobs, error)
+            self._running.clear()
+            return
+        self._metrics.batch_size.observe(len(jobs))
+        self._choose(jobs, logits)
+        for row in reversed(range(len(jobs))):
+            if jobs[row].done:
+                self._free(row)
+
+    def _choose(self, jobs: list[Job], logits: torch.Tensor) -> None:
+        """Choose the next token of each job by its logits, `[jobs, vocab]`, and its text or its end."""
+        logits = logits.float()
+        likeliest = logits.argmax(-1).tolist()
+        for row, job in enumerate(jobs):
+            try:
+                token = likeliest[row]
+                if job.temperature > 0:
+                    token = next_token(logits[row], job.temperature, job.random, job.top_p)
+                self._take(job, token)
+            except Exception as error:
+                self._fail([job], error)
+
+    def _take(self, job: Job, token: int) -> None:
+        job.token = token
+        job.generated += 1
+        self._metrics.generated_tokens.inc()
+        if job.generated == 1:
+            self._metrics.first_token_seconds.observe(time.perf_counter() - job.created)
+        if token in self._end_ids:
+            self._end(job, job.stream.flush(), "stop")
+            return
+        text = job.stream.push(token)
+        if job.stream.stopped:
+            self._end(job, text, "stop")
+        elif job.generated >= job.max_tokens:
+            self._end(job, text + job.stream.flush(), "length")
+        elif text:
+            self._outbox.append((job, Piece(text)))
+
+    def _end(self, job: Job, text: str, reason: Reason) -> None:
+        self._outbox.append((job, Piece(text, reason)))
+        job.done = True
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        """End jobs that cannot go on. Of the error only its kind is logged: its text may quote a prompt."""
+        log.error("%d requests failed in the engine: %s", len(jobs), type(error).__name__)
+        for job in jobs:
+            if not job.done:
+                self._end(job, "", "error")
+
+    def _hand_over(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        self._metrics.running.set(len(self._running))
+        self._metrics.waiting.set(len(self._waiting))
+        if outbox:
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(_deliver, outbox)
+
+
+def _deliver(outbox: list[tuple[Job, Piece]]) -> None:
+    for job, piece in outbox:
+        job.pieces.put_nowait(piece)

@@ -1,0 +1,137 @@
+"""What is checked before a request is looked at, whatever its endpoint.
+
+1. The API key, where there is one: every path but /health.
+2. The body: at most `max_body_bytes`, complete within `read_seconds`. It is read here, whole, so
+   that an endpoint never waits for a slow client.
+3. Nothing an endpoint does ends the process or shows its insides: an unexpected error is a 500
+   of one line, of which only the kind and the place are logged, since its text may quote a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse
+
+from lockkit.serve.config import ServeConfig
+from lockkit.serve.metrics import Metrics
+from lockkit.serve.protocol import ApiError
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+OPEN_PATH = "/health"
+ENDPOINTS = ("/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions")
+
+
+class Guard:
+    """ASGI middleware around the whole application."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, api_key: SecretStr | None, metrics: Metrics):
+        self._app, self._config, self._key, self._metrics = app, config, api_key, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 0
+
+        async def counted_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            body = await self._read_body(scope, receive)
+            await self._app(scope, _replay(body, receive), counted_send)
+        except _ClientGoneError:
+            pass
+        except ApiError as error:
+            await refusal(error)(scope, receive, counted_send)
+        except Exception as error:
+            log.error("%s in %s", type(error).__name__, _place(error))
+            if status:  # the answer has begun: all that can be done is to end it
+                raise asyncio.CancelledError from None
+            await refusal(ApiError(500, "the server failed on this request"))(scope, receive, counted_send)
+        finally:
+            endpoint = scope["path"] if scope["path"] in ENDPOINTS else "other"
+            self._metrics.requests.labels(endpoint, str(status)).inc()
+            self._metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - started)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"] == OPEN_PATH:
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        expected = self._key.get_secret_value().encode("ascii")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), expected):
+            raise ApiError(401, "give the API key in the header `Authorization: Bearer KEY`", code="invalid_api_key")
+
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        limit = self._config.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than this server takes, {limit} bytes", code="body_too_large")
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._config.read_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGoneError
+                    body += message.get("body", b"")
+                    if len(body) > limit:
+                        raise too_large
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError:
+            seconds = self._config.read_seconds
+            raise ApiError(408, f"the body did not come within {seconds:g} seconds", code="slow_body") from None
+
+
+class _ClientGoneError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+def refusal(error: ApiError) -> JSONResponse:
+    """The answer to a request that is refused; the connection is closed where the body may not have been read."""
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status == 429:
+        headers["Retry-After"] = "1"
+    if error.status in (401, 408, 413):
+        headers["Connection"] = "close"
+    if error.status == 408:
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would send it again
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body first, and then whatever comes: the client's leaving."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+def _place(error: BaseException) -> Any:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}"

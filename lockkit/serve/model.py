@@ -1,0 +1,94 @@
+"""The export that is served: verified, then opened.
+
+1. Compare every file with the manifest; refuse links that leave the folder.
+2. Refuse an export whose graph, weights or configuration the manifest does not list, and files
+   that a tokenizer would read but nobody vouches for.
+3. Load the tokenizer. No code from the folder ever runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lockkit.errors import UsageError
+from lockkit.export.manifest import Manifest, check_manifest
+from lockkit.export.session import MODEL_FILE
+from lockkit.files import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+NEEDED = (MODEL_FILE, "config.json")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An intact export and what is needed to speak with it."""
+
+    folder: Path
+    manifest: Manifest
+    config: dict[str, Any]  # the original family's config.json
+    tokenizer: PreTrainedTokenizerBase
+    start_id: int | None  # what an empty prompt becomes
+    end_ids: frozenset[int]  # tokens that end an answer
+    context: int | None  # tokens the model can attend to
+
+    @property
+    def fast_tokenizer(self) -> Tokenizer:
+        return self.tokenizer.backend_tokenizer
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model has embeddings for."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def chats(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    def encode(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt)["input_ids"]
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Tokens of a conversation, by the tokenizer's own chat template (in transformers' sandbox).
+
+        Raises:
+            jinja2.TemplateError: the template refuses these messages.
+        """
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def open_served_model(folder: Path) -> ServedModel:
+    """Verify and open an export.
+
+    Raises:
+        UsageError: it is not an export, or not the one that was written.
+    """
+    from lockkit.generate import special_tokens
+    from lockkit.models.load import TOKENIZER_FILES, load_tokenizer
+
+    manifest = check_manifest(folder)
+    for name in NEEDED:
+        if name not in manifest.files:
+            raise UsageError(f"the manifest of {folder} does not list {name}: export again, or change EXPORT")
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (folder / name).exists() and name not in manifest.files:
+            raise UsageError(f"{folder / name} is not in the manifest: remove it, or export again")
+    config = read_json(folder / "config.json", "EXPORT")
+    tokenizer = load_tokenizer(folder, "EXPORT")
+    if not tokenizer.is_fast:
+        raise UsageError(f"{folder} has no tokenizer.json, which a server needs: add it to the model and export again")
+    start_id, end_ids = special_tokens(folder, config, tokenizer)
+    return ServedModel(
+        folder=folder,
+        manifest=manifest,
+        config=config,
+        tokenizer=tokenizer,
+        start_id=start_id,
+        end_ids=frozenset(end_ids),
+        context=config.get("max_position_embeddings"),
+    )
