@@ -124,7 +124,7 @@ def read_json(path: Path, option: str) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): change {option}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON ({error}): change {option}") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} is not a JSON object: change {option}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +11,15 @@ from pydantic import BaseModel, ValidationError
 from lockkit.errors import UsageError
 
 Config = TypeVar("Config", bound=BaseModel)
+
+
+_repr = reprlib.Repr()
+_repr.maxstring, _repr.maxlevel = 100, 2
+
+
+def shown(value: object) -> str:
+    """A value from someone's file in one line of limited length, however large or nested it is."""
+    return _repr.repr(value)
 
 
 def option_of(field: str) -> str:
@@ -28,5 +38,7 @@ def validated(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        where = option_of(name) if name in config_class.model_fields else f"'{name}' in --config"
-        raise UsageError(f"{where}: {first['msg']}, not {first['input']!r}") from error
+        # A recipe comes from a file: names and values are shown in one line, and not at any length. Nor is
+        # pydantic's error kept, whose text repeats the values: YAML's aliases can make those endless.
+        where = option_of(name) if name in config_class.model_fields else f"{shown(name)} in --config"
+        raise UsageError(f"{where}: {first['msg']}, not {shown(first['input'])}") from None

@@ -351,7 +351,7 @@ def test_names_out_of_the_folder_are_refused(name, copied):
     manifest = json.loads(path.read_text())
     manifest["files"][name] = manifest["files"]["config.json"]
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="is broken at files"):
+    with pytest.raises(UsageError, match=r"is broken at .files"):
         check_manifest(copied)
 
 

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST, read_json, sha256_of_file, write_json
+from lockkit.settings import shown
 
 SCHEMA = "lockkit-export-manifest/1"
 
@@ -23,9 +24,10 @@ def _inside_the_folder(name: str) -> str:
     parts = PurePosixPath(name).parts
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if not parts or absolute or ".." in parts or "\\" in name or "\0" in name:
-        raise ValueError(f"'{name}' leads out of the folder")
-    if name == EXPORT_MANIFEST or str(PurePosixPath(name)) != name:
-        raise ValueError(f"'{name}' is not the plain name of a file")
+        raise ValueError(f"{shown(name)} leads out of the folder")
+    plain = name.isprintable() and len(name.encode()) <= 255 and str(PurePosixPath(name)) == name
+    if name == EXPORT_MANIFEST or not plain:
+        raise ValueError(f"{shown(name)} is not the plain name of a file")
     return name
 
 
@@ -82,16 +84,20 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
     path = folder / EXPORT_MANIFEST
     if not path.is_file():
         raise UsageError(f"{folder} has no {EXPORT_MANIFEST}, so it is not an export of lockkit's: change {option}")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"{path} is a link out of the folder: copy the file itself, or change {option}")
     raw = read_json(path, option)
     schema = raw.get("schema")
     if schema != SCHEMA:
-        raise UsageError(f"{path} has the schema {schema!r}, this lockkit reads {SCHEMA!r}: change {option}")
+        raise UsageError(f"{path} has the schema {shown(schema)}, this lockkit reads {SCHEMA!r}: change {option}")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        raise UsageError(f"{path} is broken at {where} ({first['msg']}): export again, or change {option}") from error
+        raise UsageError(
+            f"{path} is broken at {shown(where)} ({first['msg']}): export again, or change {option}"
+        ) from error
 
 
 def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:

@@ -130,8 +130,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): change --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # PyYAML also lets IndexError, KeyError, AttributeError and RecursionError through
+        reason = " ".join(str(error).split())[:300] if isinstance(error, yaml.YAMLError) else type(error).__name__
         raise UsageError(f"{path} is not valid YAML ({reason}): change --config") from error
     if values is None:
         return {}

@@ -103,7 +103,7 @@ def make_app(model: ServedModel, engine: Engine, config: ServeConfig, api_key: S
         """Answer a conversation; needs a model with a chat template."""
         return await service.chat(body, request)
 
-    app.openapi = lambda: _openapi(app)
+    app.openapi = lambda: _openapi(app, service.name, api_key is not None)
     app.add_middleware(Guard, config=config, api_key=api_key, metrics=metrics)
     return app
 
@@ -126,7 +126,7 @@ class _Service:
         else:
             prompt = body.prompt
             if any(token >= self._model.vocabulary for token in prompt):
-                raise ApiError(400, f"token numbers go up to {self._model.vocabulary - 1}", "prompt")
+                raise ApiError(400, f"prompt: token numbers go up to {self._model.vocabulary - 1}", "prompt")
         job = self._job(body, prompt, "prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS)
         envelope = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if body.stream:
@@ -179,11 +179,11 @@ class _Service:
                 raise ApiError(400, "this model needs a text to start from", param)
             prompt = [self._model.start_id]
         if len(prompt) > limits.max_prompt_tokens:
-            message = f"the prompt has {len(prompt)} tokens, this server takes {limits.max_prompt_tokens}"
+            message = f"{param}: {len(prompt)} tokens, this server takes {limits.max_prompt_tokens}"
             raise ApiError(400, message, param, "context_length_exceeded")
         room = limits.max_output_tokens if context is None else min(limits.max_output_tokens, context - len(prompt))
         if room < 1 or (wanted or 0) > room:
-            message = f"a prompt of {len(prompt)} tokens leaves room for {max(room, 0)}, {wanted or 1} are asked for"
+            message = f"max_tokens: a prompt of {len(prompt)} tokens leaves room for {max(room, 0)}, not {wanted or 1}"
             raise ApiError(400, message, "max_tokens", "context_length_exceeded")
         job = Job(
             prompt=prompt,
@@ -311,13 +311,19 @@ async def _http_error(_: Request, error: HTTPException) -> JSONResponse:
     return response
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's description, without the 422 that `_invalid` turns into 400."""
+def _openapi(app: FastAPI, name: str, with_key: bool) -> dict[str, Any]:
+    """FastAPI's description, with the model's name and the key, without the 422 that `_invalid` turns into 400."""
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
-        for name in ("HTTPValidationError", "ValidationError"):
-            schema["components"]["schemas"].pop(name, None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(unused, None)
+        for request in ("CompletionRequest", "ChatRequest"):
+            schema["components"]["schemas"][request]["properties"]["model"]["enum"] = [name]
+        if with_key:
+            schema["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"bearer": []}]
+            schema["paths"]["/health"]["get"]["security"] = []
     return app.openapi_schema

@@ -9,10 +9,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+
+def _whole(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and has no tokens."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is not a character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0)]
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[Text, Field(min_length=1, max_length=256)]
 Off = Literal[0] | Literal[False] | None
 
 
@@ -57,7 +68,7 @@ class _Generation(_Strict):
 class CompletionRequest(_Generation):
     """Continue a prompt."""
 
-    prompt: str | list[TokenId] = Field(description="A text, or the numbers of its tokens.")
+    prompt: Text | list[TokenId] = Field(description="A text, or the numbers of its tokens.")
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: Off = None
@@ -66,12 +77,12 @@ class CompletionRequest(_Generation):
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:

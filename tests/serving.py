@@ -1,0 +1,105 @@
+"""A real `lockkit serve` process on a free port of this machine, and clients for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import openai
+import psutil
+from tiny import save_tiny
+
+# Turns with a role each; a conversation must not begin with an answer.
+TEMPLATE = (
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('an answer comes first') }}{% endif %}"
+    "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+CONTEXT = 6000
+
+
+def tiny_chat_model(folder: Path) -> Path:
+    """A tiny Qwen3 with a long context and a chat template."""
+    save_tiny("qwen3", folder, seed=5, max_position_embeddings=CONTEXT)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    port: int
+    key: str = "none"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **settings) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, **settings)
+
+    def raw(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def exchange(self, data: bytes) -> bytes:
+        """Send bytes and return all that comes back until the server closes the connection."""
+        with self.raw() as connection:
+            connection.sendall(data)
+            return read_all(connection)
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(self.url + path, headers={"Authorization": f"Bearer {self.key}"}, timeout=20)
+
+    def post(self, path: str, body: bytes, **headers: str) -> httpx2.Response:
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"} | headers
+        return httpx2.post(self.url + path, content=body, headers=headers, timeout=60)
+
+    def metric(self, name: str) -> float:
+        text = self.get("/metrics").text
+        return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.M))
+
+    def wait_until(self, condition, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.05)
+
+    @property
+    def memory_bytes(self) -> int:
+        return psutil.Process(self.process.pid).memory_info().rss
+
+
+def read_all(connection: socket.socket) -> bytes:
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def running_server(export: Path, *options: object, key: str | None = None) -> Iterator[Server]:
+    """Start `lockkit serve EXPORT OPTIONS` and wait until it listens; it is killed at the end if it still runs."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"LOCKKIT_API_KEY": key} if key else {})
+    command = [sys.executable, "-m", "lockkit", "serve", export, "--port", 0, "--threads", 1, *options]
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    )
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)
+        assert found, line + process.stderr.read()
+        yield Server(process, int(found[1]), key or "none")
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
