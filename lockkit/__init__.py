@@ -24,6 +24,7 @@ _HOMES = {
     "verify_export": "lockkit.verify.run",
     "ServeConfig": "lockkit.serve.config",
     "serve_export": "lockkit.serve.server",
+    "open_app": "lockkit.serve.server",
     "describe_environment": "lockkit.environment",
 }
 __all__ = ["__version__", *_HOMES]

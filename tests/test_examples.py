@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from conftest import QUICK
+
+from lockkit.serve.config import API_KEY_VARIABLE, ServeConfig
+from lockkit.settings import validated
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
@@ -53,3 +57,32 @@ def test_slurm_script_locks_with_several_workers(originals, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "out" / "lockkit.json").read_text())["workers"] == 2
+
+
+SERVING = DEMO.parent / "serving"
+
+
+def serve_options(arguments: list[str]) -> ServeConfig:
+    """What `lockkit serve` makes of options."""
+    pairs = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    return validated(ServeConfig, {name.removeprefix("--").replace("-", "_"): value for name, value in pairs.items()})
+
+
+def test_the_container_and_kserve_agree_with_each_other_and_with_the_server():
+    lines = (SERVING / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    steps = [line.split(None, 1) for line in lines if line and not line.startswith("#")]
+    for sources in (rest.split()[:-1] for step, rest in steps if step == "COPY"):
+        assert all((DEMO.parents[1] / source).exists() for source in sources)
+    entry = json.loads(next(rest for step, rest in steps if step == "ENTRYPOINT"))
+    port = serve_options(entry[2:]).port
+    assert entry[:2] == ["lockkit", "serve"] and ["EXPOSE", str(port)] in steps
+
+    predictor = yaml.safe_load((SERVING / "kserve.yaml").read_text())["spec"]["predictor"]
+    container = predictor["containers"][0]
+    config = serve_options(container["args"][1:])
+    assert container["ports"][0]["containerPort"] == port == container["readinessProbe"]["httpGet"]["port"]
+    assert predictor["timeout"] > config.request_seconds
+    assert predictor["terminationGracePeriodSeconds"] > config.shutdown_seconds
+    assert predictor["scaleTarget"] == config.max_batch
+    assert container["env"][0]["name"] == API_KEY_VARIABLE
+    assert container["args"][0].startswith(container["volumeMounts"][0]["mountPath"] + "/")

@@ -58,7 +58,9 @@ REFUSALS = {
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
-def make_app(model: ServedModel, engine: Engine, config: ServeConfig, api_key: SecretStr | None, metrics: Metrics):
+def make_app(
+    model: ServedModel, engine: Engine, config: ServeConfig, api_key: SecretStr | None, metrics: Metrics
+) -> FastAPI:
     """The ASGI application for one model."""
     service = _Service(model, engine, config)
 
@@ -72,6 +74,7 @@ def make_app(model: ServedModel, engine: Engine, config: ServeConfig, api_key: S
         title="lockkit serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
         responses={status: {"model": ErrorResponse, "description": text} for status, text in REFUSALS.items()},
     )  # fmt: skip
+    app.state.name = service.name
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, lambda _, error: refusal(error))

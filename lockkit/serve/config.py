@@ -29,7 +29,7 @@ class ServeConfig(BaseModel):
         f"Default: the environment variable {API_KEY_VARIABLE}; where that is not set either, no key is asked for.",
     )
     provider: Literal["cpu", "cuda"] = Field("cpu", description="Where the graph runs, in onnxruntime.")
-    threads: int | None = Field(None, ge=1, description="Threads of onnxruntime. Default: one a physical core.")
+    threads: int | None = Field(None, ge=1, description="Threads of onnxruntime. Default: all physical cores but one.")
     max_batch: int = Field(16, ge=1, le=4096, description="Requests that generate at the same time.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait for a place; more are refused (429).")
     max_prompt_tokens: int = Field(2048, ge=1, description="Longest prompt, in tokens.")

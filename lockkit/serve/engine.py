@@ -144,6 +144,9 @@ class Engine:
     # What follows runs in the engine's thread.
 
     def _run(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # it only picks tokens; more threads would take onnxruntime's cores
         while self._wait_for_work():
             self._forget_the_done()
             self._admit()

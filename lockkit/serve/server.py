@@ -12,12 +12,15 @@ import contextlib
 import json
 import logging
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h11
+import psutil
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lockkit.errors import UsageError
@@ -25,7 +28,7 @@ from lockkit.serve.app import make_app
 from lockkit.serve.config import ServeConfig
 from lockkit.serve.engine import Engine
 from lockkit.serve.metrics import Metrics
-from lockkit.serve.model import ServedModel, open_served_model
+from lockkit.serve.model import open_served_model
 from lockkit.serve.protocol import error_body
 from lockkit.serve.rows import open_rows
 
@@ -50,29 +53,56 @@ def serve_export(
             on, or a setting does not fit.
     """
     config = config or ServeConfig()
-    api_key = config.read_api_key()
     with _listen(config) as listener:
-        model = open_served_model(Path(folder))
-        capacity = config.max_prompt_tokens + config.max_output_tokens
-        capacity = min(capacity, model.context or capacity)
-        rows = open_rows(model, config.max_batch, capacity, config.provider, config.threads)
-        metrics = Metrics()
-        engine = Engine(rows, model.fast_tokenizer, model.end_ids, config.max_batch, config.max_queue, metrics)
-        app = make_app(model, engine, config, api_key, metrics)
+        app = open_app(folder, config)
         server = _Server(_uvicorn_config(app, config))
-        server.say_ready = lambda: on_ready(_greeting(model, config, listener, api_key is not None, rows.cache_bytes))
+        # The engine needs the interpreter for a moment after every step, and may not wait 5 ms for it.
+        sys.setswitchinterval(0.0005)
+        server.say_ready = lambda: on_ready(_greeting(app, listener))
         asyncio.run(server.serve(sockets=[listener]))
 
 
-def _greeting(model: ServedModel, config: ServeConfig, listener: socket.socket, key: bool, cache_bytes: int) -> str:
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    name = config.name or model.folder.resolve().name
-    open_to_all = "" if key or host in ("127.0.0.1", "[::1]") else ", OPEN TO EVERYONE: give --api-key-file"
-    return (
-        f"serving {name} at http://{host}:{port}/v1 ({'with' if key else 'without'} an API key{open_to_all}; "
-        f"up to {cache_bytes / 1e9:.2f} GB of caches); Ctrl-C stops"
+def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
+    """The server as an ASGI application, for Ray Serve and the like.
+
+    What it takes to deal with slow headers and idle connections is then the other server's part.
+
+    Raises:
+        UsageError: see `serve_export`.
+    """
+    config = config or ServeConfig()
+    api_key = config.read_api_key()
+    model = open_served_model(Path(folder))
+    capacity = config.max_prompt_tokens + config.max_output_tokens
+    rows = open_rows(
+        model,
+        config.max_batch,
+        min(capacity, model.context or capacity),
+        config.provider,
+        config.threads or _spare_cores(),
     )
+    metrics = Metrics()
+    engine = Engine(rows, model.fast_tokenizer, model.end_ids, config.max_batch, config.max_queue, metrics)
+    app = make_app(model, engine, config, api_key, metrics)
+    app.state.cache_bytes, app.state.has_key = rows.cache_bytes, api_key is not None
+    return app
+
+
+def _spare_cores() -> int:
+    """All physical cores but one, which HTTP, tokenizing and sampling need: with both of two cores for
+    onnxruntime, whose idle threads spin, 16 clients got half the throughput.
+    """
+    return max(1, (psutil.cpu_count(logical=False) or 2) - 1)
+
+
+def _greeting(app: FastAPI, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    key = "with an API key" if app.state.has_key else "without an API key"
+    if not app.state.has_key and host not in ("127.0.0.1", "::1"):
+        key += ", OPEN TO EVERYONE: give --api-key-file"
+    host = f"[{host}]" if ":" in host else host
+    caches = f"up to {app.state.cache_bytes / 1e9:.2f} GB of caches"
+    return f"serving {app.state.name} at http://{host}:{port}/v1 ({key}; {caches}); Ctrl-C stops"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,257 @@
+"""Load on `lockkit serve`: throughput, latency, memory, and whether every answer is the right one.
+
+    lockkit lock demo locked && lockkit export locked locked-onnx
+    python tools/load_test.py locked-onnx --out tools/results/serve-load-cpu.json
+
+1. Start the server and ask each of the prompts, one after the other: the reference answers. Half
+   of the prompts are streamed.
+2. With 1 client, then with 16, for `--seconds` each, then with 64 for `--long-seconds`: every
+   client asks one random prompt after the other, greedily, and compares the answer, its reason and
+   its token count with the reference. Clients run in this process, on the same cores as the server.
+3. Sample the server's resident memory every second; what follows the first `--warm-up` seconds of
+   the last stage is compared with its value there.
+
+Exit code 1 if an answer was wrong or an error came, if memory grew by more than 5 %, or if 16
+clients got less than twice the throughput of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import inspect
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import httpx2
+import psutil
+
+from lockkit.export.manifest import read_manifest
+from lockkit.files import write_json
+from lockkit.version import git_hash, versions
+
+SCHEMA = "lockkit-serve-load/1"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and how."""
+
+    prompt: str
+    max_tokens: int
+    stream: bool
+
+
+@dataclass
+class Stage:
+    """What happened under one number of clients."""
+
+    clients: int
+    seconds: float = 0.0
+    requests: int = 0
+    errors: list[str] = field(default_factory=list)
+    wrong: int = 0
+    tokens: int = 0
+    latencies: list[float] = field(default_factory=list)
+    first_texts: list[float] = field(default_factory=list)
+    memory_bytes: list[int] = field(default_factory=list)
+
+    def record(self, warm_up: int) -> dict:
+        later = self.memory_bytes[warm_up:]
+        return {
+            "clients": self.clients,
+            "seconds": round(self.seconds, 1),
+            "requests": self.requests,
+            "errors": len(self.errors),
+            "error_kinds": sorted(set(self.errors)),
+            "wrong_answers": self.wrong,
+            "requests_per_second": round(self.requests / self.seconds, 2),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "latency_seconds": _percentiles(self.latencies),
+            "first_text_seconds": _percentiles(self.first_texts),
+            "memory_bytes": self.memory_bytes,
+            "memory_growth_after_warm_up": round(max(later) / later[0] - 1, 4) if later else None,
+        }
+
+
+def _percentiles(values: list[float]) -> dict[str, float] | None:
+    if len(values) < 2:
+        return None
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {
+        "p50": round(cuts[49], 4),
+        "p90": round(cuts[89], 4),
+        "p99": round(cuts[98], 4),
+        "max": round(max(values), 4),
+    }
+
+
+def make_questions(count: int, seed: int) -> list[Question]:
+    """Beginnings of functions of the standard library, of 1 to 12 lines, and 8 to 64 tokens to write."""
+    source, chance = inspect.getsource(textwrap) + inspect.getsource(argparse), random.Random(seed)
+    starts = [match.start() for match in re.finditer(r"^ *def ", source, re.M)]
+    questions = []
+    for number, start in enumerate(chance.sample(starts, count)):
+        lines = source[start:].splitlines(keepends=True)[: chance.randint(1, 12)]
+        questions.append(Question("".join(lines), chance.randint(8, 64), stream=number % 2 == 1))
+    return questions
+
+
+class Asker:
+    """Asks questions over kept-alive connections."""
+
+    def __init__(self, url: str, model: str, connections: int):
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self.http = httpx2.AsyncClient(base_url=url, timeout=120, limits=limits)
+        self.model = model
+
+    async def ask(self, question: Question) -> tuple[dict, float | None]:
+        """The answer (text, reason, tokens), and the seconds to its first text where it is streamed."""
+        body = {
+            "model": self.model, "prompt": question.prompt, "max_tokens": question.max_tokens, "temperature": 0,
+            "stream": question.stream,
+        }  # fmt: skip
+        if not question.stream:
+            response = await self.http.post("/v1/completions", json=body)
+            response.raise_for_status()
+            answer = response.json()
+            choice = answer["choices"][0]
+            return _answer(choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"]), None
+        body["stream_options"] = {"include_usage": True}
+        started, first, text, reason, tokens, done = time.perf_counter(), None, "", None, None, False
+        async with self.http.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    done = True
+                elif line:
+                    chunk = json.loads(line.removeprefix("data: "))
+                    for choice in chunk["choices"]:
+                        first = first or time.perf_counter() - started
+                        text, reason = text + choice["text"], choice["finish_reason"] or reason
+                    tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
+        if not done:
+            raise RuntimeError("the stream broke off")
+        return _answer(text, reason, tokens), first
+
+
+def _answer(text: str, reason: str | None, tokens: int | None) -> dict:
+    return {"text": text, "reason": reason, "tokens": tokens}
+
+
+async def run_stage(
+    asker: Asker, questions: list[Question], expected: list[dict], clients: int, seconds: float, server: psutil.Process
+) -> Stage:
+    stage, started = Stage(clients), time.perf_counter()
+
+    async def client(number: int) -> None:
+        chance = random.Random(number)
+        while time.perf_counter() - started < seconds:
+            index, begun = chance.randrange(len(questions)), time.perf_counter()
+            try:
+                answer, first = await asker.ask(questions[index])
+            except Exception as error:
+                stage.errors.append(type(error).__name__)
+                continue
+            stage.latencies.append(time.perf_counter() - begun)
+            stage.first_texts += [first] if first else []
+            stage.requests += 1
+            stage.tokens += answer["tokens"]
+            stage.wrong += answer != expected[index]
+
+    async def watch_memory() -> None:
+        while True:
+            stage.memory_bytes.append(server.memory_info().rss)
+            await asyncio.sleep(1)
+
+    watcher = asyncio.create_task(watch_memory())
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    watcher.cancel()
+    stage.seconds = time.perf_counter() - started
+    return stage
+
+
+async def measure(arguments: argparse.Namespace, url: str, server: psutil.Process) -> list[dict]:
+    asker = Asker(url, arguments.export.resolve().name, connections=64)
+    questions = make_questions(arguments.prompts, arguments.seed)
+    expected = [(await asker.ask(question))[0] for question in questions]
+    stages = []
+    for clients, seconds in ((1, arguments.seconds), (16, arguments.seconds), (64, arguments.long_seconds)):
+        stage = (await run_stage(asker, questions, expected, clients, seconds, server)).record(arguments.warm_up)
+        latency = stage["latency_seconds"]
+        print(
+            f"{clients:>3} clients: {stage['tokens_per_second']:>8,.0f} tokens/s, {stage['requests_per_second']:.1f} "
+            f"requests/s, p50 {latency['p50']:.3f} s, p99 {latency['p99']:.3f} s, {stage['errors']} errors, "
+            f"{stage['wrong_answers']} wrong of {stage['requests']}, memory "
+            f"{stage['memory_bytes'][-1] / 1e6:.0f} MB ({stage['memory_growth_after_warm_up'] or 0:+.1%} after warm-up)",
+            flush=True,
+        )
+        stages.append(stage)
+    await asker.http.aclose()
+    return stages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--seconds", type=float, default=20, help="of the stages with 1 and 16 clients")
+    parser.add_argument("--long-seconds", type=float, default=120, help="of the stage with 64 clients")
+    parser.add_argument("--warm-up", type=int, default=20, help="seconds of the last stage that memory may grow in")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve-options", default="", help="for `lockkit serve`")
+    arguments = parser.parse_args()
+    options = shlex.split(arguments.serve_options)
+    command = [sys.executable, "-m", "lockkit", "serve", str(arguments.export), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        greeting = process.stderr.readline()
+        url = re.search(r"http://\S+(?=/v1)", greeting)
+        if not url:
+            sys.exit(greeting + process.stderr.read())
+        stages = asyncio.run(measure(arguments, url[0], psutil.Process(process.pid)))
+    finally:
+        process.terminate()
+        process.wait(60)
+    speedup = stages[1]["tokens_per_second"] / stages[0]["tokens_per_second"]
+    growth = stages[2]["memory_growth_after_warm_up"]
+    passed = (
+        not any(stage["errors"] or stage["wrong_answers"] for stage in stages)
+        and speedup >= 2 and growth is not None and growth <= 0.05 and process.returncode == 0
+    )  # fmt: skip
+    print(f"16 clients over 1: {speedup:.2f}x; {'passed' if passed else 'FAILED'}")
+    if arguments.out:
+        manifest = read_manifest(arguments.export)
+        write_json(
+            arguments.out,
+            {
+                "schema": SCHEMA,
+                "command": shlex.join(["python", *sys.argv]),
+                "machine": {"device": platform.machine(), "cores": os.cpu_count()},
+                "git_hash": git_hash(),
+                "versions": versions(),
+                "export": {"model_type": manifest.model_type, "depth": manifest.depth, "precision": manifest.precision},
+                "questions": [asdict(question) | {"prompt": len(question.prompt)} for question in
+                              make_questions(arguments.prompts, arguments.seed)],
+                "throughput_16_over_1": round(speedup, 3),
+                "stages": stages,
+                "passed": passed,
+            },
+        )  # fmt: skip
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
