@@ -111,7 +111,8 @@ def make_app(
     return app
 
 
-_STREAMED = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # JSON, or [DONE]
+_STREAMED = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 class _Service:
