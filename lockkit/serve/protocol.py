@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 
 def _whole(text: str) -> str:
@@ -21,10 +21,19 @@ def _whole(text: str) -> str:
     return text
 
 
+def _off(switch: bool) -> bool:
+    if switch:
+        raise ValueError("this server does not do that")
+    return switch
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 TokenId = Annotated[int, Field(ge=0)]
 StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-Off = Literal[0] | Literal[False] | None
+# What is accepted only where it is switched off. Not Literal: to Python 0.0 is False, and True is 1.
+No = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})] | None
+Zero = Annotated[float, Field(ge=0, le=0)] | None
+One = Annotated[int, Field(ge=1, le=1)] | None
 
 
 class _Strict(BaseModel):
@@ -50,9 +59,9 @@ class _Generation(_Strict):
     )
     stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    presence_penalty: Off = None
-    frequency_penalty: Off = None
+    n: One = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = Field(None, description="Accepted, not used, not kept.")
 
@@ -69,9 +78,9 @@ class CompletionRequest(_Generation):
     """Continue a prompt."""
 
     prompt: Text | list[TokenId] = Field(description="A text, or the numbers of its tokens.")
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    logprobs: Off = None
+    best_of: One = None
+    echo: No = None
+    logprobs: No = None
     suffix: Literal[""] | None = None
 
 
@@ -95,8 +104,8 @@ class ChatRequest(_Generation):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
-    logprobs: Literal[False] | None = None
-    top_logprobs: Off = None
+    logprobs: No = None
+    top_logprobs: Zero = None
     tools: Annotated[list[dict], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
