@@ -238,7 +238,7 @@ def main() -> None:
             arguments.out,
             {
                 "schema": SCHEMA,
-                "command": shlex.join(["python", *sys.argv]),
+                "command": shlex.join(["python", f"tools/{Path(__file__).name}", *sys.argv[1:]]),
                 "machine": {"device": platform.machine(), "cores": os.cpu_count()},
                 "git_hash": git_hash(),
                 "versions": versions(),
