@@ -54,7 +54,9 @@ class Redistill(UnlockAttack):
     @classmethod
     def trials(cls, audit):
         if audit.suite == "quick" and not audit.redistill_budgets:
-            return [RedistillConfig()]
+            return [
+                RedistillConfig(start="features", learning_rate=1e-3)
+            ]  # few tokens: noise alone would learn nothing
         return [
             RedistillConfig(start=start, learning_rate=rate, budget=budget, points=8)
             for budget in audit.redistill_budgets or [None]
