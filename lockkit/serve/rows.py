@@ -9,8 +9,8 @@ batch is a prefix of the buffer; a row that ends is filled with the last one.
 
 Not onnxruntime-genai: its `Engine` batches continuously only graphs with PagedAttention, which its
 builder writes for CUDA (fp16, bf16) and WebGPU alone, and for which onnxruntime has no CPU kernel.
-Given one of our graphs, `Engine` 0.18 either fails the request (`dynamic_batching` with a pool of
-blocks) or forms static batches, which newcomers wait for, without seeds or stop strings.
+Given one of our graphs, `Engine` 0.18 either fails (`dynamic_batching`: ENGINE_EXECUTION_FAILURE in
+the first step) or forms static batches, which newcomers wait for, without seeds or stop strings.
 """
 
 from __future__ import annotations
