@@ -37,7 +37,7 @@ constexpr int LANES = 8, ROWS = 4;
 constexpr int LANES = 4, ROWS = 4;
 #endif
 constexpr int FEW_TOKENS = 8;    // at most this many are computed by all threads together
-constexpr int TILE = 128;        // tokens that one thread takes through the chain
+constexpr int TILE = 256;        // tokens that one thread takes through the chain
 constexpr int GROUP = 4 * ROWS;   // of these, tokens whose channels stay in the first-level cache
 constexpr int SLICE = 64;        // channels that a thread owns, at least
 constexpr auto PATIENCE = std::chrono::microseconds(50);
@@ -148,44 +148,49 @@ inline void tile(const float* a, int lda, const T* b, int ldb, float* c, int ldc
     }
 }
 
-template <int R, int W, class T>
-inline int columns(int from, int n, const float* a, int lda, const T* b, int ldb, float* c, int ldc, int k,
-                   const float* x, float* t) {
-  for (; from + W * LANES <= n; from += W * LANES)
-    tile<R, W>(a, lda, b + from, ldb, c + from, ldc, k, x ? x + from : x, x ? t + from : t);
-  return from;
-}
+// A matrix [k, n] cut into panels of W vectors' columns, [n / panel][k][panel], so that a product reads
+// it in one direction. n is in whole vectors; the last panel may be narrower.
+template <class T, int W>
+class Matrix {
+ public:
+  static constexpr int PANEL = W * LANES;
+  Matrix(int k, int n) : k_(k), n_(n), data_(size_t(k) * n, T(0)) {}
 
-template <int R, class T>
-inline void rows(int n, const float* a, int lda, const T* b, int ldb, float* c, int ldc, int k, const float* x,
-                 float* t) {
-  int at = 0;
-  if constexpr (R == 1) {  // wider, since one row alone leaves registers free
-    at = columns<R, 8>(at, n, a, lda, b, ldb, c, ldc, k, x, t);
-    at = columns<R, 6>(at, n, a, lda, b, ldb, c, ldc, k, x, t);
-    at = columns<R, 4>(at, n, a, lda, b, ldb, c, ldc, k, x, t);
+  T& at(int row, int column) {
+    const int from = column / PANEL * PANEL;
+    return data_[size_t(from) * k_ + size_t(row) * std::min(PANEL, n_ - from) + column - from];
   }
-  at = columns<R, 3>(at, n, a, lda, b, ldb, c, ldc, k, x, t);
-  at = columns<R, 2>(at, n, a, lda, b, ldb, c, ldc, k, x, t);
-  columns<R, 1>(at, n, a, lda, b, ldb, c, ldc, k, x, t);
-}
 
-// C [m, n] = A [m, k] B [k, n], or the update of the stream, see `tile`; n in whole vectors.
-template <class T>
-void product(int m, int n, int k, const float* a, int lda, const T* b, int ldb, float* c, int ldc,
-             const float* x = nullptr, float* t = nullptr) {
-  int i = 0;
-  const auto run = [&](auto count) {
-    constexpr int R = decltype(count)::value;
-    for (; i + R <= m; i += R) {
-      const int at = i * ldc;
-      rows<R>(n, a + i * lda, lda, b, ldb, c + at, ldc, k, x ? x + at : x, x ? t + at : t);
-    }
-  };
-  run(std::integral_constant<int, ROWS>{});
-  run(std::integral_constant<int, 2>{});
-  run(std::integral_constant<int, 1>{});
-}
+  // C [m, to - from] = A [m, k_to - k_from] times rows and columns of this matrix, or the update of the
+  // stream, see `tile`; `from` starts a panel.
+  void multiply(int m, int k_from, int k_to, int from, int to, const float* a, int lda, float* c, int ldc,
+                const float* x = nullptr, float* t = nullptr) const {
+    int row = 0;
+    const auto rows = [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      for (; row + R <= m; row += R)
+        for (int column = from; column < to; column += PANEL) {
+          const int width = std::min(PANEL, n_ - column), at = row * ldc + column - from;
+          const T* b = &data_[size_t(column) * k_ + size_t(k_from) * width];
+          const auto run = [&](auto vectors) {
+            tile<R, decltype(vectors)::value>(a + row * lda, lda, b, width, c + at, ldc, k_to - k_from,
+                                              x ? x + at : x, x ? t + at : t);
+          };
+          if (width == PANEL) run(std::integral_constant<int, W>{});
+          else if (width == LANES) run(std::integral_constant<int, 1>{});
+          else run(std::integral_constant<int, 2>{});
+        }
+    };
+    rows(std::integral_constant<int, ROWS>{});
+    if constexpr (ROWS > 4) rows(std::integral_constant<int, 4>{});
+    rows(std::integral_constant<int, 2>{});
+    rows(std::integral_constant<int, 1>{});
+  }
+
+ private:
+  int k_, n_;
+  Array<T> data_;
+};
 
 // ---- threads ----
 
@@ -240,10 +245,10 @@ inline void check(ort::Status* status) {
 
 template <class T>
 struct Block {
-  int rank;                  // in whole vectors
-  Array<T> in;         // [d, columns]: gate and up, or up alone
-  Array<T> out;        // [rank, d]
-  Array<float> bias;   // [columns], or empty
+  int rank;           // in whole vectors
+  Matrix<T, 3> in;    // [d, columns]: gate and up, or up alone
+  Matrix<T, 2> out;   // [rank, d]
+  Array<float> bias;  // [columns], or empty
 };
 
 template <class T>
@@ -300,6 +305,8 @@ class Chain {
   }
 
  private:
+  static constexpr int PANEL = Matrix<T, 2>::PANEL;  // channels, as the threads share them out
+
   struct Constant {
     const T* data = nullptr;
     std::vector<int64_t> dims;
@@ -334,18 +341,17 @@ class Chain {
   void pack(const Constant& up, const Constant& up_bias, const Constant& gate, const Constant& gate_bias,
             const Constant& down) {
     const int64_t d = up.dims.at(0), r = up.dims.at(1);
-    if (blocks_.empty()) hidden_ = int(d), width_ = whole(hidden_);
+    if (blocks_.empty()) hidden_ = int(d), width_ = whole(hidden_), pitch_ = width_ + 16;
     if (d != hidden_ || down.dims != std::vector<int64_t>{r, d} || (gated_ && gate.dims != up.dims))
       throw std::runtime_error("DLRChain: shapes of weights do not go together");
-    Block<T> block{whole(int(r)), {}, {}, {}};
-    const int columns = block.rank * (gated_ ? 2 : 1), up_at = gated_ ? block.rank : 0;
-    block.in.assign(size_t(width_) * columns, T(0));
-    for (int64_t row = 0; row < d; ++row) {
-      std::copy_n(up.data + row * r, r, &block.in[row * columns + up_at]);
-      if (gated_) std::copy_n(gate.data + row * r, r, &block.in[row * columns]);
-    }
-    block.out.assign(size_t(block.rank) * width_, T(0));
-    for (int64_t row = 0; row < r; ++row) std::copy_n(down.data + row * d, d, &block.out[row * width_]);
+    const int rank = whole(int(r)), columns = rank * (gated_ ? 2 : 1), up_at = gated_ ? rank : 0;
+    Block<T> block{rank, {hidden_, columns}, {rank, width_}, {}};
+    for (int row = 0; row < d; ++row)
+      for (int i = 0; i < r; ++i) {
+        block.in.at(row, up_at + i) = up.data[row * r + i];
+        if (gated_) block.in.at(row, i) = gate.data[row * r + i];
+        block.out.at(i, row) = down.data[i * d + row];
+      }
     if (up_bias.data) {
       block.bias.assign(columns, 0.f);
       std::copy_n(up_bias.data, r, &block.bias[up_at]);
@@ -374,7 +380,7 @@ class Chain {
   void read(const T* from, int m, int start, int end, float* x, float* s, float* t) const {
     for (int row = 0; row < m; ++row)
       for (int i = start; i < end; ++i) {
-        const size_t at = size_t(row) * width_ + i;
+        const size_t at = size_t(row) * pitch_ + i;
         x[at] = t[at] = i < hidden_ ? float(from[size_t(row) * hidden_ + i]) : 0.f;
         s[at] = 0.f;
       }
@@ -383,7 +389,7 @@ class Chain {
   void write(T* to, int m, int start, int end, const float* s) const {
     for (int row = 0; row < m; ++row)
       for (int i = start; i < std::min(end, hidden_); ++i) {
-        const float value = s[size_t(row) * width_ + i] / gain_;
+        const float value = s[size_t(row) * pitch_ + i] / gain_;
         to[size_t(row) * hidden_ + i] = T(output_bias_.empty() ? value : value + output_bias_[i]);
       }
   }
@@ -397,46 +403,49 @@ class Chain {
 
   void few(ort::Context* context, const T* from, T* to, int m) {
     const int wanted = threads_.load();
-    const size_t state = size_t(m) * width_, sums = size_t(m) * widest_ + 16;  // 16: no shared cache lines
+    const size_t state = size_t(m) * pitch_ + 32, sums = size_t(m) * widest_ + 16;  // 16: no shared cache lines
     float *x = scratch(3 * state + size_t(wanted) * 3 * sums), *s = x + state, *t = s + state;
     float *products = t + state, *all_units = products + 2 * wanted * sums;
     Team team(wanted);
     auto member = [&] {
       const int me = team.join();
       if (me < 0) return;
-      const int size = team.size(), vectors = width_ / LANES;
-      const int start = vectors * me / size * LANES, end = vectors * (me + 1) / size * LANES;
+      const int size = team.size(), panels = (width_ + PANEL - 1) / PANEL;
+      const int start = panels * me / size * PANEL, end = std::min(width_, panels * (me + 1) / size * PANEL);
       float* units_of_mine = all_units + me * sums;
       read(from, m, start, end, x, s, t);
       int round = 0;
       for (const Block<T>& block : blocks_) {
         const int columns = block.rank * (gated_ ? 2 : 1);
         float* these = products + (round & 1) * wanted * sums;  // two sets: a fast thread may be a block ahead
-        product(m, columns, end - start, t + start, width_, &block.in[size_t(start) * columns], columns,
-                these + me * sums, columns);
+        block.in.multiply(m, start, std::min(end, hidden_), 0, columns, t + start, pitch_, these + me * sums, columns);
         ++round;
         if (size > 1) team.meet(round);
         units(block, m, these, sums, size, units_of_mine);
-        product(m, end - start, block.rank, units_of_mine, block.rank, &block.out[start], width_, s + start, width_,
-                x + start, t + start);
+        block.out.multiply(m, 0, block.rank, start, end, units_of_mine, block.rank, s + start, pitch_, x + start,
+                           t + start);
       }
       write(to, m, start, end, s);
     };
-    if (wanted == 1) return member(), recount(1, 1);
-    using Member = decltype(member);
-    check(api_.parallel_for(
-        context, [](void* data, size_t) { (*static_cast<Member*>(data))(); }, wanted,
-        &member));
+    if (wanted == 1) {
+      member();
+    } else {
+      using Member = decltype(member);
+      check(api_.parallel_for(
+          context, [](void* data, size_t) { (*static_cast<Member*>(data))(); }, wanted, &member));
+    }
     recount(wanted, team.size());
   }
 
-  // Sessions with fewer threads than the machine has: ask for those that come, and for more now and then.
+  // In a session with fewer threads than the machine has, ask only for those that come, and now and
+  // then for all: they may have been asleep.
   void recount(int wanted, int came) {
-    if (came >= wanted && wanted < most_threads_ && ++calls_ % 1024 == 0) threads_ = most_threads_;
-    if (came >= wanted)
+    if (came < wanted && (wanted < most_threads_ || ++missing_ >= 4))
+      threads_ = came;
+    else if (came == most_threads_)
       missing_ = 0;
-    else if (++missing_ % 4 == 0)
-      threads_ = std::max(1, came);
+    else if (++calls_ % 32 == 0)
+      threads_ = most_threads_;
   }
 
   void many(ort::Context* context, const T* from, T* to, int64_t tokens) {
@@ -444,7 +453,7 @@ class Chain {
     const int64_t parts = std::max<int64_t>(tiles, std::min<int64_t>(most_threads_, tokens / FEW_TOKENS));
     auto part = [&](int64_t index) {
       const int64_t first = tokens * index / parts, m = tokens * (index + 1) / parts - first;
-      const size_t state = size_t(m) * width_;
+      const size_t state = size_t(m) * pitch_ + 32;
       float *x = scratch(3 * state + 2 * size_t(GROUP) * widest_), *s = x + state, *t = s + state;
       float *sums = t + state, *these_units = sums + GROUP * widest_;
       read(from + first * hidden_, int(m), 0, width_, x, s, t);
@@ -452,11 +461,11 @@ class Chain {
         const int columns = block.rank * (gated_ ? 2 : 1);
         for (int64_t row = 0; row < m; row += GROUP) {
           const int rows_now = int(std::min<int64_t>(GROUP, m - row));
-          const size_t at = size_t(row) * width_;
-          product(rows_now, columns, width_, t + at, width_, block.in.data(), columns, sums, columns);
+          const size_t at = size_t(row) * pitch_;
+          block.in.multiply(rows_now, 0, hidden_, 0, columns, t + at, pitch_, sums, columns);
           units(block, rows_now, sums, 0, 1, these_units);
-          product(rows_now, width_, block.rank, these_units, block.rank, block.out.data(), width_, s + at, width_,
-                  x + at, t + at);
+          block.out.multiply(rows_now, 0, block.rank, 0, width_, these_units, block.rank, s + at, pitch_, x + at,
+                             t + at);
         }
       }
       write(to + first * hidden_, int(m), 0, width_, s);
@@ -471,6 +480,7 @@ class Chain {
   bool gated_ = false;
   Activation activation_ = Activation::silu;
   int hidden_ = 0, width_ = 0, widest_ = 0;  // channels; in whole vectors; columns of the widest block
+  int pitch_ = 0;  // from row to row: rows a power of two apart would compete for the same cache lines
   float gain_ = 1.f;
   std::vector<Block<T>> blocks_;
   std::vector<float> output_bias_;
