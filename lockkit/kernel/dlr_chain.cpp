@@ -25,6 +25,13 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "onnxruntime_abi.h"
 
 namespace {
@@ -50,7 +57,13 @@ typedef Half HalfVector __attribute__((vector_size(2 * LANES), aligned(2)));
 
 inline Vector load(const float* at) { return *reinterpret_cast<const AnyVector*>(at); }
 inline Vector load(const Half* at) {
+#if defined(__AVX512F__)  // compilers turn the general form into 16 conversions
+  return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
+#elif defined(__AVX__) && defined(__F16C__)
+  return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#else
   return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(at), Vector);
+#endif
 }
 inline void store(float* at, Vector value) { *reinterpret_cast<AnyVector*>(at) = value; }
 inline int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -69,6 +82,37 @@ struct Aligned {
 };
 template <class T>
 using Array = std::vector<T, Aligned<T>>;
+
+// Memory for weights, in large pages where the system has them: reading all of it for every token,
+// the processor would else spend much of its time looking up pages.
+class Arena {
+ public:
+  ~Arena() {
+    for (char* chunk : chunks_) ::operator delete(chunk, std::align_val_t{PAGE});
+  }
+  // `bytes` of zeros, at a cache line.
+  void* take(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes > left_) {
+      left_ = std::max(CHUNK, (bytes + PAGE - 1) / PAGE * PAGE);
+      free_ = static_cast<char*>(::operator new(left_, std::align_val_t{PAGE}));
+      chunks_.push_back(free_);
+#if defined(__linux__)
+      madvise(free_, left_, MADV_HUGEPAGE);
+#endif
+    }
+    char* taken = free_;
+    free_ += bytes, left_ -= bytes;
+    std::memset(taken, 0, bytes);
+    return taken;
+  }
+
+ private:
+  static constexpr size_t PAGE = size_t{2} << 20, CHUNK = 4 * PAGE;
+  std::vector<char*> chunks_;
+  char* free_ = nullptr;
+  size_t left_ = 0;
+};
 
 // ---- activations ----
 
@@ -154,7 +198,7 @@ template <class T, int W>
 class Matrix {
  public:
   static constexpr int PANEL = W * LANES;
-  Matrix(int k, int n) : k_(k), n_(n), data_(size_t(k) * n, T(0)) {}
+  Matrix(Arena& arena, int k, int n) : k_(k), n_(n), data_(static_cast<T*>(arena.take(sizeof(T) * k * n))) {}
 
   T& at(int row, int column) {
     const int from = column / PANEL * PANEL;
@@ -189,7 +233,7 @@ class Matrix {
 
  private:
   int k_, n_;
-  Array<T> data_;
+  T* data_;
 };
 
 // ---- threads ----
@@ -345,7 +389,7 @@ class Chain {
     if (d != hidden_ || down.dims != std::vector<int64_t>{r, d} || (gated_ && gate.dims != up.dims))
       throw std::runtime_error("DLRChain: shapes of weights do not go together");
     const int rank = whole(int(r)), columns = rank * (gated_ ? 2 : 1), up_at = gated_ ? rank : 0;
-    Block<T> block{rank, {hidden_, columns}, {rank, width_}, {}};
+    Block<T> block{rank, {arena_, hidden_, columns}, {arena_, rank, width_}, {}};
     for (int row = 0; row < d; ++row)
       for (int i = 0; i < r; ++i) {
         block.in.at(row, up_at + i) = up.data[row * r + i];
@@ -482,6 +526,7 @@ class Chain {
   int hidden_ = 0, width_ = 0, widest_ = 0;  // channels; in whole vectors; columns of the widest block
   int pitch_ = 0;  // from row to row: rows a power of two apart would compete for the same cache lines
   float gain_ = 1.f;
+  Arena arena_;
   std::vector<Block<T>> blocks_;
   std::vector<float> output_bias_;
   int most_threads_ = 1;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.models.load import load_model, load_tokenizer
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "serve_onnxruntime.py"
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 REQUIREMENTS = HERE / "requirements.txt"
@@ -91,3 +93,47 @@ def test_optimum_generates_the_same_from_the_export(locked, run_there, tmp_path)
     assert not found["lockkit"]
     assert found["tokens"] == tokens
     torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(logits), rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """One locked model and its export, for the consumers that take any family alike."""
+    folder = tmp_path_factory.mktemp("one")
+    original = save_tiny("qwen3", folder / "original", hidden_size=64, head_dim=16)
+    lock_model(str(original), folder / "locked", LockConfig(**QUICK))
+    export_model(str(folder / "locked"), folder / "onnx", ExportConfig())
+    return folder
+
+
+def test_the_example_needs_onnxruntime_and_tokenizers_only(qwen3, run_there):
+    run_there("generate_with_optimum.py", qwen3 / "onnx", PROMPT, NEW_TOKENS)  # builds the environment
+    python = ROOT / ".venv-consumers" / "bin" / "python"
+    done = subprocess.run(
+        [python, EXAMPLE, qwen3 / "onnx", "--prompt", PROMPT, "--new-tokens", str(NEW_TOKENS)],
+        capture_output=True, text=True, cwd=qwen3, env={**os.environ, "PYTHONPATH": ""}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokens, _ = expected(qwen3 / "locked")
+    want = load_tokenizer(qwen3 / "locked").decode(tokens)
+    assert done.stdout.rstrip("\n") == want.rstrip("\ufffd").rstrip("\n")
+    imports = {line.split()[1] for line in EXAMPLE.read_text().splitlines() if line.startswith(("import ", "from "))}
+    assert imports <= {"argparse", "json", "pathlib", "numpy", "onnxruntime", "tokenizers"}
+    assert len(EXAMPLE.read_text().splitlines()) < 100
+
+
+@pytest.mark.skipif(not (shutil.which("npm") and shutil.which("node")), reason="needs Node and npm")
+def test_transformers_js_generates_the_same(qwen3):
+    folder = ROOT / ".venv-consumers" / "node"
+    if not (folder / "node_modules").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / "node" / "package.json", folder)
+        # Without scripts: packages bring their binaries along, and nothing else is fetched or run.
+        npm = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+        subprocess.run(npm, cwd=folder, check=True)
+    shutil.copy(HERE / "node" / "generate.mjs", folder)
+    done = subprocess.run(
+        ["node", "generate.mjs", qwen3 / "onnx", PROMPT, str(NEW_TOKENS)],
+        capture_output=True, text=True, cwd=folder, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == expected(qwen3 / "locked")[0]
