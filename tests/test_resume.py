@@ -147,3 +147,11 @@ def test_a_folder_of_somebody_else_is_no_work_folder(originals, tmp_path):
     with pytest.raises(UsageError, match="not a work folder"):
         lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK, work=str(tmp_path / "thesis")))
     assert Path(tmp_path / "thesis" / "chapter.txt").is_file()
+
+
+@pytest.mark.parametrize("work", ["file", "file/below"])
+def test_a_work_folder_that_cannot_be_made_names_its_option(originals, tmp_path, work):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="change --work"):
+        lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK, work=str(tmp_path / work)))
+    assert (tmp_path / "file").read_text() == "x"

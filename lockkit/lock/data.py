@@ -89,7 +89,7 @@ def load_data(
     except UsageError as error:
         raise UsageError(
             f"{source} is too short to hold text out of it (13 % of its passages are, by a hash): "
-            "give more text with --data, or lower --block-tokens"
+            "give more text with --data"
         ) from error
     return DistillationData(source, train, *held_out)
 

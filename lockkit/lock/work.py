@@ -57,10 +57,13 @@ class Work:
         Raises:
             UsageError: another process works here, or the folder cannot be used.
         """
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "in-use").exists():
-            raise UsageError(f"{self.folder} is not a work folder of lockkit: change --work")
         with readable_disk_errors(self.folder, "--work"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+                raise UsageError(f"cannot make the folder {self.folder} ({error.strerror}): change --work") from error
+            if any(self.folder.iterdir()) and not (self.folder / "in-use").exists():
+                raise UsageError(f"{self.folder} is not a work folder of lockkit: change --work")
             self._in_use = (self.folder / "in-use").open("w")
         try:
             fcntl.flock(self._in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
