@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,7 +226,7 @@ def main() -> None:
     train = token_blocks(tokenizer, documents("stdlib", "distill"), 256, TRAIN_TOKENS)
     evaluation = token_blocks(tokenizer, documents("stdlib", "evaluate"), 256, HELD_OUT_TOKENS)
     record = read_json(options.out, "--out") if options.out.is_file() else {"schema": "lockkit-hardening/1"}
-    made_by = {"commit": git_hash(), "versions": versions(), "machine": "2 CPU cores"}
+    made_by = {"commit": git_hash(), "versions": versions(), "machine": {"cores": os.cpu_count()}}
     if options.study == "leak":
         record["leak"] = made_by | {"rows": leak(model, family, train, evaluation)}
     else:
