@@ -1,7 +1,7 @@
-"""Locked folders and exports where lockkit is not: transformers 4.57, optimum, onnxruntime's CPU wheel.
+"""Locked folders and exports where lockkit is not: transformers 4.57, optimum, lm-evaluation-harness, CPU wheels.
 
 The environment is `.venv-consumers` in the repository, built here from `requirements.txt` on
-first use. The programs that run in it are the two scripts beside this file.
+first use. The programs that run in it are the scripts beside this file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lockkit.lock.run import lock_model
 from lockkit.models.load import load_model, load_tokenizer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve_onnxruntime.py"
+LM_EVAL = Path(__file__).parents[2] / "examples" / "lm_eval"
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 REQUIREMENTS = HERE / "requirements.txt"
@@ -43,7 +44,7 @@ def run_there():
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", REQUIREMENTS], check=True)
         ready.write_text(REQUIREMENTS.read_text())
 
-    def run(script: str, *arguments: object) -> dict:
+    def run(script: str, *arguments: object, folder: Path = folder) -> dict:
         # Outside the repository, so that lockkit cannot be imported from the current folder.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
         done = subprocess.run(
@@ -119,6 +120,24 @@ def test_the_example_needs_onnxruntime_and_tokenizers_only(qwen3, run_there):
     imports = {line.split()[1] for line in EXAMPLE.read_text().splitlines() if line.startswith(("import ", "from "))}
     assert imports <= {"argparse", "json", "pathlib", "numpy", "onnxruntime", "tokenizers"}
     assert len(EXAMPLE.read_text().splitlines()) < 100
+
+
+def test_lm_evaluation_harness_gives_the_export_the_score_of_the_pytorch_model(qwen3, run_there, tmp_path):
+    found = run_there(
+        "evaluate_with_lm_eval.py", tmp_path,
+        "hf", f"pretrained={qwen3 / 'locked'},trust_remote_code=True,dtype=float32",
+        "onnxruntime", f"pretrained={qwen3 / 'onnx'}",
+        "onnxruntime-genai", f"pretrained={qwen3 / 'onnx'}",
+        folder=LM_EVAL,
+    )  # fmt: skip
+    assert not found["lockkit"]
+    wanted = torch.tensor([float(likelihood) for likelihood, _ in found["hf"]["choices"]])
+    assert len(wanted) == 4 * len((LM_EVAL / "stdlib_members.jsonl").read_text().splitlines())
+    assert wanted.std() > 1  # nats: what is compared differs from choice to choice
+    for backend in ("onnxruntime", "onnxruntime-genai"):
+        assert found[backend]["accuracy"] == found["hf"]["accuracy"]
+        likelihoods = torch.tensor([float(likelihood) for likelihood, _ in found[backend]["choices"]])
+        torch.testing.assert_close(likelihoods, wanted, rtol=0, atol=1e-3)
 
 
 @pytest.mark.skipif(not (shutil.which("npm") and shutil.which("node")), reason="needs Node and npm")

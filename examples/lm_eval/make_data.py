@@ -1,0 +1,46 @@
+"""Writes stdlib_members.jsonl: which of four names belongs to this module of the standard library?
+
+    python make_data.py
+
+Right answers come from a module's `__all__`, wrong ones from the other modules'. Only modules and
+names are written down, no source text. Another Python may have other names: the file in the
+repository stays as it is, so that scores can be compared.
+"""
+
+import importlib
+import json
+import random
+from pathlib import Path
+
+MODULES = (
+    "argparse ast asyncio base64 bisect calendar codecs collections configparser contextlib copy csv dataclasses "
+    "decimal difflib dis email enum fileinput filecmp fractions functools glob gzip hashlib heapq html http inspect "
+    "io ipaddress json linecache locale logging mailbox mimetypes os pathlib pickle platform pprint queue random "
+    "secrets shelve shlex shutil socket statistics string subprocess tarfile tempfile textwrap threading timeit "
+    "tokenize traceback types typing unittest uuid warnings weakref zipfile"
+).split()
+QUESTIONS = 96
+CHOICES = 4
+
+
+def main() -> None:
+    random.seed(0)
+    members = {}
+    for name in MODULES:
+        public = getattr(importlib.import_module(name), "__all__", [])
+        members[name] = sorted(member for member in public if not member.startswith("_"))
+    modules = [name for name in MODULES if len(members[name]) >= CHOICES]
+    rows = []
+    for number in range(QUESTIONS):
+        module = modules[number % len(modules)]
+        others = sorted({m for name in modules if name != module for m in members[name]} - set(members[module]))
+        answer = number % CHOICES
+        choices = random.sample(others, CHOICES - 1)
+        choices.insert(answer, random.choice(members[module]))
+        rows.append({"prompt": f"from {module} import", "choices": choices, "answer": answer})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(__file__).with_name("stdlib_members.jsonl").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
