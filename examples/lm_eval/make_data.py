@@ -12,13 +12,13 @@ import json
 import random
 from pathlib import Path
 
-MODULES = (
-    "argparse ast asyncio base64 bisect calendar codecs collections configparser contextlib copy csv dataclasses "
-    "decimal difflib dis email enum fileinput filecmp fractions functools glob gzip hashlib heapq html http inspect "
-    "io ipaddress json linecache locale logging mailbox mimetypes os pathlib pickle platform pprint queue random "
-    "secrets shelve shlex shutil socket statistics string subprocess tarfile tempfile textwrap threading timeit "
-    "tokenize traceback types typing unittest uuid warnings weakref zipfile"
-).split()
+MODULES = """
+    argparse ast asyncio base64 bisect calendar codecs collections configparser contextlib copy csv dataclasses
+    decimal difflib dis email enum fileinput filecmp fractions functools glob gzip hashlib heapq html http inspect
+    io ipaddress json linecache locale logging mailbox mimetypes os pathlib pickle platform pprint queue random
+    secrets shelve shlex shutil socket statistics string subprocess tarfile tempfile textwrap threading timeit
+    tokenize traceback types typing unittest uuid warnings weakref zipfile
+"""
 QUESTIONS = 96
 CHOICES = 4
 
@@ -26,10 +26,11 @@ CHOICES = 4
 def main() -> None:
     random.seed(0)
     members = {}
-    for name in MODULES:
+    names = MODULES.split()
+    for name in names:
         public = getattr(importlib.import_module(name), "__all__", [])
         members[name] = sorted(member for member in public if not member.startswith("_"))
-    modules = [name for name in MODULES if len(members[name]) >= CHOICES]
+    modules = [name for name in names if len(members[name]) >= CHOICES]
     rows = []
     for number in range(QUESTIONS):
         module = modules[number % len(modules)]
