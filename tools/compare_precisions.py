@@ -1,11 +1,13 @@
-"""Size, fidelity and perplexity of every precision of an export, for a locked model and its original.
+"""Size, fidelity, perplexity and speed of every precision of an export, for a locked model and its original.
 
-    python tools/compare_precisions.py ./locked --original demo --out tools/results/precisions.json
+    python tools/compare_precisions.py ./locked --original demo --kernel --out tools/results/precisions.json
 
-Perplexity and KL are `lockkit verify`'s: KL from the PyTorch model to its own export, the worst of
-the ways of running it; perplexity over that of the PyTorch original. The locked model and the original
-stand side by side, since a chain's small matrices quantise differently from an MLP's large ones.
-Speed is `lockkit bench`'s business (tools/benchmark_export.py).
+KL, agreement on the top token and perplexity are `lockkit verify`'s: the first two from the PyTorch model
+to its own export, the worst of the ways of running it; perplexity over that of the PyTorch original.
+Speed is `lockkit bench`'s, in plain onnxruntime: over the original in fp32 and over the original in the
+same precision, in turns within one run. With `--kernel`, the locked model is also run with the fused
+operator. The locked model and the original stand side by side, since a chain's small matrices quantise
+differently from an MLP's large ones. A Markdown table of it all is printed at the end.
 """
 
 from __future__ import annotations
@@ -16,52 +18,130 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lockkit.bench import BenchConfig, Runtime, bench
 from lockkit.export import ExportConfig, export_model
 from lockkit.files import write_json
 from lockkit.verify import VerifyConfig, verify_export
 from lockkit.version import git_hash, versions
 
-FORMATS = [
-    ("fp32", 32),
-    ("fp16", 32),
-    *(("int8", size) for size in (16, 32, 128)),
-    *(("int4", size) for size in (16, 32, 64, 128)),
-]
+FORMATS = ["fp32", "fp16", "int8:16", "int8:32", "int8:128", "int4:16", "int4:32", "int4:64", "int4:128"]
+HEADINGS = {
+    "weights_bytes": "MB",
+    "kl_to_pytorch": "KL",
+    "top1_agreement": "same top token",
+    "perplexity_over_original": "perplexity",
+    "decode_over_fp32_original": "decode / fp32 original",
+    "prefill_over_fp32_original": "prefill / fp32 original",
+    "decode_over_original": "decode / original",
+    "prefill_over_original": "prefill / original",
+}
 
 
-def measure(model: str, original: str, precision: str, block_size: int, tokens: int) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        config = ExportConfig(precision=precision, block_size=block_size)
-        export = export_model(model, Path(folder) / "onnx", config)
-        # Only the locked model has two references: what it was made from, and itself.
-        references = list(dict.fromkeys([original, model]))
-        result = verify_export(export.folder, references, VerifyConfig(data="stdlib", tokens=tokens, prompts=0))
-        weights = (export.folder / "model.onnx_data").stat().st_size
+def export(model: str, folder: Path, format_name: str) -> Path:
+    """Export `model` in a precision, or `precision:block size`, to `folder`."""
+    precision, _, block_size = format_name.partition(":")
+    config = {"precision": precision} | ({"block_size": int(block_size)} if block_size else {})
+    return export_model(model, folder, ExportConfig(**config)).folder
+
+
+def fidelity(folder: Path, references: list[str], tokens: int) -> dict:
+    """What the weights take, and what they lose."""
+    result = verify_export(folder, references, VerifyConfig(data="stdlib", tokens=tokens, prompts=0))
     return {
-        "precision": precision,
-        "block_size": block_size if config.precision.quantised else None,
-        "weights_bytes": weights,
+        "weights_bytes": (folder / "model.onnx_data").stat().st_size,
         "kl_to_pytorch": max(row.kl_divergence for row in result.parity),
+        "top1_agreement": min(row.top1_agreement for row in result.parity),
         "perplexity_over_original": result.perplexity.onnx_over_original,
     }
+
+
+def speed(folder: Path, against: dict[str, Path], config: BenchConfig) -> dict:
+    """Tokens a second of an export, and how many times those of each other: name in the result -> folder."""
+    others = {name: other for name, other in against.items() if other != folder}
+    result = bench(folder, list(dict.fromkeys(map(str, others.values()))), config)
+    ratios = {ratio.against: ratio for ratio in result.ratios}
+    mine = result.measurements[0]
+    figures = {
+        "decode_tokens_per_second": mine.decode_tokens_per_second,
+        "prefill_tokens_per_second": mine.prefill_tokens_per_second,
+    }
+    for name, other in others.items():
+        figures |= {
+            f"decode_over_{name}": ratios[other.name].decode,
+            f"prefill_over_{name}": ratios[other.name].prefill,
+        }
+    return figures
+
+
+def rows_of(format_name: str, fp32_original: Path, folder: Path, arguments: argparse.Namespace) -> list[dict]:
+    """One format: the locked model, the locked model with the kernel where asked for, the original."""
+    locked, original = arguments.locked, arguments.original
+    name = format_name.replace(":", "-")
+    exports = {"locked": export(locked, folder / f"locked-{name}", format_name), "original": fp32_original}
+    if format_name != "fp32":
+        exports["original"] = export(original, folder / f"original-{name}", format_name)
+    # Only the locked model has two references: what it was made from, and itself.
+    references = {"locked": [original, locked], "original": [original]}
+    quality = {model: fidelity(exports[model], references[model], arguments.tokens) for model in exports}
+    rows = []
+    for model, kernel in [("locked", False), *([("locked", True)] if arguments.kernel else []), ("original", False)]:
+        config = BenchConfig(
+            runtimes=[Runtime.onnxruntime],
+            prompt_lengths=[arguments.prompt_length],
+            new_tokens=arguments.new_tokens,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+            kernel=kernel,
+        )
+        against = {"fp32_original": fp32_original, "original": exports["original"]}
+        figures = speed(exports[model], against, config)
+        rows.append({"format": format_name, "model": model, "kernel": kernel, **quality[model], **figures})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown; sizes in MB of 10^6 bytes."""
+    lines = [f"| | | {' | '.join(HEADINGS.values())} |", "|---" * (len(HEADINGS) + 2) + "|"]
+    for row in rows:
+        cells = [row["format"].replace(":", ", blocks of "), row["model"] + (", kernel" if row["kernel"] else "")]
+        for key in HEADINGS:
+            value = row.get(key)
+            if value is None:
+                cells.append("")
+            elif key == "weights_bytes":
+                cells.append(f"{value / 1e6:.1f}")
+            elif key == "kl_to_pytorch":
+                cells.append(f"{value:.1e}")
+            elif key == "top1_agreement":
+                cells.append(f"{value:.2%}")
+            else:
+                cells.append(f"{value:.4f}" if key == "perplexity_over_original" else f"{value:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("locked")
     parser.add_argument("--original", default="demo")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help="a precision, or precision:block size")
+    parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens for fidelity and perplexity")
+    parser.add_argument("--kernel", action="store_true", help="run the locked model with the fused operator too")
+    parser.add_argument("--prompt-length", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="of onnxruntime; by default its own choice")
+    parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     rows = []
-    for name, model in (("locked", arguments.locked), ("original", arguments.original)):
-        for precision, block_size in FORMATS:
-            row = {"model": name, **measure(model, arguments.original, precision, block_size, arguments.tokens)}
-            rows.append(row)
-            print(row, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        fp32_original = export(arguments.original, Path(folder) / "original-fp32", "fp32")
+        for format_name in arguments.formats:
+            rows += rows_of(format_name, fp32_original, Path(folder), arguments)
             if arguments.out:
                 record = {
-                    "schema": "lockkit-precisions/1",
+                    "schema": "lockkit-precisions/2",
                     "command": f"python tools/compare_precisions.py {shlex.join(sys.argv[1:])}",
                     "git_hash": git_hash(),
                     "versions": versions(),
@@ -69,6 +149,7 @@ def main() -> None:
                     "rows": rows,
                 }
                 write_json(arguments.out, record)
+    print(table(rows))
 
 
 if __name__ == "__main__":
