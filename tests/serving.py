@@ -87,10 +87,18 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def running_server(export: Path, *options: object, key: str | None = None) -> Iterator[Server]:
-    """Start `lockkit serve EXPORT OPTIONS` and wait until it listens; it is killed at the end if it still runs."""
+def running_server(
+    export: Path, *options: object, key: str | None = None, open_files: tuple[int, int] | None = None
+) -> Iterator[Server]:
+    """Start `lockkit serve EXPORT OPTIONS` and wait until it listens; it is killed at the end if it still runs.
+
+    `open_files` is its soft and hard limit on open files; by default this process's.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"LOCKKIT_API_KEY": key} if key else {})
     command = [sys.executable, "-m", "lockkit", "serve", export, "--port", 0, "--threads", 1, *options]
+    if open_files:  # set by a shell, as code of ours must not run between fork and exec
+        soft, hard = open_files
+        command = ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", *command]
     process = subprocess.Popen(
         list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )

@@ -2,7 +2,8 @@
 
 uvicorn speaks HTTP. What is added here is about clients that do not play fair: a connection has
 `read_seconds` to send the headers of its next request and to make room for more of an answer, and
-there are at most `max_connections` of them.
+there are at most `max_connections` of them. For each the process may open a file, so that the next
+one can always be accepted, if only to be refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +34,9 @@ from lockkit.serve.model import open_served_model
 from lockkit.serve.protocol import error_body
 from lockkit.serve.rows import open_rows
 
+_BACKLOG = 1024  # connections that wait to be accepted, and may be accepted at once
+_OTHER_FILES = 128  # that the process has open
+
 
 def serve_export(
     folder: Path | str,
@@ -41,7 +46,8 @@ def serve_export(
     """Serve an export until SIGINT or SIGTERM.
 
     On the first signal no new request is taken, and running ones get `shutdown_seconds` to finish;
-    a second SIGINT ends them.
+    a second SIGINT ends them. This process's soft limit on open files is raised to what
+    `max_connections` needs.
 
     Args:
         folder: what `lockkit export` wrote.
@@ -53,6 +59,7 @@ def serve_export(
             on, or a setting does not fit.
     """
     config = config or ServeConfig()
+    _allow_open_files(config.max_connections)
     with _listen(config) as listener:
         app = open_app(folder, config)
         server = _Server(_uvicorn_config(app, config))
@@ -95,6 +102,20 @@ def _spare_cores() -> int:
     return max(1, (psutil.cpu_count(logical=False) or 2) - 1)
 
 
+def _allow_open_files(connections: int) -> None:
+    """Raise the limit on this process's open files: without a free one, nobody could even be refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UsageError(
+            f"{connections} connections need {needed} open files, and this system's hard limit is {hard}: "
+            f"change --max-connections, or the limit (ulimit -Hn)"
+        )
+    wanted = needed + _BACKLOG if hard == resource.RLIM_INFINITY else min(needed + _BACKLOG, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _greeting(app: FastAPI, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     key = "with an API key" if app.state.has_key else "without an API key"
@@ -112,7 +133,7 @@ def _listen(config: ServeConfig) -> Iterator[socket.socket]:
         family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.create_server(address[:2], family=family, backlog=1024)
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot listen on {config.host}:{config.port} ({reason}): change --host or --port") from error
@@ -131,6 +152,7 @@ def _uvicorn_config(app: Any, config: ServeConfig) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=_BACKLOG,
         timeout_keep_alive=config.read_seconds,
         timeout_graceful_shutdown=config.shutdown_seconds,
         h11_max_incomplete_event_size=16_384,  # of headers
