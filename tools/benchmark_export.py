@@ -86,7 +86,7 @@ def measure(arguments: argparse.Namespace) -> None:
         against = [str(folder / f"original-{precision}")]
         if precision == "fp32" and arguments.everything:
             against += [str(path) for path in (folder / "original-optimum", folder / "original") if path.is_dir()]
-        for kernel in (True, False) if precision in ("fp32", "fp16") else (False,):
+        for kernel in (True, False):
             config = BenchConfig(
                 runtimes=[Runtime.onnxruntime],
                 batch_sizes=arguments.batch_sizes,

@@ -10,8 +10,9 @@ the CPU); every other runtime puts the body in the call's place.
    the function's inputs; what others read of them, its one output.
 3. Names inside lose the layer's prefix, so that all chains of one shape share one function.
 
-`DLRChain` is the function that the kernel knows. `DLRChainNBits`, of weights quantised by
-MatMulNBits, and `DLRChainUncoupled`, of a chain with gain 0, run as their bodies.
+`DLRChain` and `DLRChainNBits`, of weights quantised by MatMulNBits, are the functions that the kernel knows.
+Others run as their bodies: `DLRChainUncoupled`, of a chain with gain 0, and `DLRChainMixed`, of weights quantised in
+any other way than all alike, without zero points, and for activations in 8 bits (the export for the CPU).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "lockkit"
-PLAIN, QUANTISED, UNCOUPLED = "DLRChain", "DLRChainNBits", "DLRChainUncoupled"
+PLAIN, QUANTISED, UNCOUPLED, MIXED = "DLRChain", "DLRChainNBits", "DLRChainUncoupled", "DLRChainMixed"
 _LAYER = re.compile(r"(/?model[/.]layers\.\d+[/.]mlp)[/.]")
 
 
@@ -57,6 +58,8 @@ def name_chains(model: onnx.ModelProto, dlr: dict) -> None:
             **{name: int(dlr[name]) for name in ("gated", "bias", "output_bias")},
         }
         name = functions[key].name
+        if name.split("_")[0] == QUANTISED:
+            attributes |= _quantisation(nodes)
         call = helper.make_node(name, inputs, [output], name=f"{prefix}/{name}", domain=DOMAIN, **attributes)
         calls[nodes[-1].name] = call
         functions[key].attribute[:] = attributes
@@ -118,13 +121,26 @@ def _function(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> tuple[onnx
         inner.input[:] = [names[name] for name in node.input]
         inner.output[:] = [names[name] for name in node.output]
         body.append(inner)
-    name = PLAIN if gain else UNCOUPLED
-    if any(node.op_type == "MatMulNBits" for node in nodes):
-        name = QUANTISED
+    name = PLAIN
+    if not gain:
+        name = UNCOUPLED
+    elif any(node.op_type == "MatMulNBits" for node in nodes):
+        name = QUANTISED if _quantisation(nodes) else MIXED
     used = {node.domain for node in nodes}
     imports = [opset for opset in model.opset_import if opset.domain in used]
     function = helper.make_function(DOMAIN, name, [names[i] for i in inputs], ["y"], body, imports)
     return function, inputs, output
+
+
+def _quantisation(nodes: list[onnx.NodeProto]) -> dict[str, int]:
+    """`bits` and `block_size` of a chain's products, or nothing where the kernel does not know their form."""
+    products = [node for node in nodes if node.op_type in ("MatMul", "MatMulNBits")]
+    settings = [{attribute.name: attribute.i for attribute in node.attribute} for node in products]
+    forms = {(found.get("bits"), found.get("block_size"), found.get("accuracy_level")) for found in settings}
+    (bits, block_size, accuracy), *others = forms
+    if others or accuracy != 4 or any(len(node.input) != 3 for node in products):
+        return {}
+    return {"bits": bits, "block_size": block_size}
 
 
 def has_kernel_form(path: Path) -> bool:
@@ -132,4 +148,4 @@ def has_kernel_form(path: Path) -> bool:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    return any(node.domain == DOMAIN and node.op_type == PLAIN for node in model.graph.node)
+    return any(node.domain == DOMAIN and node.op_type in (PLAIN, QUANTISED) for node in model.graph.node)

@@ -13,7 +13,6 @@ from pathlib import Path
 from lockkit.errors import UsageError
 
 SOURCE = Path(__file__).with_name("dlr_chain.cpp")
-HEADER = Path(__file__).with_name("onnxruntime_abi.h")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -57,7 +56,8 @@ def _library() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     # A home may be shared by machines of different processors.
     key = hashlib.sha256("\0".join([*FLAGS, platform.machine(), _processor()]).encode())
-    key.update(SOURCE.read_bytes() + HEADER.read_bytes())
+    for source in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
+        key.update(source.read_bytes())
     return Path(cache) / "lockkit" / f"dlr_chain-{key.hexdigest()[:16]}.so"
 
 

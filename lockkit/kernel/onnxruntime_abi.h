@@ -19,7 +19,7 @@ struct Info;
 struct Domain;
 struct Options;
 
-enum Type : int { FLOAT = 1, FLOAT16 = 10 };
+enum Type : int { ANY = 0, FLOAT = 1, UINT8 = 2, FLOAT16 = 10 };
 enum Arity : int { REQUIRED = 0, VARIADIC = 2 };
 
 struct Api {
@@ -35,6 +35,7 @@ struct Api {
   Status* add_op(Domain* domain, const void* op) const { return call(27, domain, op); }
   Status* add_domain(Options* options, Domain* domain) const { return call(28, options, domain); }
   Status* data(const Value* value, void** out) const { return call(51, const_cast<Value*>(value), out); }
+  Status* type(const Shape* shape, int* out) const { return call(60, shape, out); }
   Status* rank(const Shape* shape, size_t* out) const { return call(61, shape, out); }
   Status* dimensions(const Shape* shape, int64_t* out, size_t size) const { return call(62, shape, out, size); }
   Status* shape(const Value* value, Shape** out) const { return call(65, value, out); }
