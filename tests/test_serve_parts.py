@@ -135,6 +135,8 @@ def assert_close(logits: torch.Tensor, alone: ExportSession, text: list[int]) ->
 class CountingRows:
     """Rows whose next token is the row's length; a prompt that starts with 9 fails, 8 fails the next step."""
 
+    fused = False
+
     def __init__(self):
         self.fail_next_step = False
 

@@ -37,7 +37,8 @@ def serve(
 
     /v1/completions, /v1/chat/completions (where the model has a chat template), /v1/models,
     /health and /metrics. Requests are batched as they come. The export is compared with its
-    manifest first, and no code from it runs.
+    manifest first, and no code from it runs. After `lockkit kernel EXPORT` the fused kernel compiled on
+    this machine is used; /health and /metrics say so.
 
     Examples:
 

@@ -53,6 +53,7 @@ class ExportSession:
         config: `config.json` as a dict, the original family's configuration.
         provider: the execution provider in use, "CPUExecutionProvider" or "CUDAExecutionProvider".
         device: "cpu" or "cuda", where caches live.
+        fused: chains run in the kernel.
         cache_names: the cache inputs of the graph.
         counts_positions: the graph takes a row's length from the mask (GroupQueryAttention).
 
@@ -76,6 +77,7 @@ class ExportSession:
         self.config = read_json(self.folder / "config.json", "EXPORT")
         self._session = _load(self.folder / MODEL_FILE, provider, threads, kernel)
         self.provider = self._session.get_providers()[0]
+        self.fused = bool(kernel) and any(op.startswith("DLRChain") for _, op in placement(self._session))
         self.device = "cuda" if provider == "cuda" else "cpu"
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._output_names = [node.name for node in self._session.get_outputs()]

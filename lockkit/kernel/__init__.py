@@ -5,6 +5,6 @@ uses it, for that machine's processor, with the C++ compiler found there.
 """
 
 from lockkit.kernel.build import build_kernel, find_kernel
-from lockkit.kernel.install import install_kernel
+from lockkit.kernel.install import has_kernel, install_kernel
 
-__all__ = ["build_kernel", "find_kernel", "install_kernel"]
+__all__ = ["build_kernel", "find_kernel", "has_kernel", "install_kernel"]

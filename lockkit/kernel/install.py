@@ -20,6 +20,11 @@ from lockkit.kernel.build import build_kernel
 LIBRARY = "dlr_chain.so"
 
 
+def has_kernel(export: Path) -> bool:
+    """Whether `install_kernel` has been run on this export."""
+    return (export / LIBRARY).is_file()
+
+
 def install_kernel(export: Path | str) -> Path:
     """Build the kernel, copy it into an export, and enter it in `genai_config.json` and the manifest.
 

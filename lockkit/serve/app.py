@@ -84,7 +84,7 @@ def make_app(
         """Whether the server can answer; needs no API key."""
         if not engine.alive:
             raise ApiError(500, "the engine has stopped")
-        return Health()
+        return Health(fused_kernel=engine.fused)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_metrics() -> Response:

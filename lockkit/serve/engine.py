@@ -93,6 +93,7 @@ class Engine:
         max_queue: int,
         metrics: Metrics,
     ):
+        metrics.fused_kernel.set(rows.fused)
         self._rows, self._tokenizer, self._end_ids = rows, tokenizer, end_ids
         self._max_batch, self._max_queue, self._metrics = max_batch, max_queue, metrics
         self._waiting: deque[Job] = deque()
@@ -106,6 +107,11 @@ class Engine:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+
+    @property
+    def fused(self) -> bool:
+        """Whether chains run in the fused kernel."""
+        return self._rows.fused
 
     @property
     def alive(self) -> bool:

@@ -30,6 +30,9 @@ class Metrics:
         )
         self.running = Gauge("lockkit_running_requests", "Requests that generate now.", registry=registry)
         self.waiting = Gauge("lockkit_waiting_requests", "Requests that wait for a place.", registry=registry)
+        self.fused_kernel = Gauge(
+            "lockkit_fused_kernel", "1 where chains run in the kernel of `lockkit kernel`.", registry=registry
+        )
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -3,24 +3,27 @@
 1. Compare every file with the manifest; refuse links that leave the folder.
 2. Refuse an export whose graph, weights or configuration the manifest does not list, and files
    that a tokenizer would read but nobody vouches for.
-3. Load the tokenizer. No code from the folder ever runs.
+3. Load the tokenizer. No code from the folder ever runs: where `lockkit kernel` has been run on it, the
+   library that this user compiled on this machine is loaded, not the folder's copy of one.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError
 from lockkit.export.manifest import Manifest, check_manifest
-from lockkit.export.session import MODEL_FILE
+from lockkit.export.session import MODEL_FILE, ExportSession
 from lockkit.files import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 NEEDED = (MODEL_FILE, "config.json")
 
 
@@ -60,6 +63,36 @@ class ServedModel:
         """
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def open_session(model: ServedModel, provider: str, threads: int | None) -> ExportSession:
+    """The graph, with the fused kernel if `lockkit kernel` gave it to the export.
+
+    Without it the answers are the same and slower, so where it is to be used and cannot be, one line is logged.
+
+    Raises:
+        UsageError: the graph cannot be loaded.
+    """
+    from lockkit.kernel import find_kernel, has_kernel
+
+    if provider == "cpu" and has_kernel(model.folder):
+        kernel, reason = find_kernel(), "it has not been compiled for this machine and version"
+        if kernel:
+            try:
+                session = ExportSession(model.folder, provider, check=False, threads=threads, kernel=kernel)
+            except UsageError as error:
+                reason = str(error)
+            else:
+                if session.fused:
+                    return session
+                reason = "its chains are not in the form that this version knows; export again"
+        log.warning(
+            "serving %s without the fused kernel, slower (%s): run lockkit kernel %s",
+            model.folder,
+            reason,
+            model.folder,
+        )
+    return ExportSession(model.folder, provider, check=False, threads=threads)
 
 
 def open_served_model(folder: Path) -> ServedModel:

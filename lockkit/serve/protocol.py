@@ -168,6 +168,7 @@ class ModelList(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok"] = "ok"
+    fused_kernel: bool = False  # chains run in the kernel of `lockkit kernel`
 
 
 class ErrorDetail(BaseModel):

@@ -18,11 +18,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError
-from lockkit.export.session import ExportSession, torch_type
+from lockkit.export.session import torch_type
+from lockkit.serve.model import open_session
 
 if TYPE_CHECKING:
     import torch
 
+    from lockkit.export.session import ExportSession
     from lockkit.serve.model import ServedModel
 
 PREFILL_TOKENS = 128  # of a prompt, in one pass; more would keep the other requests waiting
@@ -34,7 +36,7 @@ def open_rows(model: ServedModel, rows: int, capacity: int, provider: str, threa
     Raises:
         UsageError: the graph cannot be loaded, or the caches do not fit into memory.
     """
-    session = ExportSession(model.folder, provider, check=False, threads=threads)
+    session = open_session(model, provider, threads)
     # Two tables of positions, chosen by the longest row of a batch; or attention with positions as
     # an input, which does not count a row's length.
     mixes_badly = (model.config.get("rope_parameters") or {}).get("rope_type") == "longrope"
@@ -55,7 +57,7 @@ class SharedRows:
     def __init__(self, session: ExportSession, rows: int, capacity: int):
         import torch
 
-        self._session = session
+        self._session, self.fused = session, session.fused
         self._staging = rows  # a prompt is computed in the last row and then moved
         try:
             self._caches = {
@@ -102,7 +104,7 @@ class SeparateRows:
     """Rows with a cache of their own, run one after the other: no gain from batches, the same answers."""
 
     def __init__(self, session: ExportSession, rows: int):
-        self._session = session
+        self._session, self.fused = session, session.fused
         self._caches: list[Any] = [None] * rows
         self._staging: Any = None
         self.cache_bytes = 0  # grows with the rows
