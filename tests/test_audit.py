@@ -270,6 +270,7 @@ def test_one_command_compares_locks(originals, tmp_path, monkeypatch):
     tool["main"]()
     record, table = json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
     assert [row["lock"] for row in record["rows"]] == ["continuation-3", "continuation-4"]
+    assert "Attacks: `full-ft`, `stack-solve`." in table
     # The baseline on the original is run once; the control of an unlock depends on the depth.
     assert record["rows"][1]["runs"]["reused_from_controls"] == 1
     for row in record["rows"]:

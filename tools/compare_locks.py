@@ -34,7 +34,7 @@ QUICK_LOCK = {"tokens": 8_192, "end_to_end_tokens": 0, "validation_tokens": 1_02
 def main() -> None:
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows, controls = [], []
+    rows, controls = [], list(arguments.controls)
     for depth, init in itertools.product(arguments.depth, arguments.init):
         name = f"{init}-{depth}"
         try:
@@ -62,6 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--init", nargs="+", default=["continuation", "random"], choices=["continuation", "random"])
     parser.add_argument("--suite", default="standard", choices=["quick", "standard", "full"])
     parser.add_argument("--attack", action="append", help="only this attack; may be repeated")
+    parser.add_argument("--controls", type=Path, nargs="+", default=[], help="audits whose rows serve")
     parser.add_argument("--data", help="text of the locks, as for `lockkit lock`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quick", action="store_true", help="small locks and the suite quick: to try the tool")
@@ -107,6 +108,7 @@ def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
         "schema": SCHEMA,
         "model": arguments.model,
         "suite": arguments.suite,
+        "attacks": arguments.attack or "all of the suite",
         "git_hash": git_hash(),
         "versions": versions(),
         "rows": rows,
@@ -118,10 +120,12 @@ def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
 
 def markdown(record: dict) -> str:
     """The record as two tables: the locks, and what the best attacks make of each."""
-    rows = [row for row in record["rows"] if "failed" not in row]
+    rows, tried = [row for row in record["rows"] if "failed" not in row], record["attacks"]
     lines = [
         f"Locks of {record['model']} under the suite `{record['suite']}`, commit {record['git_hash']}. "
         "A lock costs this many times as much against these attacks, and nothing is said of others.",
+        "",
+        "Attacks: " + (tried if isinstance(tried, str) else ", ".join(f"`{name}`" for name in tried)) + ".",
         "",
         "| lock | perplexity over the original's | KL, nats | effective depth | within 5 % perplexity "
         "| unlock ratio | owner's advantage |",
