@@ -7,7 +7,9 @@ import importlib.metadata
 import io
 import os
 import platform
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from lockkit.version import git_hash, versions
 
@@ -62,6 +64,18 @@ def describe_environment() -> Environment:
         onnxruntime_providers=providers,
         problems=problems,
     )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held so far; includes weights mapped from files, once read."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; getrusage there counts the process that started this one, too
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _torch_devices() -> tuple[list[str], bool]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lockkit.bench.config import BenchConfig, Runtime
+from lockkit.environment import peak_resident_bytes
 from lockkit.errors import LockkitError
 
 
@@ -138,12 +139,4 @@ def _measure(runner: Runner, batch: int, length: int, new_tokens: int) -> dict:
         runner.step()
         times.append(clock())
     steps = [after - before for before, after in itertools.pairwise(times)]
-    return {"first": times[0] - start, "steps": steps, "peak_memory_bytes": peak_memory_bytes()}
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held; includes weights mapped from files, once read."""
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"first": times[0] - start, "steps": steps, "peak_memory_bytes": peak_resident_bytes()}

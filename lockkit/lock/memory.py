@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import psutil
 import torch
 
 from lockkit.dlr.cost import MLPShape, mlp_parameters
 from lockkit.dlr.net import block_ranks
+from lockkit.environment import peak_resident_bytes
 from lockkit.lock.capture import TOKENS_IN_A_BATCH
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
@@ -163,9 +161,4 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process so far: allocated on the GPU if one was used, else resident."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux; getrusage there counts the process that started this one, too
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
