@@ -15,7 +15,7 @@ from lockkit.files import LOCK_RECORD, new_folder
 from lockkit.models.families import FAMILIES, decoder_layers
 from lockkit.models.load import DEMO, load_model
 
-COMMANDS = ["plan", "lock", "export", "verify", "generate", "env"]
+COMMANDS = ["plan", "lock", "export", "verify", "attack", "generate", "serve", "bench", "kernel", "report", "env"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -23,6 +23,7 @@ def test_help_is_complete_and_fits_80_columns(cli, command):
     done = cli(*filter(None, [command, "--help"]))
     assert done.code == 0
     assert max(len(line) for line in done.out.splitlines()) <= 80
+    assert "<Runtime" not in done.out  # a default as Python writes it
     for expected in ["Examples", f"lockkit {command}"] if command else COMMANDS:
         assert expected in done.out
 

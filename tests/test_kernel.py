@@ -5,6 +5,7 @@ For int8 and int4 see test_kernel_nbits.py.
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
@@ -117,9 +118,30 @@ def test_without_a_compiler_the_message_says_so(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no-such-compiler"):
         build_kernel()
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(UsageError, match="cannot compile"):
+    with pytest.raises(UsageError, match=r"cannot compile the kernel \(exit 1\)"):
         build_kernel()
     assert not list((tmp_path / "lockkit").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, cli):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    done = cli("kernel")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert f"cannot write the kernel to {tmp_path / 'file' / 'lockkit'} (" in done.err
+    assert "set XDG_CACHE_HOME" in done.err
+
+
+def test_a_running_library_is_replaced_and_strays_stay_unlisted(kernel, exports, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel.parents[1]))
+    folder = shutil.copytree(exports("qwen3", True), tmp_path / "export")
+    install_kernel(folder)
+    (folder / "stray.json").write_text("{}")
+    with (folder / "dlr_chain.so").open("rb") as running:
+        install_kernel(folder)
+        assert os.fstat(running.fileno()).st_nlink == 0
+    assert "stray.json" not in check_manifest(folder).files
+    assert not list(folder.glob(".kernel-*"))
 
 
 def test_a_damaged_call_is_refused_in_words(kernel, exports, tmp_path):  # noqa: F811

@@ -27,9 +27,12 @@ from onnx import TensorProto, helper, numpy_helper
 from test_export import exports, models, token_ids  # noqa: F401 (fixtures)
 from test_kernel import kernel, operators  # noqa: F401 (fixture)
 
+from lockkit.bench.config import BenchConfig
+from lockkit.bench.run import bench
 from lockkit.errors import UsageError
 from lockkit.export import ExportConfig, ExportSession, export_model
 from lockkit.export.chains import name_chains
+from lockkit.export.manifest import read_manifest, write_manifest
 from lockkit.kernel import install_kernel
 from lockkit.kernel.build import FLAGS, SOURCE
 
@@ -185,6 +188,30 @@ def test_a_whole_export(precision, kernel, models, tmp_path, monkeypatch):  # no
     assert "DLRChainNBits" in operators(fused) and "DLRChainNBits" not in operators(plain)
     ids = token_ids(2, 12)
     assert rms(fused.forward(ids)[0] - plain.forward(ids)[0]) < 0.05 * rms(plain.forward(ids)[0])
+
+
+def test_calls_from_before_the_kernel_knew_them_are_refused(kernel, models, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel.parents[1]))
+    folder = tmp_path / "onnx"
+    export_model(str(models("qwen3", True)), folder, ExportConfig(precision="int4"))
+    install_kernel(folder)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for call in model.graph.node:
+        if call.domain == "lockkit":
+            kept = [attribute for attribute in call.attribute if attribute.name not in ("bits", "block_size")]
+            del call.attribute[:]
+            call.attribute.extend(kept)
+    onnx.save(model, folder / "model.onnx")
+    write_manifest(folder, read_manifest(folder))
+    with pytest.raises(UsageError, match=r"in the form that this version writes.*export again"):
+        install_kernel(folder)
+    with pytest.raises(UsageError, match="do without --kernel, or export again"):
+        bench(folder, config=BenchConfig(kernel=True))
+    pytest.importorskip("fastapi")
+    from lockkit.serve.model import open_served_model, open_session
+
+    assert not open_session(open_served_model(folder), "cpu", 1).fused
+    assert caplog.messages[0].endswith("(its chains are not in the form that this version knows): export again")
 
 
 def test_a_chain_quantised_in_parts_runs_as_its_body(kernel):  # noqa: F811

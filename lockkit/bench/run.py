@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockkit.bench.config import BenchConfig, Runtime
 from lockkit.bench.runners import worker
 from lockkit.errors import LockkitError, UsageError
+from lockkit.export.chains import has_kernel_form
 from lockkit.export.session import MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.progress import NoProgress, Progress
@@ -136,6 +137,8 @@ def bench(
 
         kernel = build_kernel()
     targets = _targets(Path(export), against or [], config)
+    if config.kernel and not has_kernel_form(Path(export) / MODEL_FILE):
+        raise UsageError(f"{export} has no chains that the kernel computes: do without --kernel, or export again")
     shapes = [(batch, length) for batch in config.batch_sizes for length in config.prompt_lengths]
     rounds: dict[tuple[int, int, int], list[dict]] = {}  # target, batch, length
     try:

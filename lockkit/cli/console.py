@@ -19,7 +19,8 @@ def option(config: type[BaseModel], field: str, *names: str, **settings: Any) ->
     The parameter itself must default to None, which means "not given".
     """
     info = config.model_fields[field]
-    default = "" if info.default is None or info.is_required() else f" [default: {info.default}]"
+    values = info.default if isinstance(info.default, list) else [info.default]
+    default = "" if info.default is None or info.is_required() else f" [default: {', '.join(map(str, values))}]"
     if get_origin(info.annotation) is Literal:
         settings.setdefault("metavar", "|".join(map(str, get_args(info.annotation))))
     return typer.Option(

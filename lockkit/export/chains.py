@@ -146,6 +146,13 @@ def _quantisation(nodes: list[onnx.NodeProto]) -> dict[str, int]:
 def has_kernel_form(path: Path) -> bool:
     """Whether the graph at `path` has chains that the kernel computes."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    model = onnx.load(path, load_external_data=False)
-    return any(node.domain == DOMAIN and node.op_type in (PLAIN, QUANTISED) for node in model.graph.node)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return False
+    chains = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (PLAIN, QUANTISED)]
+    # Calls of `DLRChainNBits` had no attributes before the kernel knew it.
+    older = any(node.op_type == QUANTISED and all(a.name != "bits" for a in node.attribute) for node in chains)
+    return bool(chains) and not older

@@ -29,7 +29,7 @@ def build_kernel() -> Path:
     It goes to `$XDG_CACHE_HOME/lockkit` (by default `~/.cache/lockkit`).
 
     Raises:
-        UsageError: there is no compiler, or it cannot compile the kernel.
+        UsageError: there is no compiler, it cannot compile the kernel, or the folder cannot be written.
     """
     path = _library()
     if path.is_file():
@@ -39,17 +39,27 @@ def build_kernel() -> Path:
     if compiler is None or os.name != "posix":
         raise UsageError(
             f"the kernel needs a C++ compiler ({wanted or ', '.join(COMPILERS)}) on Linux or macOS: install one, "
-            "set CXX, or do without --kernel"
+            "set CXX, or do without the kernel"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        done = subprocess.run([compiler, *FLAGS, SOURCE, "-o", made], capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
-            raise UsageError(f"{compiler} cannot compile the kernel ({reason}): set CXX, or do without --kernel")
-        made.replace(path)  # at once, so that no process loads half a library
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            _compile(compiler, made)
+            made.replace(path)  # at once, so that no process loads half a library
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the kernel to {path.parent} ({error.strerror}): set XDG_CACHE_HOME to another folder"
+        ) from error
     return path
+
+
+def _compile(compiler: str, library: Path) -> None:
+    done = subprocess.run([compiler, *FLAGS, SOURCE, "-o", library], capture_output=True, text=True, check=False)
+    if done.returncode or not library.is_file():
+        lines = done.stderr.splitlines()
+        reason = next((line for line in lines if "error" in line), " ".join(lines)[-200:]) or f"exit {done.returncode}"
+        raise UsageError(f"{compiler} cannot compile the kernel ({reason}): set CXX, or do without the kernel")
 
 
 def _library() -> Path:

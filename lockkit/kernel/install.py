@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from lockkit.errors import UsageError
 from lockkit.export.chains import has_kernel_form
-from lockkit.export.manifest import check_manifest, write_manifest
+from lockkit.export.manifest import FileRecord, check_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import read_json
+from lockkit.files import EXPORT_MANIFEST, read_json, readable_disk_errors, sha256_of_file, write_json
 from lockkit.kernel.build import build_kernel
 
 LIBRARY = "dlr_chain.so"
@@ -28,8 +29,11 @@ def has_kernel(export: Path) -> bool:
 def install_kernel(export: Path | str) -> Path:
     """Build the kernel, copy it into an export, and enter it in `genai_config.json` and the manifest.
 
+    Files are replaced, not written over: a process may be running the library.
+
     Raises:
-        UsageError: no intact export, none with chains that the kernel computes, or no compiler.
+        UsageError: no intact export, none with chains that the kernel computes, no compiler, or the
+            export cannot be written.
     """
     folder = Path(export)
     manifest = check_manifest(folder)
@@ -40,7 +44,17 @@ def install_kernel(export: Path | str) -> Path:
         )
     settings = read_json(folder / "genai_config.json", "EXPORT")
     settings["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
-    library = Path(shutil.copyfile(build_kernel(), folder / LIBRARY))
-    (folder / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-    write_manifest(folder, manifest)
-    return library
+    kernel = build_kernel()
+    with (
+        readable_disk_errors(folder, "EXPORT"),
+        tempfile.TemporaryDirectory(prefix=".kernel-", dir=folder) as temporary,
+    ):
+        new = Path(temporary)
+        shutil.copyfile(kernel, new / LIBRARY)
+        (new / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        for path in (new / LIBRARY, new / "genai_config.json"):
+            manifest.files[path.name] = FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
+        write_json(new / EXPORT_MANIFEST, manifest.model_dump(by_alias=True))
+        for name in (LIBRARY, "genai_config.json", EXPORT_MANIFEST):
+            (new / name).replace(folder / name)
+    return folder / LIBRARY

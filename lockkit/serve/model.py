@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError
+from lockkit.export.chains import has_kernel_form
 from lockkit.export.manifest import Manifest, check_manifest
 from lockkit.export.session import MODEL_FILE, ExportSession
 from lockkit.files import read_json
@@ -76,8 +77,12 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
     from lockkit.kernel import find_kernel, has_kernel
 
     if provider == "cpu" and has_kernel(model.folder):
-        kernel, reason = find_kernel(), "it has not been compiled for this machine and version"
-        if kernel:
+        kernel, remedy = find_kernel(), f"run lockkit kernel {model.folder}"
+        if not has_kernel_form(model.folder / MODEL_FILE):
+            reason, remedy = "its chains are not in the form that this version knows", "export again"
+        elif not kernel:
+            reason = "it has not been compiled for this machine and version"
+        else:
             try:
                 session = ExportSession(model.folder, provider, check=False, threads=threads, kernel=kernel)
             except UsageError as error:
@@ -85,13 +90,8 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
             else:
                 if session.fused:
                     return session
-                reason = "its chains are not in the form that this version knows; export again"
-        log.warning(
-            "serving %s without the fused kernel, slower (%s): run lockkit kernel %s",
-            model.folder,
-            reason,
-            model.folder,
-        )
+                reason = "onnxruntime did not take it"
+        log.warning("serving %s without the fused kernel, slower (%s): %s", model.folder, reason, remedy)
     return ExportSession(model.folder, provider, check=False, threads=threads)
 
 
