@@ -40,5 +40,11 @@ def validated(config_class: type[Config], values: Mapping[str, Any]) -> Config:
         name = ".".join(str(part) for part in first["loc"])
         # A recipe comes from a file: names and values are shown in one line, and not at any length. Nor is
         # pydantic's error kept, whose text repeats the values: YAML's aliases can make those endless.
-        where = option_of(name) if name in config_class.model_fields else f"{shown(name)} in --config"
+        field = str(first["loc"][0]) if first["loc"] else ""
+        if field not in config_class.model_fields:
+            where = f"{shown(name)} in --config"
+        elif name == field:
+            where = option_of(field)
+        else:  # one of a list: learning_rates is what --learning-rate, given several times, makes
+            where = option_of(field).removesuffix("s")
         raise UsageError(f"{where}: {first['msg']}, not {shown(first['input'])}") from None

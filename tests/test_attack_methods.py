@@ -27,8 +27,11 @@ from lockkit.attack.cost import Cost, StepCost
 from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune, logits_of, task_loss
 from lockkit.attack.run import run_audit
 from lockkit.attack.shorten import merge, padded, prune
+from lockkit.attack.tasks import load_task
 from lockkit.attack.unlocking import original_as_chain
+from lockkit.cli.attack import _costs
 from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.errors import UsageError
 from lockkit.models.families import MLPWeights, decoder_layers
 
 GRADIENT = {name: attack for name, attack in registry().items() if issubclass(attack, GradientAttack)}
@@ -320,6 +323,35 @@ def test_a_broken_task_is_refused_before_anything_is_run(cli, originals, locks, 
     assert outcome.code == 2
     assert "line 2" in outcome.err
     assert not out.exists()
+
+
+def test_a_text_that_is_no_task_is_refused_by_its_own_option(tmp_path):
+    file = tmp_path / "notes.txt"
+    for text, says in (("", "holds no text"), ("one passage", "too few to train on"), ("\xff", "not UTF-8")):
+        file.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UsageError, match=says) as refused:
+            load_task(str(file), None, block_tokens=32, train_tokens=64, held_out_tokens=64, distilled_on=None)
+        assert str(file) in str(refused.value)
+        assert "--task" in str(refused.value)
+        assert "--data" not in str(refused.value)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(cli, originals, locks, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = cli("attack", locks("qwen3"), "--original", originals("qwen3"), "--out", tmp_path / "file" / "audit")
+    assert outcome.code == 2
+    assert "cannot make the folder" in outcome.err
+    assert "change --out" in outcome.err
+
+
+def test_a_wrong_value_in_a_list_is_refused_by_its_option():
+    with pytest.raises(UsageError, match=r"^--learning-rate: "):
+        audit_config("quick", learning_rates=[1e-3, math.nan])
+
+
+def test_an_attack_that_never_ran_on_the_lock_is_not_one_beyond_the_budget():
+    assert _costs({"locked": None, "trials_locked": 0})[0] == "not run"
+    assert _costs({"locked": None, "trials_locked": 3})[0] == "> budget"
 
 
 def test_random_features_see_the_function_alone_and_solve_as_least_squares_do():

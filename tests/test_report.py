@@ -47,6 +47,13 @@ def audit(originals, locks, tmp_path_factory):
     return out
 
 
+def test_a_missing_folder_is_named_as_such(cli, tmp_path):
+    outcome = cli("report", tmp_path / "nowhere")
+    assert outcome.code == 2
+    assert "there is no folder" in outcome.err
+    assert "change DIR" in outcome.err
+
+
 @pytest.fixture
 def results(audit, locks, tmp_path):
     """A real lock's record, with an audit and a verification beside it."""

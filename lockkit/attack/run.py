@@ -72,7 +72,10 @@ def run_audit(
         raise UsageError(f"{out} exists and is not an audit to go on with: change --out")
     bench = Bench(locked, original, config)
     with readable_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {out} ({error.strerror}): change --out") from error
         audit = Audit(bench, out, controls or [], progress or NoProgress())
         audit.run(chosen)
         summary = summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps)

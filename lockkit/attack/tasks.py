@@ -112,20 +112,21 @@ def load_task(
     if name == "signatures" or name.endswith(".jsonl"):
         examples = list(signature_examples()) if name == "signatures" else chat_examples(Path(name), tokenizer)
         return _example_task(name, examples, tokenizer, block_tokens, train_tokens, held_out_tokens, forbidden)
-    if name == "docstrings":
-        found = list(docstring_documents())
-    else:
-        found = list(documents(name, "finetune"))
-        if not found:
+    try:
+        found = list(docstring_documents() if name == "docstrings" else documents(name, "finetune"))
+        kept = [document for document in found if _content(document.text) not in forbidden]
+        train, held_out = _separate(kept)
+        if not train or not held_out:
             raise UsageError(
-                f"{name} has no passage in the split `finetune` (10 % by a hash): give more text with --task"
+                f"{len(kept)} passages in the split `finetune` (10 % by a hash) are too few to train on and to hold "
+                "out: give more text with --task"
             )
-    kept = [document for document in found if _content(document.text) not in forbidden]
-    train, held_out = _separate(kept)
-    rows = [
-        _language_rows(token_blocks(tokenizer, iter(part), block_tokens, max(tokens, block_tokens)))
-        for part, tokens in ((train, train_tokens), (held_out, held_out_tokens))
-    ]
+        rows = [
+            _language_rows(token_blocks(tokenizer, iter(part), block_tokens, max(tokens, block_tokens)))
+            for part, tokens in ((train, train_tokens), (held_out, held_out_tokens))
+        ]
+    except UsageError as error:  # of a text, which other commands take as --data
+        raise UsageError(f"task {name}: {str(error).replace('--data', '--task')}") from error
     return Task(public_task_name(name), rows[0], rows[1], len(kept), len(found) - len(kept))
 
 

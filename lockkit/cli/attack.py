@@ -25,7 +25,11 @@ def attack(
     suite: Annotated[str | None, option(AuditConfig, "suite")] = None,
     name: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack; may be repeated.")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="What to fine-tune on, in place of the suite's tasks; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="What to fine-tune on, in place of the suite's tasks: `docstrings`, `signatures`, a chat-format "
+            ".jsonl, or a text file, folder or Hub dataset (10 % of its passages); may be repeated."
+        ),
     ] = None,
     learning_rate: Annotated[
         list[float] | None, typer.Option(help="Learning rate, in place of the suite's; may be repeated.")
@@ -118,7 +122,7 @@ def _print(summary: dict) -> None:
         table.add_column("")
         for row in figures["attacks"]:
             losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
-            table.add_row(row["attack"], *losses, *_costs(row["locked"]), Text(row["says"]))
+            table.add_row(row["attack"], *losses, *_costs(row), Text(row["says"]))
         console.print(table)
         for resource, found in figures["amplification"].items():
             if found:
@@ -139,9 +143,10 @@ def _print(summary: dict) -> None:
         console.print(f"{name}: {summary[key]['says']}" + (f" ({caveat})" if caveat else ""), soft_wrap=True)
 
 
-def _costs(cost: dict | None) -> list[str]:
+def _costs(row: dict) -> list[str]:
+    cost = row["locked"]
     if cost is None:
-        return ["> budget", "", ""]
+        return ["> budget" if row["trials_locked"] else "not run", "", ""]
     return [f"{cost['tokens']:,.0f}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['peak_tensor_bytes'] / 1e6:,.0f}"]
 
 

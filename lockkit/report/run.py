@@ -44,6 +44,8 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("reports draw with matplotlib, which is not installed: pip install 'lockkit[report]'")
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder}: change DIR")
     out = out or folder / "report.html"
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.absolute().parent.is_dir():
         raise UsageError(f"{out} is not the name of an HTML file in a folder that exists: change --out")
@@ -70,10 +72,8 @@ def find_results(folder: Path) -> list[dict]:
     """All results in a folder, audits with their rows.
 
     Raises:
-        UsageError: there is no such folder, nothing to report in it, or rows are broken.
+        UsageError: there is nothing to report in it, or rows are broken.
     """
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}: change DIR")
     found = []
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         try:
