@@ -8,9 +8,9 @@ One chain alone, made by hand as the builder makes it. Three answers are compare
 
 In one block, the input is the same to the bit, hence so is its rounding; what remains are fp32 sums in another order
 (2e-6 of the largest output), and seldom a unit that such a difference carries over the middle between two of its
-steps, which changes its token's outputs: at most one token in 20 here, or one. Across blocks those few differences decide further roundings, until the two answers are as far apart as two that
-round independently, sqrt(2) times as far as each is from `exact`; 1.5 leaves room for chance, and the operator's own
-error may be a tenth more than the body's.
+steps, which changes its token's outputs: at most one token in 20 here, or one. Across blocks those few differences decide further
+roundings, until the two answers are as far apart as two that round independently, sqrt(2) times as far as each is from
+`exact`; 1.5 leaves room for chance, and the operator's own error may be a tenth more than the body's.
 """
 
 from __future__ import annotations

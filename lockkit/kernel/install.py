@@ -39,8 +39,8 @@ def install_kernel(export: Path | str) -> Path:
     manifest = check_manifest(folder)
     if manifest.provider != "cpu" or not has_kernel_form(folder / MODEL_FILE):
         raise UsageError(
-            f"{folder} has no chains that the kernel computes (it is for locked models exported for the CPU, in the form that "
-            "this version writes): change EXPORT, or export again"
+            f"{folder} has no chains that the kernel computes (it is for locked models exported for the CPU, "
+            "in the form that this version writes): change EXPORT, or export again"
         )
     settings = read_json(folder / "genai_config.json", "EXPORT")
     settings["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
