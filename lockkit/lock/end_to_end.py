@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lockkit.errors import DistillationError
+from lockkit.errors import DistillationError, UsageError
 from lockkit.files import read_json, write_json
 from lockkit.lock.config import LockConfig
 from lockkit.lock.fidelity import Fidelity, FidelityMeter, mean_kl_divergence, mlp_replaced
@@ -103,6 +103,11 @@ class EndToEnd:
         self.steps = config.end_to_end_tokens // (self.batch_rows * train.shape[1])
         order = _row_order(len(train), self.steps * self.batch_rows, config.seed)
         self.batches = order.split(self.batch_rows)
+        if config.hardening != "none" and workers.count > self.batch_rows:
+            raise UsageError(
+                f"{workers.count} workers share batches of {self.batch_rows} rows, and with --hardening each needs one: "
+                "raise --end-to-end-batch-tokens, or start fewer"
+            )
         self.hardening = Hardening(config, len(stream), self.steps) if config.hardening != "none" else None
         self.attacked_kl: list[float] = []
 

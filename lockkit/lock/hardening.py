@@ -95,7 +95,7 @@ class Seen:
     @classmethod
     def of(cls, x: torch.Tensor, units_in: torch.Tensor, y: torch.Tensor) -> Seen:
         """From `PackedChains.outputs_and_units` for a group of one."""
-        before = units_in[:, 0].transpose(0, 1).flatten(1).float()
+        before = units_in[:, 0].transpose(0, 1).flatten(1).to(x.dtype)
         return cls(x.flatten(0, -2), before, y.flatten(0, -2))
 
 
@@ -174,7 +174,7 @@ class Hardening:
 
 def _factor(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     shift = ridge * gram.diagonal().mean()
-    return torch.linalg.cholesky(gram + shift * torch.eye(len(gram), device=gram.device))
+    return torch.linalg.cholesky(gram + shift * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 def _ridge(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:

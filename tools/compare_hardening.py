@@ -1,0 +1,145 @@
+"""What hardening buys and costs: locks beside each other, and what unlocks make of them.
+
+    lockkit lock demo plain --depth 16
+    lockkit lock demo hard --depth 16 --coupling 1 --hardening standard --end-to-end-tokens 300000
+    python tools/compare_hardening.py plain hard --original demo --out tools/results/hardening-locks
+
+For every lock:
+
+1. Its fidelity: perplexity over the original's, and KL to it.
+2. Closed-form unlocks (stacked, linearised, K stages) and, of what knows nothing of the lock's weights, random
+   features: KL of the result to the lock and to the original, and its perplexity over the original's.
+3. Re-distillations of `--tokens` tokens: from the linearised stack (warm), and from random features; the cheaper
+   of the latter is the reference that an unlock should not beat.
+4. How near the rows still are to the teacher's: for each up row, the largest correlation of its pre-activation
+   with one of the teacher's, on the lock's own activations; mean over rows and layers.
+
+No fine-tuning: `lockkit attack` does that. OUT.json has everything, OUT.md the table; other locks' rows stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from lockkit.attack.attacks.closed_form import LinearisedStack, PartialCollapse, RandomFeatures, StackSolve, mlp_inputs
+from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
+from lockkit.attack.bench import Bench
+from lockkit.attack.config import audit_config
+from lockkit.files import read_json, write_json
+from lockkit.models.families import decoder_layers, mlp_weights
+from lockkit.version import git_hash, versions
+
+SCHEMA = "lockkit-hardening-compared/1"
+CORRELATION_TOKENS = 8_192
+REDISTILLED = {"warm": (1e-4, 3e-4, 1e-3), "features": (1e-3, 3e-3)}  # learning rates; the best is taken
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("locked", nargs="+", help="locked models")
+    parser.add_argument("--original", default="demo")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[65_536], help="budgets of re-distillation")
+    options = parser.parse_args()
+    file = options.out.with_suffix(".json")
+    record = read_json(file, "--out") if file.is_file() else {"schema": SCHEMA, "rows": []}
+    for locked in options.locked:
+        row = measure(locked, options.original, options.tokens)
+        record["rows"] = [old for old in record["rows"] if old["lock"] != row["lock"]] + [row]
+        write_json(file, record)
+        options.out.with_suffix(".md").write_text(markdown(record["rows"]), encoding="utf-8")
+        print(markdown([row]), flush=True)
+
+
+def measure(locked: str, original: str, budgets: list[int]) -> dict:
+    """One lock's row."""
+    tokens = max(budgets, default=0)
+    config = audit_config("standard", tasks=["signatures"], redistill_tokens=max(tokens, 32_768), unlock_tokens=32_768)
+    bench = Bench(locked, original, config)
+    base = bench.quality_of("original").perplexity
+
+    def figures(unlocked) -> dict:
+        quality = bench.quality(unlocked.model)
+        return {
+            "kl_to_lock": quality.kl_to_lock,
+            "kl_to_original": quality.kl_to_original,
+            "perplexity_ratio": quality.perplexity / base,
+        }
+
+    lock = bench.quality_of("locked")
+    unlocks = {}
+    for attack in (StackSolve, LinearisedStack, PartialCollapse, RandomFeatures):
+        for trial in attack.trials(config):
+            name = attack.name if trial.stages == 1 else f"{trial.stages} stages"
+            unlocks[name] = figures(attack(trial).unlock(bench.frozen("locked"), bench))
+    for budget in budgets:
+        for start, rates in REDISTILLED.items():
+            tried = [
+                figures(Redistill(redistillation(start, rate, budget)).unlock(bench.frozen("locked"), bench))
+                for rate in rates
+            ]
+            unlocks[f"{start}, {budget} tokens"] = min(tried, key=lambda found: found["kl_to_lock"])
+    return {
+        "lock": bench.names["locked"],
+        "recipe": bench.record.get("recipe"),
+        "kl_to_original": lock.kl_to_original,
+        "perplexity_ratio": lock.perplexity / base,
+        "row_correlation": row_correlation(bench),
+        "unlocks": unlocks,
+        "commit": git_hash(),
+        "versions": versions(),
+        "machine": {"cores": os.cpu_count()},
+    }
+
+
+def redistillation(start: str, rate: float, tokens: int) -> RedistillConfig:
+    return RedistillConfig(start=start, learning_rate=rate, tokens=tokens, points=1)
+
+
+@torch.no_grad()
+def row_correlation(bench: Bench) -> float:
+    """Mean over layers and up rows of the largest correlation with a row of the teacher's."""
+    locked, original = bench.frozen("locked"), bench.frozen("original")
+    rows = bench.unlabelled[: CORRELATION_TOKENS // bench.text_block]
+    means = []
+    for index, x in enumerate(mlp_inputs(locked, rows, bench)):
+        chain, teacher = decoder_layers(locked)[index].mlp, decoder_layers(original)[index].mlp
+        before, stream = [], torch.zeros_like(x)
+        for block in chain.blocks:
+            t = torch.add(x, stream, alpha=chain.gain)
+            before.append(block.up_proj(t))
+            stream = stream + block(t, chain.activation)
+        own, theirs = torch.cat(before, 1), x @ mlp_weights(teacher, bench.family).up.T
+        own, theirs = (F.normalize(values - values.mean(0), dim=0) for values in (own, theirs))
+        means.append((own.T @ theirs).abs().amax(1).mean().item())
+    return sum(means) / len(means)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Cells of unlocks: KL to the lock / KL to the original / perplexity over the original's."""
+    names = list(rows[0]["unlocks"])
+    lines = [
+        "| lock | KL to the original | perplexity over the original's | row correlation | " + " | ".join(names) + " |",
+        "|---|---|---|---|" + "---|" * len(names),
+    ]
+    for row in rows:
+        cells = [
+            "{kl_to_lock:.4f} / {kl_to_original:.4f} / {perplexity_ratio:.3f}".format(**row["unlocks"][name])
+            if name in row["unlocks"]
+            else ""
+            for name in names
+        ]
+        lines.append(
+            f"| {row['lock']} | {row['kl_to_original']:.4f} | {row['perplexity_ratio']:.4f} "
+            f"| {row['row_correlation']:.2f} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
