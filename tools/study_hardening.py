@@ -17,6 +17,12 @@ A lock is as hard as nothing at all once its rows are as far from the teacher's 
 3. Measured on held-out tokens: the lock's NMSE to the teacher, the attackers' NMSE to the lock and to the
    teacher, and that of collapses into K stages.
 
+`ceiling`: what an attack costs that leaves the chains alone and trains all else (`frozen-dlr`), over the cheapest
+on the original, from finished audits. No weights of the chains can make it dearer, as long as they compute what they
+computed:
+
+    python tools/study_hardening.py ceiling AUDIT [AUDIT ...] --out tools/results/hardening.json
+
 Results are added to the file; the rest of it stays. tools/results/hardening.md says what they mean.
 """
 
@@ -33,6 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from lockkit.attack.closed_form import Ridge, units_of
+from lockkit.attack.rows import ROWS, read_rows
+from lockkit.attack.target import cost_to_target
 from lockkit.files import read_json, write_json
 from lockkit.lock.modulewise import nmse
 from lockkit.models.families import decoder_layers, family_of, mlp_weights
@@ -86,6 +94,29 @@ def leak(model, family, train: torch.Tensor, evaluation: torch.Tensor) -> list[d
             kl.add(model(ids).logits[:, :-1], solved(ids).logits[:, :-1])
         found.append({"correlation": correlation, "kl_divergence": kl.kl_divergence, "errors": errors})
         print(f"correlation {correlation}: KL {kl.kl_divergence:.4f}", flush=True)
+    return found
+
+
+def ceiling(audits: list[Path]) -> list[dict]:
+    """Cost to target of `frozen-dlr`, mean over its runs, over the cheapest attack on the original."""
+    found = []
+    for folder in audits:
+        summary = read_json(folder / "summary.json", "AUDIT")
+        rows = [row for key, row in read_rows(folder / ROWS).items() if key in set(summary["row_keys"])]
+        for name, task in summary["tasks"].items():
+            for resource in ("tokens", "flops"):
+
+                def costs(model: str, attack: str | None, task=name, target=task["target_loss"], key=resource):
+                    wanted = (r for r in rows if r["model"] == model and r["task"] == task and r.get("curve"))
+                    spent = (cost_to_target(r, target) for r in wanted if attack in (None, r["attack"]))
+                    return [cost[key] for cost in spent if cost]
+
+                frozen = {model: costs(model, "frozen-dlr") for model in ("locked", "original")}
+                if all(frozen.values()):
+                    least = min(costs("original", None))
+                    figures = {model: sum(spent) / len(spent) / least for model, spent in frozen.items()}
+                    found.append({"audit": folder.name, "task": name, "resource": resource} | figures)
+                    print(found[-1])
     return found
 
 
@@ -209,7 +240,8 @@ def measure(chain: Chain, teacher, x: torch.Tensor, held_out: torch.Tensor) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("leak", "layer"))
+    parser.add_argument("study", choices=("leak", "layer", "ceiling"))
+    parser.add_argument("audits", nargs="*", type=Path, help="folders of audits, for `ceiling`")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--coupling", type=float, default=1.0, help="rms of gain * stream over rms of the input")
@@ -220,20 +252,23 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=0.012)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
+    record = read_json(options.out, "--out") if options.out.is_file() else {"schema": "lockkit-hardening/1"}
+    made_by = {"commit": git_hash(), "versions": versions(), "machine": {"cores": os.cpu_count()}}
+    if options.study == "ceiling":
+        write_json(options.out, record | {"ceiling": made_by | {"rows": ceiling(options.audits)}})
+        return
     torch.manual_seed(0)
     tokenizer, family = load_tokenizer(DEMO), family_of(load_config(DEMO))
     model = load_model(DEMO, torch.float32, "cpu")[0].requires_grad_(False)
     train = token_blocks(tokenizer, documents("stdlib", "distill"), 256, TRAIN_TOKENS)
     evaluation = token_blocks(tokenizer, documents("stdlib", "evaluate"), 256, HELD_OUT_TOKENS)
-    record = read_json(options.out, "--out") if options.out.is_file() else {"schema": "lockkit-hardening/1"}
-    made_by = {"commit": git_hash(), "versions": versions(), "machine": {"cores": os.cpu_count()}}
     if options.study == "leak":
         record["leak"] = made_by | {"rows": leak(model, family, train, evaluation)}
     else:
         teacher = decoder_layers(model)[options.layer].mlp
         x, held_out = (mlp_inputs(model, rows)[options.layer] for rows in (train, evaluation))
         chain = distil(teacher, mlp_weights(teacher, family), x, options)
-        chosen = {k: v for k, v in vars(options).items() if k not in ("study", "out")}
+        chosen = {k: v for k, v in vars(options).items() if k not in ("study", "audits", "out")}
         figures = measure(chain, teacher, x[:FIT_TOKENS], held_out)
         rows = [row for row in record.get("layers", []) if row["options"] != chosen]
         record["layers"] = [*rows, {"options": chosen, "figures": figures} | made_by]
