@@ -110,6 +110,7 @@ class EndToEnd:
             )
         self.hardening = Hardening(config, len(stream), self.steps) if config.hardening != "none" else None
         self.attacked_kl: list[float] = []
+        self.scored = 0
 
     def run(self) -> EndToEndResult:
         """Train; leave the best held-out state in `stack`.
@@ -246,7 +247,11 @@ class EndToEnd:
         The stack keeps all but the teacher's inputs of every layer.
         """
         hidden, arguments = self.stream.begin(ids)
-        teacher, streams = hidden, [hidden] * (1 + len(ATTACKERS) if self.hardening else 1)
+        teacher, streams = hidden, [hidden]
+        if self.hardening:
+            scored = len(ids) // 2  # rows from here on score attackers, those before solve them
+            streams += [hidden[scored:]] * len(ATTACKERS)
+            self.scored, (_, self.scored_arguments) = scored, self.stream.begin(ids[scored:])
         for index in range(len(self.stream)):
             self.stack.keep_input(index, torch.cat(streams))
             chain = self.stack.chain(index)
@@ -259,7 +264,7 @@ class EndToEnd:
                     attackers.observe(chain.packed, chain.take_seen(), self.workers)
                     for number, mlp in enumerate(attackers.mlps(chain.packed), 1):
                         with mlp_replaced(layer, mlp):
-                            streams[number] = layer(streams[number], **arguments[index])
+                            streams[number] = layer(streams[number], **self.scored_arguments[index])
         return arguments, teacher, streams
 
     def _loss(
@@ -271,7 +276,8 @@ class EndToEnd:
         gradients, losses = [], []
         for number, last in enumerate(streams):
             last = last.detach().requires_grad_(True)
-            loss = mean_kl_divergence(self.stream.logits(ids, last), target)
+            rows = slice(self.scored if number else 0, None)
+            loss = mean_kl_divergence(self.stream.logits(ids[rows], last), target[rows])
             losses.append(loss.detach())
             if number:
                 loss = self.hardening.weight_at(step) * torch.relu(self.hardening.cap - loss)
@@ -283,13 +289,14 @@ class EndToEnd:
         self, index: int, layer: torch.nn.Module, chain: PackedMLP, arguments: dict, gradients: list[torch.Tensor]
     ) -> list[torch.Tensor]:
         """Through one layer: the chain's gradient is in its parameters afterwards, the streams' are returned."""
-        inputs = [part.detach().requires_grad_(index > 0) for part in self.stack.take_input(index).chunk(len(gradients))]
+        parts = self.stack.take_input(index).split([len(gradient) for gradient in gradients])
+        inputs = [part.detach().requires_grad_(index > 0) for part in parts]
         outputs = [layer(inputs[0], **arguments)]
         if self.hardening:
-            mlps = self.hardening.layers[index].mlps(chain.packed, chain.take_seen())
+            mlps = self.hardening.layers[index].mlps(chain.packed, chain.take_seen().first(self.scored / len(inputs[0])))
             for hidden, mlp in zip(inputs[1:], mlps, strict=True):
                 with mlp_replaced(layer, mlp):
-                    outputs.append(layer(hidden, **arguments))
+                    outputs.append(layer(hidden, **self.scored_arguments[index]))
         torch.autograd.backward(outputs, gradients)
         return [hidden.grad for hidden in inputs]
 

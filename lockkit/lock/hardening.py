@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ATTACKERS = ("stacked", "linearised")
 MEMORY = 0.97  # of the running averages: about 30 batches
 FIRST_SHARE, FULL_SHARE = 0.05, 0.2  # of the steps: attackers only watch before the first, weigh in full after the second
+GRADIENT_RIDGE = 1e-2  # a batch says little about weak directions
 ROWS_RIDGE, UNITS_RIDGE = 1e-5, 1e-4  # times the mean of the Gram matrix' diagonal
 
 
@@ -92,6 +93,11 @@ class Seen:
     before: torch.Tensor
     y: torch.Tensor
 
+    def first(self, share: float) -> Seen:
+        """The first part of the tokens."""
+        tokens = round(share * len(self.x))
+        return Seen(self.x[:tokens], self.before[:tokens], self.y[:tokens])
+
     @classmethod
     def of(cls, x: torch.Tensor, units_in: torch.Tensor, y: torch.Tensor) -> Seen:
         """From `PackedChains.outputs_and_units` for a group of one."""
@@ -102,7 +108,8 @@ class Seen:
 class LayerAttackers:
     """Both attackers of one chain, with their running averages."""
 
-    def __init__(self) -> None:
+    def __init__(self, gradient_ridge: float = GRADIENT_RIDGE) -> None:
+        self.gradient_ridge = gradient_ridge
         self.averages: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
@@ -129,8 +136,8 @@ class LayerAttackers:
         if seen is not None:
             form, x = _Form.of(chain), seen.x.detach()
             if name == "linearised":
-                rows = _moved(rows, self.averages["xx"], form.inputs(x), seen.before, ROWS_RIDGE)
-            solved = _moved(solved, self.averages[f"{name}.aa"], form.units(x, rows), seen.y, UNITS_RIDGE)
+                rows = _moved(rows, self.averages["xx"], form.inputs(x), seen.before, max(self.gradient_ridge, ROWS_RIDGE))
+            solved = _moved(solved, self.averages[f"{name}.aa"], form.units(x, rows), seen.y, max(self.gradient_ridge, UNITS_RIDGE))
         return AttackedMLP(rows, solved, chain)
 
     def _rows(self, name: str, chain: PackedChains) -> torch.Tensor:
