@@ -244,18 +244,18 @@ def hidden_states(weight: float) -> Iterator[None]:
         return 2 * (student - teacher) / (variance * teacher.numel()) * (weight * share / len(run.stream))
 
     def with_gradients(run, ids):
-        arguments, teacher, streams = forward(run, ids)
+        arguments, teacher, student = forward(run, ids)
         own = run.stream.begin(ids)[0]
         with torch.no_grad():
             for index in range(len(run.stream) - 1):
                 with run.stream.layer(index) as layer:
                     own = layer(own, **arguments[index])
                 gradients[index + 1] = pull(run, run.stack.inputs[index + 1], own, len(ids) / run.batch_rows)
-        return arguments, teacher, streams
+        return arguments, teacher, student
 
-    def with_last(run, ids, teacher, streams, share, step):
-        value, gradients_of_streams = loss(run, ids, teacher, streams, share, step)
-        return value, [gradients_of_streams[0] + pull(run, streams[0], teacher, share)]
+    def with_last(run, ids, teacher, student, share):
+        value, gradient = loss(run, ids, teacher, student, share)
+        return value, gradient + pull(run, student, teacher, share)
 
     def hooked(stack, index):
         hidden = take_input(stack, index)

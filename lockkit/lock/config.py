@@ -71,14 +71,6 @@ class LockConfig(BaseModel):
     ramp_share: float = Field(
         0.25, ge=0, le=1, description="Share of phase 1's steps over which `continuation` raises the coupling from 0."
     )
-    hardening: Literal["none", "standard"] = Field(
-        "none",
-        description="`standard`: phase 2 also works against closed-form unlocks, at a price in fidelity and time.",
-    )
-    hardening_weight: float = Field(1.0, gt=0, description="Weight of the attackers in phase 2's loss.")
-    hardening_cap: float = Field(
-        0.4, gt=0, description="KL to the original, in nats, above which an attacker is not pushed further."
-    )
     seed: int = Field(0, ge=0, description="Seed of grouping, initialisation, order of text and sampling.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the saved weights; `auto` keeps the original's."

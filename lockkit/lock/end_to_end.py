@@ -26,12 +26,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lockkit.errors import DistillationError, UsageError
+from lockkit.errors import DistillationError
 from lockkit.files import read_json, write_json
 from lockkit.lock.config import LockConfig
-from lockkit.lock.fidelity import Fidelity, FidelityMeter, mean_kl_divergence, mlp_replaced
-from lockkit.lock.hardening import ATTACKERS, Hardening
-from lockkit.lock.stack import ChainStack, PackedMLP
+from lockkit.lock.fidelity import Fidelity, FidelityMeter, mean_kl_divergence
+from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
 from lockkit.lock.workers import Workers
 from lockkit.models.stream import StreamedModel, return_free_memory
@@ -43,8 +42,6 @@ MAX_GRADIENT_NORM = 1.0
 TRIAL_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01)
 TRIAL_SHARE = 1 / 4  # of the steps
 SHORTEST_TRIAL = 8  # steps
-HARDENING_RATE = 0.003
-ATTACKERS_FILE = "attackers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,14 +100,6 @@ class EndToEnd:
         self.steps = config.end_to_end_tokens // (self.batch_rows * train.shape[1])
         order = _row_order(len(train), self.steps * self.batch_rows, config.seed)
         self.batches = order.split(self.batch_rows)
-        if config.hardening != "none" and workers.count > self.batch_rows:
-            raise UsageError(
-                f"{workers.count} workers share batches of {self.batch_rows} rows, and with --hardening each needs one: "
-                "raise --end-to-end-batch-tokens, or start fewer"
-            )
-        self.hardening = Hardening(config, len(stream), self.steps) if config.hardening != "none" else None
-        self.attacked_kl: list[float] = []
-        self.scored = 0
 
     def run(self) -> EndToEndResult:
         """Train; leave the best held-out state in `stack`.
@@ -128,8 +117,7 @@ class EndToEnd:
             loss = self._step(self.batches[step], step)
             position.step = step + 1
             position.seconds = before_seconds + time.perf_counter() - started
-            attacked = "".join(f", {name} {kl:.3f}" for name, kl in zip(ATTACKERS, self.attacked_kl, strict=False))
-            self.progress.advance(1, f"kl {loss:.5f}{attacked}")
+            self.progress.advance(1, f"kl {loss:.5f}")
             if position.step in evaluate_at:
                 self._keep_if_better(position, self.meter.measure(self.stack.chain))
             if position.step in evaluate_at or time.perf_counter() - saved > SAVE_EVERY_SECONDS:
@@ -156,9 +144,7 @@ class EndToEnd:
         started = time.perf_counter()
         before = self.meter.measure(self.stack.chain)
         before_kl, highest_perplexity = before.kl_divergence, max(before.perplexity, before.original_perplexity)
-        rate = self.config.end_to_end_learning_rate or (
-            HARDENING_RATE if self.hardening else self._find_rate(before_kl, highest_perplexity)
-        )
+        rate = self.config.end_to_end_learning_rate or self._find_rate(before_kl, highest_perplexity)
         self.stack.restart(rate, self.steps)
         return _Position(0, 0, before_kl, before_kl, highest_perplexity, rate, time.perf_counter() - started)
 
@@ -189,13 +175,10 @@ class EndToEnd:
         position = _Position(**read_json(snapshot[0] / "position.json", "--work"))
         self.stack.restart(position.learning_rate, self.steps)
         self.stack.load(snapshot[0], with_optimiser=True)
-        if self.hardening:
-            self.hardening.load(snapshot[0] / ATTACKERS_FILE, self.stream.device)
         return position
 
     def _keep_if_better(self, position: _Position, held_out: Fidelity) -> None:
-        better = held_out.perplexity <= position.highest_perplexity and held_out.kl_divergence < position.best_kl
-        if better or self.hardening:  # an earlier state is less hardened, not better
+        if held_out.perplexity <= position.highest_perplexity and held_out.kl_divergence < position.best_kl:
             position.best_kl, position.best_step = held_out.kl_divergence, position.step
             if self.workers.first:
                 with self.work.new_state("best", position.step) as folder:
@@ -207,23 +190,21 @@ class EndToEnd:
         if self.workers.first:
             with self.work.new_state("snapshot", position.step) as folder:
                 self.stack.save(folder, with_optimiser=True)
-                if self.hardening:
-                    self.hardening.save(folder / ATTACKERS_FILE)
                 write_json(folder / "position.json", asdict(position))
             self.work.drop_states("snapshot", position.step)
             self.work.drop_states("best", position.best_step)
         self.workers.wait()
 
     def _step(self, chosen: torch.Tensor, step: int) -> float:
-        """One step on the rows `chosen`; returns the student's loss over all workers' rows."""
+        """One step on the rows `chosen`; returns the loss over all workers' rows."""
         mine = chosen[self.workers.rank :: self.workers.count]
         share = len(mine) / len(chosen)
         ids = self.train[mine].to(self.stream.device)
         if share:
-            arguments, teacher, streams = self._forward(ids)
-            loss, gradients = self._loss(ids, teacher, streams, share, step)
+            arguments, teacher, student = self._forward(ids)
+            loss, gradient = self._loss(ids, teacher, student, share)
         else:  # more workers than rows
-            arguments, loss, gradients = [], torch.zeros(()), []
+            arguments, loss, gradient = [], torch.zeros(()), None
         return_free_memory()
         total = loss.detach().double().cpu().reshape(1)
         self.workers.sum_([total])
@@ -231,8 +212,10 @@ class EndToEnd:
             raise DistillationError(f"phase 2 diverged (loss {total.item()}): lower --end-to-end-learning-rate")
         for index in reversed(range(len(self.stream))):
             with self.stack.trained(index) as (layer, chain, optimiser):
-                if gradients:
-                    gradients = self._backward(index, layer, chain, arguments[index], gradients)
+                if gradient is not None:
+                    hidden = self.stack.take_input(index).requires_grad_(index > 0)
+                    layer(hidden, **arguments[index]).backward(gradient)
+                    gradient = hidden.grad
                 for parameter in chain.parameters():
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 self.workers.sum_([parameter.grad for parameter in chain.parameters()])
@@ -241,64 +224,27 @@ class EndToEnd:
         return total.item()
 
     @torch.no_grad()
-    def _forward(self, ids: torch.Tensor) -> tuple[list[dict], torch.Tensor, list[torch.Tensor]]:
-        """The layers' arguments and the last hidden states: the teacher's, and those of the student and its attackers.
-
-        The stack keeps all but the teacher's inputs of every layer.
-        """
+    def _forward(self, ids: torch.Tensor) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
+        """The layers' arguments and both last hidden states; the stack keeps the student's input of every layer."""
         hidden, arguments = self.stream.begin(ids)
-        teacher, streams = hidden, [hidden]
-        if self.hardening:
-            scored = len(ids) // 2  # rows from here on score attackers, those before solve them
-            streams += [hidden[scored:]] * len(ATTACKERS)
-            self.scored, (_, self.scored_arguments) = scored, self.stream.begin(ids[scored:])
+        teacher = student = hidden
         for index in range(len(self.stream)):
-            self.stack.keep_input(index, torch.cat(streams))
-            chain = self.stack.chain(index)
-            with self.stream.layer(index) as layer:
-                teacher = layer(teacher, **arguments[index])
-                with mlp_replaced(layer, chain):
-                    streams[0] = layer(streams[0], **arguments[index])
-                if self.hardening:
-                    attackers = self.hardening.layers[index]
-                    attackers.observe(chain.packed, chain.take_seen(), self.workers)
-                    for number, mlp in enumerate(attackers.mlps(chain.packed), 1):
-                        with mlp_replaced(layer, mlp):
-                            streams[number] = layer(streams[number], **self.scored_arguments[index])
-        return arguments, teacher, streams
+            with self.stack.both(index) as (run_teacher, run_student):
+                self.stack.keep_input(index, student)
+                teacher = run_teacher(teacher, **arguments[index])
+                student = run_student(student, **arguments[index])
+        return arguments, teacher, student
 
     def _loss(
-        self, ids: torch.Tensor, teacher: torch.Tensor, streams: list[torch.Tensor], share: float, step: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """This worker's part of the student's loss, and the gradient with respect to each stream's last hidden state."""
+        self, ids: torch.Tensor, teacher: torch.Tensor, student: torch.Tensor, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This worker's part of the loss, and its gradient with respect to the student's last hidden state."""
         with torch.no_grad():
             target = self.stream.logits(ids, teacher)
-        gradients, losses = [], []
-        for number, last in enumerate(streams):
-            last = last.detach().requires_grad_(True)
-            rows = slice(self.scored if number else 0, None)
-            loss = mean_kl_divergence(self.stream.logits(ids[rows], last), target[rows])
-            losses.append(loss.detach())
-            if number:
-                loss = self.hardening.weight_at(step) * torch.relu(self.hardening.cap - loss)
-            gradients += torch.autograd.grad(loss * share, last)
-        self.attacked_kl = [loss.item() for loss in losses[1:]]
-        return losses[0] * share, gradients
-
-    def _backward(
-        self, index: int, layer: torch.nn.Module, chain: PackedMLP, arguments: dict, gradients: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Through one layer: the chain's gradient is in its parameters afterwards, the streams' are returned."""
-        parts = self.stack.take_input(index).split([len(gradient) for gradient in gradients])
-        inputs = [part.detach().requires_grad_(index > 0) for part in parts]
-        outputs = [layer(inputs[0], **arguments)]
-        if self.hardening:
-            mlps = self.hardening.layers[index].mlps(chain.packed, chain.take_seen().first(self.scored / len(inputs[0])))
-            for hidden, mlp in zip(inputs[1:], mlps, strict=True):
-                with mlp_replaced(layer, mlp):
-                    outputs.append(layer(hidden, **self.scored_arguments[index]))
-        torch.autograd.backward(outputs, gradients)
-        return [hidden.grad for hidden in inputs]
+        student = student.detach().requires_grad_(True)
+        loss = mean_kl_divergence(self.stream.logits(ids, student), target) * share
+        (gradient,) = torch.autograd.grad(loss, student)
+        return loss, gradient
 
 
 def _row_order(available: int, wanted: int, seed: int) -> torch.Tensor:

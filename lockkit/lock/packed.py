@@ -60,15 +60,9 @@ class PackedChains(nn.Module):
             coupling: factor of the gains; 0 uncouples the blocks.
             dtype: of the computation; that of `x` if None.
         """
-        return self.outputs_and_units(x, coupling, dtype)[0]
-
-    def outputs_and_units(
-        self, x: torch.Tensor, coupling: float = 1.0, dtype: torch.dtype | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `forward`, and the units before their activation, `[depth, group, tokens, width]`; both with gradients."""
         compute = dtype or x.dtype
         bias = None if self.read_bias is None else (self.read_bias * self.bias_rms).to(compute)
-        stream, units_in = _Chain.apply(
+        stream = _Chain.apply(
             x.to(compute),
             (self.read * self.read_rms).to(compute),
             bias,
@@ -76,11 +70,8 @@ class PackedChains(nn.Module):
             (self.gains * coupling).to(compute),
             self.activation,
             self.gated,
-        )
-        stream = stream.to(x.dtype)
-        if self.output_bias is not None:
-            stream = stream + (self.output_bias * self.bias_rms).to(x.dtype)
-        return stream, units_in
+        ).to(x.dtype)
+        return stream if self.output_bias is None else stream + (self.output_bias * self.bias_rms).to(x.dtype)
 
     @torch.no_grad()
     def unpack(self, chains: Sequence[DLRNet]) -> None:
@@ -141,12 +132,11 @@ class _Chain(torch.autograd.Function):
             stream.baddbmm_(units, write[block])
         ctx.save_for_backward(inputs, units_in, read, bias, write, gains)
         ctx.activation, ctx.gated = activation, gated
-        ctx.set_materialize_grads(False)
-        return stream, units_in
+        return stream
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient, units_in_gradient):
+    def backward(ctx, gradient):
         inputs, units_in, read, bias, write, gains = ctx.saved_tensors
         rank = write.shape[2]
         activated, slope = _activation_and_slope(ctx.activation, units_in[..., :rank])
@@ -155,7 +145,7 @@ class _Chain(torch.autograd.Function):
             units, slope = activated * up, slope * up
         else:
             units = activated
-        gradient = torch.zeros_like(inputs[0]) if gradient is None else gradient.clone()  # of the stream
+        gradient = gradient.clone()  # of the stream
         units_gradient = torch.empty_like(units_in)
         write_gradient = torch.empty_like(write)
         x_gradient = gradient.new_zeros(gradient.shape) if ctx.needs_input_grad[0] else None
@@ -165,8 +155,6 @@ class _Chain(torch.autograd.Function):
             torch.mul(back, slope[block], out=units_gradient[block][..., :rank])
             if ctx.gated:
                 torch.mul(back, activated[block], out=units_gradient[block][..., rank:])
-            if units_in_gradient is not None:
-                units_gradient[block] += units_in_gradient[block]
             if block or x_gradient is not None:
                 back = torch.bmm(units_gradient[block], read[block].transpose(1, 2))
                 gradient.addcmul_(back, gains)

@@ -14,7 +14,6 @@ from torch import nn
 from lockkit.dlr.net import DLRNet
 from lockkit.lock.config import LockConfig
 from lockkit.lock.fidelity import mlp_replaced
-from lockkit.lock.hardening import Seen
 from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.packed import PackedChains
 from lockkit.models.stream import StreamedModel, return_free_memory
@@ -29,20 +28,9 @@ class PackedMLP(nn.Module):
         super().__init__()
         self.packed = PackedChains([chain])
         self.dtype = dtype
-        self.watched = False
-        self.seen: Seen | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(0, -2)
-        y, units_in = self.packed.outputs_and_units(flat.unsqueeze(0), dtype=self.dtype)
-        if self.watched:
-            self.seen = Seen.of(flat, units_in, y[0])
-        return y.view_as(x)
-
-    def take_seen(self) -> Seen:
-        """What the chain did in its last forward pass, if it is watched; it is let go of."""
-        seen, self.seen = self.seen, None
-        return seen
+        return self.packed(x.flatten(0, -2).unsqueeze(0), dtype=self.dtype).view_as(x)
 
 
 class ChainStack:
@@ -81,6 +69,18 @@ class ChainStack:
         return chain
 
     @contextmanager
+    def both(self, index: int) -> Iterator[tuple[Callable, Callable]]:
+        """A decoder layer as functions of hidden states: with its own MLP, and with its chain."""
+        mlp = self.chain(index)
+        with self.stream.layer(index) as layer:
+
+            def student(hidden: torch.Tensor, **arguments) -> torch.Tensor:
+                with mlp_replaced(layer, mlp):
+                    return layer(hidden, **arguments)
+
+            yield layer, student
+
+    @contextmanager
     def trained(self, index: int) -> Iterator[tuple[nn.Module, PackedMLP, RelativeAdam]]:
         """A decoder layer with its chain in it, the chain, and its optimiser; kept afterwards."""
         mlp, optimiser = self._take(index)
@@ -90,7 +90,7 @@ class ChainStack:
             _write(self._file(self.folder, index), mlp, optimiser)
 
     def keep_input(self, index: int, hidden: torch.Tensor) -> None:
-        """Keep a layer's inputs, `[rows, block, hidden]`, for the backward pass."""
+        """Keep the student's input of a layer, `[rows, block, hidden]`, for the backward pass."""
         if self.folder:
             save_file({"hidden": hidden}, self.folder / f"input-{index}")
         else:
@@ -144,7 +144,6 @@ class ChainStack:
 
     def _new(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
         mlp = PackedMLP(self.start(index), self.config.torch_compute_dtype).to(self.stream.device)
-        mlp.watched = self.config.hardening != "none"
         return mlp, RelativeAdam(mlp.parameters(), self.learning_rate, self.steps)
 
     @staticmethod
