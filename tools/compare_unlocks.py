@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def row_correlation(bench: Bench) -> float:
     for index, x in enumerate(mlp_inputs(locked, rows, bench)):
         chain, teacher = decoder_layers(locked)[index].mlp, decoder_layers(original)[index].mlp
         before: list[torch.Tensor] = []
-        hooks = [block.up_proj.register_forward_hook(lambda _m, _args, out: before.append(out)) for block in chain.blocks]
+        keep = functools.partial(_keep_output, before)
+        hooks = [block.up_proj.register_forward_hook(keep) for block in chain.blocks]
         chain(x)
         for hook in hooks:
             hook.remove()
@@ -122,6 +124,10 @@ def row_correlation(bench: Bench) -> float:
         own, theirs = (F.normalize(values - values.mean(0), dim=0) for values in (own, theirs))
         means.append((own.T @ theirs).abs().amax(1).mean().item())
     return sum(means) / len(means)
+
+
+def _keep_output(into: list[torch.Tensor], _module, _args, output: torch.Tensor) -> None:
+    into.append(output)
 
 
 def markdown(rows: list[dict]) -> str:

@@ -102,21 +102,27 @@ def ceiling(audits: list[Path]) -> list[dict]:
     found = []
     for folder in audits:
         summary = read_json(folder / "summary.json", "AUDIT")
-        rows = [row for key, row in read_rows(folder / ROWS).items() if key in set(summary["row_keys"])]
+        made = read_rows(folder / ROWS)
+        rows = [made[key] for key in summary["row_keys"] if key in made]
         for name, task in summary["tasks"].items():
             for resource in ("tokens", "flops"):
-
-                def costs(model: str, attack: str | None, task=name, target=task["target_loss"], key=resource):
-                    wanted = (r for r in rows if r["model"] == model and r["task"] == task and r.get("curve"))
-                    spent = (cost_to_target(r, target) for r in wanted if attack in (None, r["attack"]))
-                    return [cost[key] for cost in spent if cost]
-
-                frozen = {model: costs(model, "frozen-dlr") for model in ("locked", "original")}
+                costs = _costs([row for row in rows if row["task"] == name], task["target_loss"], resource)
+                frozen = {model: costs.get((model, "frozen-dlr")) for model in ("locked", "original")}
                 if all(frozen.values()):
-                    least = min(costs("original", None))
+                    least = min(cost for (model, _), spent in costs.items() if model == "original" for cost in spent)
                     figures = {model: sum(spent) / len(spent) / least for model, spent in frozen.items()}
                     found.append({"audit": folder.name, "task": name, "resource": resource} | figures)
                     print(found[-1])
+    return found
+
+
+def _costs(rows: list[dict], target: float, resource: str) -> dict[tuple[str, str], list[float]]:
+    """What each run that reached `target` spent, by model and attack."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        cost = cost_to_target(row, target) if row.get("curve") else None
+        if cost:
+            found.setdefault((row["model"], row["attack"]), []).append(cost[resource])
     return found
 
 
