@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from tiny import save_tiny
 from lockkit.files import LOCK_RECORD, read_json
 from lockkit.lock.cache import ActivationCache
 
+# glibc raises these thresholds as it goes and then keeps freed blocks: up to 30 MB of 180, another amount in every run.
+NOTHING_HOARDED = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
 
 
@@ -22,7 +25,8 @@ def beyond_the_libraries(tmp_path, layers: int) -> dict:
     quick = QUICK | {"tokens": 1_024, "end_to_end_tokens": 512}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items()]
     command = [sys.executable, "-m", "lockkit", "lock", original, out, *options, "--offload", "disk"]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    environment = os.environ | NOTHING_HOARDED
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     memory = read_json(out / LOCK_RECORD, "")["memory"]
     assert f"{memory['peak_bytes'] / 1e9:.2f} GB" in done.stdout
@@ -35,7 +39,7 @@ def test_four_times_the_layers_take_no_more_memory(tmp_path):
     sizes = [memory["peak_bytes"] - memory["idle_bytes"] for memory in (few, many)]
     weights = sum(file.stat().st_size for file in (tmp_path / "8-layers").glob("*.safetensors"))
     assert weights > 3 * (sizes[1] - sizes[0])  # which keeping them would have added
-    assert sizes[1] < 1.15 * sizes[0]
+    assert sizes[1] < 1.05 * sizes[0]
     assert many["predicted_bytes"] < 1.3 * few["predicted_bytes"]  # what is written at once grows up to a shard
     assert 0.6 < sizes[1] / many["predicted_bytes"] < 1.6
 
