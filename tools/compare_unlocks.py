@@ -34,6 +34,7 @@ from lockkit.attack.base import CannotRun
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.files import read_json, write_json
+from lockkit.lock.record import public_name
 from lockkit.models.families import decoder_layers, mlp_weights
 from lockkit.version import git_hash, versions
 
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[65_536], help="budgets of re-distillation")
     parser.add_argument("--unlock-tokens", type=int, default=32_768, help="unlabelled tokens of a closed form")
     options = parser.parse_args()
+    if len({public_name(locked) for locked in options.locked}) < len(options.locked):
+        parser.error("rows are known by the last part of a lock's path, and two are the same: rename a folder")
     file = options.out.with_suffix(".json")
     record = read_json(file, "--out") if file.is_file() else {"schema": SCHEMA, "rows": []}
     for locked in options.locked:
@@ -84,10 +87,8 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
                 unlocks[name] = figures(attack(trial).unlock(bench.frozen("locked"), bench))
     for budget in budgets:
         for start, rates in REDISTILLED.items():
-            tried = [
-                figures(Redistill(redistillation(start, rate, budget)).unlock(bench.frozen("locked"), bench))
-                for rate in rates
-            ]
+            trials = [RedistillConfig(start=start, learning_rate=rate, tokens=budget, points=1) for rate in rates]
+            tried = [figures(Redistill(trial).unlock(bench.frozen("locked"), bench)) for trial in trials]
             unlocks[f"{start}, {budget} tokens"] = min(tried, key=lambda found: found["kl_to_lock"])
     return {
         "lock": bench.names["locked"],
@@ -100,10 +101,6 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
         "versions": versions(),
         "machine": {"cores": os.cpu_count()},
     }
-
-
-def redistillation(start: str, rate: float, tokens: int) -> RedistillConfig:
-    return RedistillConfig(start=start, learning_rate=rate, tokens=tokens, points=1)
 
 
 @torch.no_grad()
