@@ -25,6 +25,7 @@ def test_uncoupled_blocks_give_the_teacher_back(originals, tmp_path):
     assert row["row_correlation"] > 0.999
     unlocks = row["unlocks"]
     assert unlocks["linearised-stack"]["kl_to_original"] < 1e-3 < unlocks["random-features"]["kl_to_original"]
+    assert unlocks["corrected, 0 tokens"]["kl_to_lock"] < 1e-6
     assert unlocks["warm, 1024 tokens"]["kl_to_lock"] < unlocks["features, 1024 tokens"]["kl_to_lock"]
     assert "2 stages" not in unlocks  # 10 + 10 + 10 + 9 + 9 units
     table = (tmp_path / "unlocks.md").read_text().splitlines()

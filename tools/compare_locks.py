@@ -2,7 +2,7 @@
 
     python tools/compare_locks.py --out tools/results/locks --work /somewhere/with/space
 
-1. Locks the model at every depth and start; a lock that is there is used as it is.
+1. Locks the model at every depth, start and coupling; a lock that is there is used as it is.
 2. Audits each; rows of the original are made once and shared (`lockkit attack --controls`).
 3. Writes OUT.json and OUT.md: quality, effective depth, unlock ratio, owner's advantage, and the
    amplification of each resource with the attack that reached it, mean and spread over seeds.
@@ -35,10 +35,10 @@ def main() -> None:
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows, controls = [], list(arguments.controls)
-    for depth, init in itertools.product(arguments.depth, arguments.init):
-        name = f"{init}-{depth}"
+    for depth, init, coupling in itertools.product(arguments.depth, arguments.init, arguments.coupling or [None]):
+        name = f"{init}-{depth}" if coupling is None else f"{init}-{depth}-coupling-{coupling:g}"
         try:
-            lock = _lock(arguments, depth, init, arguments.work / f"lock-{name}")
+            lock = _lock(arguments, name, {"depth": depth, "init": init, "coupling": coupling})
         except DistillationError as error:  # the others are still worth their rows
             rows.append({"lock": name, "failed": str(error)})
             _write(arguments, rows)
@@ -60,6 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="the original (demo)")
     parser.add_argument("--depth", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--init", nargs="+", default=["continuation", "random"], choices=["continuation", "random"])
+    parser.add_argument("--coupling", type=float, nargs="+", help="couplings to compare; by default lock's own default")
     parser.add_argument("--suite", default="standard", choices=["quick", "standard", "full"])
     parser.add_argument("--attack", action="append", help="only this attack; may be repeated")
     parser.add_argument("--controls", type=Path, nargs="+", default=[], help="audits whose rows serve")
@@ -72,14 +73,15 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _lock(arguments: argparse.Namespace, depth: int, init: str, out: Path) -> Path:
-    """The lock at `out`, made unless it is there."""
+def _lock(arguments: argparse.Namespace, name: str, settings: dict) -> Path:
+    """The folder of the lock called `name`, made with these settings (None: the default) unless it is there."""
+    out = arguments.work / f"lock-{name}"
     if not (out / "lockkit.json").is_file():
         small = QUICK_LOCK if arguments.quick else {}
-        given = {"data": arguments.data} if arguments.data else {}
+        given = {key: value for key, value in (settings | {"data": arguments.data}).items() if value is not None}
         with TerminalProgress() as progress:
-            progress.say(f"{init}-{depth}: lock")
-            config = LockConfig(depth=depth, init=init, device=arguments.device, **small, **given)
+            progress.say(f"{name}: lock")
+            config = LockConfig(device=arguments.device, **small, **given)
             lock_model(arguments.model, out, config, progress=progress)
     return out
 

@@ -7,7 +7,7 @@
 For every lock:
 
 1. Its fidelity: perplexity over the original's, and KL to it.
-2. Closed-form unlocks (stacked, linearised, K stages) and, of what knows nothing of the lock's weights, random
+2. Closed-form unlocks (side by side as the blocks stand and corrected from few tokens, stacked, linearised, K stages) and, of what knows nothing of the lock's weights, random
    features: KL of the result to the lock and to the original, and its perplexity over the original's.
 3. Re-distillations of `--tokens` tokens: from the linearised stack (warm), and from random features, which know
    nothing of the lock's weights; the best of a few learning rates.
@@ -28,7 +28,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lockkit.attack.attacks.closed_form import LinearisedStack, PartialCollapse, RandomFeatures, StackSolve, mlp_inputs
+from lockkit.attack.attacks.closed_form import (
+    CorrectedStack,
+    LinearisedStack,
+    PartialCollapse,
+    RandomFeatures,
+    StackSolve,
+    mlp_inputs,
+)
 from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
 from lockkit.attack.base import CannotRun
 from lockkit.attack.bench import Bench
@@ -80,6 +87,10 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
 
     lock = bench.quality_of("locked")
     unlocks = {}
+    for trial in CorrectedStack.trials(config):
+        unlocks[f"corrected, {trial.tokens} tokens"] = figures(
+            CorrectedStack(trial).unlock(bench.frozen("locked"), bench)
+        )
     for attack in (StackSolve, LinearisedStack, PartialCollapse, RandomFeatures):
         for trial in attack.trials(config):
             name = attack.name if trial.stages == 1 else f"{trial.stages} stages"

@@ -10,7 +10,8 @@ A lock is as hard as nothing at all once its rows are as far from the teacher's 
 `layer`: one decoder layer's chain, distilled from the teacher's units with a stronger coupling:
 
 1. Block l reads `t = x + gain * s`; with --normalise `t` is brought back to the rms of `x`, which keeps
-   strong couplings finite.
+   strong couplings finite. --stream puts an elementwise non-linearity on `s` where it is read; --state widens the
+   stream by so many dimensions that only blocks read and write, and takes units away for their parameters.
 2. Loss: NMSE; --ridge adds a hinge on the error of the two closed-form attackers (stacked, linearised),
    each fitted on a part of the batch and scored on the rest, as a differentiable ridge solve (unlock-aware
    distillation); --linear adds a hinge on the share of the pre-activations that is linear in `x`.
@@ -128,14 +129,22 @@ def _costs(rows: list[dict], target: float, resource: str) -> dict[tuple[str, st
 
 @dataclass
 class Chain:
-    """A gated chain as packed tensors: `read` [depth, hidden, 2 rank], `write` [depth, rank, hidden]."""
+    """A gated chain as packed tensors: `read` [depth, width, 2 rank], `write` [depth, rank, width].
+
+    `width` is the hidden size plus that of a state of the stream's own, which is 0 in `x`.
+    """
 
     read: torch.Tensor
     write: torch.Tensor
     gain: float
     rms: float | None  # of x, if the blocks' input is normalised
+    stream: str = "linear"
 
     def block_input(self, x: torch.Tensor, stream: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        if self.stream == "absolute":
+            stream = stream.abs()
+        elif self.stream == "tanh":  # about -1..1 as the next block reads it, before it is scaled back
+            stream = torch.tanh(self.gain * stream) / self.gain
         t = torch.add(x, stream, alpha=self.gain * share)
         return t if self.rms is None else t * (self.rms / t.square().mean(-1, keepdim=True).sqrt())
 
@@ -170,13 +179,27 @@ def hinge(chain: Chain, x: torch.Tensor, before: list[torch.Tensor], out: torch.
     return total
 
 
+def start(weights, x: torch.Tensor, state: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's units in blocks, and noise where they read and write the state.
+
+    A state costs parameters: the units that add least on `x` are left out for it.
+    """
+    hidden = len(weights.down)
+    energy = gated(x @ torch.cat([weights.gate, weights.up]).T, 1).square().mean(0) * weights.down.square().sum(0)
+    rank = len(weights.up) * hidden // (hidden + state) // DEPTH
+    units = energy.topk(rank * DEPTH).indices[torch.randperm(rank * DEPTH)].view(DEPTH, -1)
+    read = torch.stack([torch.cat([weights.gate[u], weights.up[u]]).T for u in units])
+    write = torch.stack([weights.down[:, u].T for u in units])
+    noise = [torch.randn(*m.shape[:dim], state, *m.shape[dim + 1 :]) * m.std() for m, dim in ((read, 1), (write, 2))]
+    return torch.cat([read, noise[0]], 1), torch.cat([write, noise[1]], 2)
+
+
 def distil(teacher, weights, x: torch.Tensor, options: argparse.Namespace) -> Chain:
     """Train one layer's chain; see the top of this file."""
     sample = x[:4096]
     rms, out_rms = (v.square().mean().sqrt().item() for v in (sample, teacher(sample)))
-    units = torch.randperm(len(weights.up)).view(DEPTH, -1)
-    read = torch.stack([torch.cat([weights.gate[u], weights.up[u]]).T for u in units])
-    write = torch.stack([weights.down[:, u].T for u in units])
+    read, write = start(weights, sample, options.state)
+    x = F.pad(x, (0, options.state))
     sizes = [m.square().mean().sqrt() for m in (read, write)]
     parameters = [(m / size).requires_grad_() for m, size in zip((read, write), sizes, strict=True)]
     optimiser = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True)
@@ -185,13 +208,14 @@ def distil(teacher, weights, x: torch.Tensor, options: argparse.Namespace) -> Ch
         rate = options.learning_rate * min(1, (step + 1) / 15) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
         optimiser.param_groups[0]["lr"] = rate
         chain = Chain(*(p * s for p, s in zip(parameters, sizes, strict=True)), options.coupling * rms / out_rms, None)
+        chain.stream = options.stream
         chain.rms = rms if options.normalise else None
         hinged = options.ridge and step % HINGE_EVERY == 0 and step > 0.2 * options.steps
         batch = x[torch.randint(len(x), (HINGE_TOKENS if hinged else 512,))]
         before, stream = chain.run(batch, min(1.0, (step + 1) / (0.4 * options.steps)))
         with torch.no_grad():
-            wanted = teacher(batch)
-        loss = nmse(stream[-1], wanted)
+            wanted = teacher(batch[:, : len(weights.down)])
+        loss = nmse(stream[-1][:, : len(weights.down)], wanted)
         if options.linear:
             values = torch.cat(before[1:], 1)
             rest = values - batch @ solve(batch, values.detach(), 1e-4)
@@ -230,16 +254,19 @@ def collapsed(chain: Chain, x: torch.Tensor, held_out: torch.Tensor, stages: int
 
 @torch.no_grad()
 def measure(chain: Chain, teacher, x: torch.Tensor, held_out: torch.Tensor) -> dict:
+    hidden, state = x.shape[1], chain.read.shape[1] - x.shape[1]
+    wanted = teacher(held_out)
+    x, held_out = (F.pad(values, (0, state)) for values in (x, held_out))
     before, _ = chain.run(x)
     values = torch.cat(before, 1)
     linear = 1 - (values - x @ solve(x, values, 1e-6)).square().mean(0) / values.square().mean(0)
-    out, wanted = chain.run(held_out)[1][-1], teacher(held_out)
+    out = chain.run(held_out)[1][-1][:, :hidden]
     figures = {"lock": nmse(out, wanted).item(), "linear_share": linear.mean().item()}
     for name, stages, linearised in (
         *(("stacked", 1, False), ("linearised", 1, True)),
         *((f"{stages} stages", stages, True) for stages in (4, 8)),
     ):
-        attacked = collapsed(chain, x, held_out, stages, linearised)
+        attacked = collapsed(chain, x, held_out, stages, linearised)[:, :hidden]
         figures[name] = {"to_lock": nmse(attacked, out).item(), "to_teacher": nmse(attacked, wanted).item()}
     return figures
 
@@ -252,6 +279,8 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--coupling", type=float, default=1.0, help="rms of gain * stream over rms of the input")
     parser.add_argument("--normalise", action="store_true")
+    parser.add_argument("--stream", choices=("linear", "absolute", "tanh"), default="linear")
+    parser.add_argument("--state", type=int, default=0, help="dimensions of the stream's own")
     parser.add_argument("--ridge", type=float, default=0.0, help="weight of the attackers' hinge")
     parser.add_argument("--cap", type=float, default=0.35, help="error above which an attacker is not pushed further")
     parser.add_argument("--linear", type=float, default=0.0, help="weight of the hinge on linear pre-activations")

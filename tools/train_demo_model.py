@@ -1,6 +1,7 @@
-"""Train the bundled model `demo`: a small Qwen3 on the standard library's sources.
+"""Train the bundled model `demo`: a small Qwen3 on the standard library's sources; or another family beside it.
 
     python tools/train_demo_model.py --out lockkit/models/demo
+    python tools/train_demo_model.py --family phi --hidden 192 --layers 6 --seed 1 --work .cache/phi --out phi
 
 1. Train a byte-level BPE tokenizer on the `train` split.
 2. Train the model: Muon for the matrices of the decoder layers, AdamW for embeddings and
@@ -38,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(".cache/demo-model"), help="where a stopped run goes on")
+    parser.add_argument("--family", default="qwen3", help="model type, as transformers names it")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--block", type=int, default=512, help="tokens a row")
@@ -81,9 +83,10 @@ def make_tokenizer(folder: Path, vocab_size: int):
 
 
 def make_model(args: argparse.Namespace, tokenizer):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen3Config(
+    config = AutoConfig.for_model(
+        args.family,
         vocab_size=args.vocab,
         hidden_size=args.hidden,
         intermediate_size=args.intermediate,
@@ -99,7 +102,7 @@ def make_model(args: argparse.Namespace, tokenizer):
         initializer_range=0.02,
     )
     torch.manual_seed(args.seed)
-    return Qwen3ForCausalLM(config).to(args.device)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(args.device)
 
 
 class Muon(torch.optim.Optimizer):
@@ -244,14 +247,15 @@ def tidy(folder: Path) -> None:
 def write_card(args, model, tokenizer, figures: dict, sample: str) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     c = model.config
+    title = "demo: the model that lockkit ships" if args.out.name == "demo" else f"{args.out.name}: made as demo was"
     card = f"""---
 license: apache-2.0
 library_name: transformers
 tags: [code, python, demo]
 ---
-# demo: the model that lockkit ships
+# {title}
 
-A Qwen3 causal language model of {parameters:,} parameters ({c.num_hidden_layers} layers, hidden size
+A causal language model (`{args.family}`) of {parameters:,} parameters ({c.num_hidden_layers} layers, hidden size
 {c.hidden_size}, MLP width {c.intermediate_size}, {c.num_attention_heads} heads, {c.num_key_value_heads} for keys
 and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exists so that `lockkit lock demo`
 has a real pretrained model to work on without a network. It writes text that looks like Python, not programs.

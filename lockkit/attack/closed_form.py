@@ -9,6 +9,10 @@ For one chain cut into K stages (K = 1: an ordinary MLP), stage by stage:
 3. Second layer: a ridge regression of what is missing (true stream at the stage's end minus `s`)
    on the units.
 
+*Corrected*: both layers start as the chain's own, and the regressions are of what these leave, so that a ridge
+shrinks towards the lock and not towards nothing. A few hundred tokens are enough then; with none at all
+(`as_they_stand`) the coupling is ignored.
+
 Gram matrices are added up over tokens in float64; every ridge is chosen on held-out activations.
 Source: this project's first measurements of the lock (ridge regression: Hoerl and Kennard 1970;
 random features: Rahimi and Recht 2007).
@@ -27,17 +31,18 @@ from lockkit.dlr.net import DLRNet
 from lockkit.models.families import MLPWeights
 
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean of the Gram matrix' diagonal
+RIDGES_OF_CORRECTIONS = (*RIDGES, 1.0, 10.0, 100.0)  # the last leave next to nothing of a correction
 HELD_OUT_SHARE = 8  # one part in
 CHUNK = 2048  # tokens at a time
 
-FirstLayer = Literal["stacked", "linearised", "random"]
+FirstLayer = Literal["stacked", "linearised", "random", "corrected"]
 
 
 class Ridge:
     """Regression `y = A w (+ c)` from chunks; the ridge is the one that predicts held-out chunks best."""
 
-    def __init__(self, intercept: bool):
-        self.intercept = intercept
+    def __init__(self, intercept: bool, ridges: tuple[float, ...] = RIDGES):
+        self.intercept, self.ridges = intercept, ridges
         self.sums: dict[bool, list[torch.Tensor]] = {}
 
     def add(self, a: torch.Tensor, y: torch.Tensor, held_out: bool) -> None:
@@ -55,7 +60,7 @@ class Ridge:
         values, vectors = torch.linalg.eigh(gram)
         rotated = vectors.T @ cross
         best: tuple[float, float, torch.Tensor] | None = None
-        for ridge in RIDGES:
+        for ridge in self.ridges:
             shift = ridge * gram.diagonal().mean()
             w = vectors @ (rotated / (values.clamp_min(0) + shift)[:, None])
             error = (energy - 2 * (w * held_cross).sum() + (w * (held_gram @ w)).sum()) / energy
@@ -143,6 +148,13 @@ def _random(like: MLPWeights, x: torch.Tensor, seed: int) -> MLPWeights:
     return MLPWeights(noise(like.up), like.down, noise(like.gate), zeros(like.up_bias), zeros(like.gate_bias))
 
 
+def as_they_stand(chain: DLRNet) -> MLPWeights:
+    """All blocks side by side as one MLP, nothing solved for: exact where blocks do not depend on each other."""
+    weights = stacked(chain, 0, len(chain.blocks))
+    weights.down_bias = chain.output_bias
+    return weights
+
+
 @torch.no_grad()
 def collapse(
     chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], first_layer: FirstLayer, seed: int = 0
@@ -158,36 +170,53 @@ def collapse(
     device = next(chain.parameters()).device
     stages: list[Stage] = []
     for number, (first, last) in enumerate(bounds):
-        weights = stacked(chain, first, last)
-        if first_layer == "linearised":
-            _linearise(weights, chain, x, stages, first, last)
+        weights, corrected = stacked(chain, first, last), first_layer == "corrected"
+        if first_layer in ("linearised", "corrected"):
+            _linearise(weights, chain, x, stages, first, last, corrected)
         elif first_layer == "random":
             weights = _random(weights, x, seed * len(bounds) + number)
         final = number == len(bounds) - 1 and chain.output_bias is not None
-        second = Ridge(final)
+        second = Ridge(final, RIDGES_OF_CORRECTIONS if corrected else RIDGES)
         for part, held_out in _chunks(x):
             part = part.to(device)
             stream = _stream_of(stages, part, chain)
-            target = _trace(chain, part, first, last)[2] - stream + (chain.output_bias if final else 0)
-            second.add(units_of(weights, torch.add(part, stream, alpha=chain.gain), chain.activation), target, held_out)
-        weights.down, weights.down_bias, ridge, error = second.solve()
+            units = units_of(weights, torch.add(part, stream, alpha=chain.gain), chain.activation)
+            target = _trace(chain, part, first, last)[2] - stream
+            if corrected:
+                target = target - units @ weights.down.T
+            elif final:
+                target = target + chain.output_bias
+            second.add(units, target, held_out)
+        down, down_bias, ridge, error = second.solve()
+        weights.down = weights.down + down if corrected else down
+        weights.down_bias = chain.output_bias + down_bias if corrected and final else down_bias
         stages.append(Stage(weights, ridge, error))
     return stages
 
 
-def _linearise(weights: MLPWeights, chain: DLRNet, x: torch.Tensor, stages: list[Stage], first: int, last: int) -> None:
-    """Put the regression of the pre-activations of blocks `[first, last)` into `weights`."""
+def _linearise(
+    weights: MLPWeights, chain: DLRNet, x: torch.Tensor, stages: list[Stage], first: int, last: int, corrected: bool
+) -> None:
+    """Put the regression of the pre-activations of blocks `[first, last)` into `weights`.
+
+    If `corrected`, the rows that are there get the regression of what they leave.
+    """
     device, bias = next(chain.parameters()).device, weights.up_bias is not None
-    rows = Ridge(bias)
+    rows = Ridge(bias, RIDGES_OF_CORRECTIONS if corrected else RIDGES)
+    names = ["up"] if weights.gate is None else ["up", "gate"]
+    own = [(getattr(weights, name), getattr(weights, f"{name}_bias")) for name in names]
     for part, held_out in _chunks(x):
         part = part.to(device)
         up, gate, _ = _trace(chain, part, first, last)
         t = torch.add(part, _stream_of(stages, part, chain), alpha=chain.gain)
-        rows.add(t, up if gate is None else torch.cat([up, gate], 1), held_out)
+        target = up if gate is None else torch.cat([up, gate], 1)
+        if corrected:
+            target = target - torch.cat([nn.functional.linear(t, *pair) for pair in own], 1)
+        rows.add(t, target, held_out)
     both, intercept, _, _ = rows.solve()
     width = len(weights.up)
-    weights.up = both[:width]
-    weights.gate = both[width:] if weights.gate is not None else None
-    if bias:
-        weights.up_bias = intercept[:width]
-        weights.gate_bias = intercept[width:] if weights.gate is not None else None
+    for index, (name, (row, offset)) in enumerate(zip(names, own, strict=True)):
+        part = slice(index * width, (index + 1) * width)
+        setattr(weights, name, row + both[part] if corrected else both[part])
+        if bias:
+            setattr(weights, f"{name}_bias", offset + intercept[part] if corrected else intercept[part])

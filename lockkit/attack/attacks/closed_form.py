@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
-from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, collapse
-from lockkit.attack.cost import Meter
+from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, as_they_stand, collapse
+from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
 from lockkit.lock.cache import ActivationCache
 from lockkit.lock.capture import LayerwiseCapture
@@ -101,6 +101,40 @@ class PartialCollapse(_Collapse):
     def trials(cls, audit):
         stages = [2] if audit.suite == "quick" else [2, 4, 8]
         return [CollapseConfig(stages=k, first_layer="linearised") for k in stages]
+
+
+class CorrectedConfig(BaseModel):
+    tokens: int = Field(1024, ge=0, description="Unlabelled tokens; with 0 the rows and columns stay as they stand.")
+
+
+class CorrectedStack(UnlockAttack):
+    name = "corrected-stack"
+    description = (
+        "The blocks side by side as one MLP, both layers corrected by regressions that few tokens are enough for."
+    )
+    reference = "this project; ridge towards a prior: Swindel 1976, Good ridge estimators based on prior information"
+    in_quick = True
+    Config = CorrectedConfig
+
+    @classmethod
+    def trials(cls, audit):
+        return [
+            CorrectedConfig(tokens=tokens) for tokens in ([1024] if audit.suite == "quick" else [0, 256, 1024, 4096])
+        ]
+
+    def unlock(self, locked, bench) -> Unlocked:
+        chains = [layer.mlp for layer in decoder_layers(locked)]
+        if not self.config.tokens:
+            return Unlocked(ordinary_model(locked, bench.family, [as_they_stand(c) for c in chains]), 1, Cost())
+        rows = bench.unlabelled[: -(-self.config.tokens // bench.text_block)]
+        with Meter(bench.device) as meter, torch.no_grad():
+            solved = [
+                collapse(chain, inputs, [(0, len(chain.blocks))], "corrected")[0]
+                for chain, inputs in zip(chains, mlp_inputs(locked, rows, bench), strict=True)
+            ]
+        meter.cost.tokens = rows.numel()
+        notes = {"ridges": [stage.ridge for stage in solved], "held_out_error": [stage.error for stage in solved]}
+        return Unlocked(ordinary_model(locked, bench.family, [stage.weights for stage in solved]), 1, meter.cost, notes)
 
 
 class RandomFeatures(_Collapse):
