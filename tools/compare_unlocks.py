@@ -14,7 +14,7 @@ For every lock:
 4. How near the rows still are to the teacher's: for each up row, the largest correlation of its pre-activation
    with one of the teacher's, on the lock's own activations; mean over rows and layers.
 
-OUT.json has everything, OUT.md the table; rows of other locks stay.
+OUT.json has everything, OUT.md the table, OUT.svg the trade-off of fidelity against hardness; rows of other locks stay.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main() -> None:
         record["rows"] = [old for old in record["rows"] if old["lock"] != row["lock"]] + [row]
         write_json(file, record)
         options.out.with_suffix(".md").write_text(markdown(record["rows"]), encoding="utf-8")
+        plot(record["rows"], options.out.with_suffix(".svg"))
         print(markdown([row]), flush=True)
 
 
@@ -103,6 +104,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
             unlocks[f"{start}, {budget} tokens"] = min(tried, key=lambda found: found["kl_to_lock"])
     return {
         "lock": bench.names["locked"],
+        "original": bench.names["original"],
         "recipe": bench.record.get("recipe"),
         "kl_to_original": lock.kl_to_original,
         "perplexity_ratio": lock.perplexity / base,
@@ -157,6 +159,41 @@ def markdown(rows: list[dict]) -> str:
             f"| {row['row_correlation']:.2f} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """How near unlocks come to each lock, over what the lock costs in perplexity."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    rows = sorted(rows, key=lambda row: row["perplexity_ratio"])
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    names = dict.fromkeys(name for row in rows for name in row["unlocks"] if not name.endswith("stages"))
+    for name in names:
+        points = [
+            (100 * (row["perplexity_ratio"] - 1), row["unlocks"][name]["kl_to_lock"])
+            for row in rows
+            if name in row["unlocks"] and row["perplexity_ratio"] > 1
+        ]
+        knows_nothing = name.startswith("features") or name == "random-features"
+        axes.plot(*zip(*points, strict=True), "x" if knows_nothing else "o", markersize=5, label=name)
+    for row in rows:
+        if row["perplexity_ratio"] > 1:
+            axes.annotate(
+                row["lock"], (100 * (row["perplexity_ratio"] - 1), 0.17), rotation=90, va="top", ha="center", fontsize=8
+            )
+    axes.set(xscale="log", yscale="log", ylim=(1e-3, 1))
+    axes.set(
+        xlabel="perplexity of the lock above the original's, %", ylabel="KL of the unlocked model to the lock, nats"
+    )
+    figure.legend(
+        loc="outside right upper", fontsize=8, title="x: knows nothing of\nthe lock's weights", title_fontsize=8
+    )
+    with matplotlib.rc_context({"svg.hashsalt": "lockkit"}):
+        figure.savefig(file, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -247,7 +247,10 @@ def tidy(folder: Path) -> None:
 def write_card(args, model, tokenizer, figures: dict, sample: str) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     c = model.config
-    title = "demo: the model that lockkit ships" if args.out.name == "demo" else f"{args.out.name}: made as demo was"
+    title, purpose = f"{args.out.name}: made as lockkit's demo was", "lockkit has a second model to be measured on"
+    if args.out.name == "demo":
+        title = "demo: the model that lockkit ships"
+        purpose = "`lockkit lock demo`\nhas a real pretrained model to work on without a network"
     card = f"""---
 license: apache-2.0
 library_name: transformers
@@ -257,8 +260,7 @@ tags: [code, python, demo]
 
 A causal language model (`{args.family}`) of {parameters:,} parameters ({c.num_hidden_layers} layers, hidden size
 {c.hidden_size}, MLP width {c.intermediate_size}, {c.num_attention_heads} heads, {c.num_key_value_heads} for keys
-and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exists so that `lockkit lock demo`
-has a real pretrained model to work on without a network. It writes text that looks like Python, not programs.
+and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exists so that {purpose}. It writes text that looks like Python, not programs.
 
 | | |
 |---|---|
