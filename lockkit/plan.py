@@ -74,7 +74,7 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
         UnsupportedModelError: the model cannot be locked.
     """
     config = load_config(resolve_model(model), trust_remote_code)
-    family = require_unlocked(config)
+    family = require_unlocked(config, model)
     from lockkit.lock.memory import predict
     from lockkit.models.stream import empty_model
 

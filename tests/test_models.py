@@ -231,8 +231,8 @@ def test_what_cannot_be_locked_is_named(config, message):
 
 
 def test_a_locked_model_is_not_locked_again(locks):
-    with pytest.raises(UnsupportedModelError, match="locked already"):
-        require_unlocked(load_config(locks("llama")))
+    with pytest.raises(UnsupportedModelError, match="my-lock is locked already: give MODEL"):
+        require_unlocked(load_config(locks("llama")), "my-lock")
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_an_audit_that_reached_nothing_does_not_pretend(results, cli):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda folder: (folder / "rows.jsonl").write_text('{"key": "1"}\n{broken'), "rows.jsonl, line 2, is not a row"),
+        (lambda folder: (folder / "rows.jsonl").write_text('{"key": "1"}\n{broken\n'), "rows.jsonl, line 2, is not a row"),
         (lambda folder: (folder / "summary.json").write_text('{"schema": "lockkit-attack-summary/2"}'), "schema says"),
         (lambda folder: (folder / "verify.json").write_text('{"schema": "lockkit-verify/1", "parity": [1]}'), "schema says"),
         (lambda folder: shutil.rmtree(folder), "there is no folder"),
@@ -152,6 +152,15 @@ def test_broken_results_are_named_in_one_line(results, cli, damage, said):
     outcome = cli("report", results, "--out", results.parent / "page.html")
     assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
     assert not (results.parent / "page.html").exists()
+
+
+def test_a_row_that_is_being_written_counts_for_nothing_yet(results, cli):
+    assert cli("report", results, "--out", results.parent / "before.html").code == 0
+    with (results / "rows.jsonl").open("a") as file:
+        file.write('{"key": "cut sh')
+    assert cli("report", results, "--out", results.parent / "page.html").code == 0
+    before, after = (Page((results.parent / name).read_text()).text for name in ("before.html", "page.html"))
+    assert after.count("signatures") == before.count("signatures")
 
 
 def test_an_impossible_page_is_refused(results, cli):

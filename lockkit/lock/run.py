@@ -102,7 +102,7 @@ class _Lock:
         check_apart(self.out, self.original)
         self.trust_remote_code = trust_remote_code
         self.raw_config = load_config(self.original, trust_remote_code)
-        self.family: Family = require_unlocked(self.raw_config)
+        self.family: Family = require_unlocked(self.raw_config, model)
         import_model_class(self.family)
         self.idle_memory_bytes = peak_memory_bytes()
         if config.depth > self.raw_config.intermediate_size:

@@ -80,10 +80,10 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
-def require_unlocked(config: PreTrainedConfig) -> Family:
-    """`family_of`, refusing a model that is locked already."""
+def require_unlocked(config: PreTrainedConfig, model: str) -> Family:
+    """`family_of`, refusing a model that is locked already; `model` is what the user called it."""
     if is_locked(config):
-        raise UnsupportedModelError("this model is locked already: give MODEL the original")
+        raise UnsupportedModelError(f"{model} is locked already: give MODEL the original")
     return family_of(config)
 
 

@@ -93,11 +93,15 @@ def find_results(folder: Path) -> list[dict]:
 
 
 def _with_rows(summary: dict, path: Path) -> dict:
-    """The summary with the rows it was made from: rows.jsonl may hold others, of other settings."""
+    """The summary with the rows it was made from: rows.jsonl may hold others, of other settings.
+
+    A last line without its end is a row that an audit is writing, or was stopped at: it counts for nothing yet.
+    """
     file = path.parent / "rows.jsonl"
     rows: dict[str, dict] = {}
     if file.is_file():
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        text = file.read_text(encoding="utf-8")
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
             try:
                 row = json.loads(line)
                 rows[row["key"]] = row
