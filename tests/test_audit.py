@@ -232,6 +232,8 @@ def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
     assert unlock_ratio(unlocks, kl_limit=0.01)["tokens"]["unlock"] == "better"  # none within: the closest
     nearer = unlock_ratio({"near": unlock(0.001, 1000), "redistill": SCRATCH}, kl_limit=0.01)
     assert nearer["says"].startswith("below 0.125 in tokens") and not nearer["tokens"]["reached"]
+    free = unlock_ratio({"free": unlock(0.001, 0), "redistill": SCRATCH}, kl_limit=0.01)
+    assert free["says"].startswith("0 in tokens")  # nothing is below that
     failed = unlock_ratio(unlocks | {"redistill": SCRATCH | {"valid": False}}, kl_limit=0.06)
     assert "failed its control" in failed["caveat"]
     assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06)["says"]

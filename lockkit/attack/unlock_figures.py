@@ -113,7 +113,7 @@ def unlock_ratio(unlocks: dict[str, dict], kl_limit: float) -> dict:
         ratios = {label: (*_over_scratch(u, curve, key), label) for label, u in near.items()}
         value, reached, label = min(ratios.values())
         found[key] = {"value": value, "reached": reached, "unlock": label, "kl_to_lock": near[label]["kl_to_lock"]}
-        says.append(f"{'' if reached else 'below '}{value:.3g} in {unit}")
+        says.append(f"{'' if reached or not value else 'below '}{value:.3g} in {unit}")
     return found | {"says": ", ".join(says), "caveat": _caveat(scratch_valid)}
 
 
