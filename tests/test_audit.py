@@ -20,9 +20,9 @@ from lockkit.attack.base import attack_class, registry
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.attack.finetune import FinetuneConfig
-from lockkit.attack.plan import groups, takes_baseline_steps
+from lockkit.attack.plan import groups, takes_baseline_steps, unlocks_and_finetunes
 from lockkit.attack.run import run_audit
-from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, valid_runs
+from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, run_name, valid_runs
 from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio
 from lockkit.errors import UsageError
 
@@ -71,6 +71,28 @@ def test_an_attack_that_learns_nothing_on_the_original_does_not_count():
     assert (cost, best["attack"]) == (pytest.approx(360), "full-ft")
 
 
+def test_cheapest_unlocks_are_fine_tuned_with_what_was_cheapest_on_the_original():
+    def unlocked(name: str, cost: int, **config) -> dict:
+        return row(name, cost=cost, family="architecture", unlock={"k": 1}, finetune={"seed": 0}, **config)
+
+    controls = [
+        row(name, "original", family="architecture", k=1) | {"task": None, "control_passed": name != "broken"}
+        for name in ("dear", "cheap", "broken")
+    ]
+    for control in controls:
+        control["config"] = {"k": 1}
+    rows = [
+        *controls, row(model="original", cost=100), row("lora", "original", cost=80), row("lora", "locked", cost=90),
+        unlocked("cheap", 110), unlocked("dear", 120), unlocked("broken", 1),
+        unlocked("cheap", 105, finetune_attack="lora"),
+    ]  # fmt: skip
+    pairs = unlocks_and_finetunes(rows, "t", Target(3.0, 1.0, 1.2), seed=0)
+    assert [(a["attack"], a["curve"][1]["tokens"], b["attack"], b["model"]) for a, b in pairs] == [
+        ("cheap", 110, "lora", "original")
+    ]
+    assert [run_name(r) for r in rows[-2:]] == ["broken", "cheap, then lora"]
+
+
 def test_both_sides_get_the_same_trials_of_every_attack():
     config = audit_config("standard")
     for attack in registry().values():
@@ -94,6 +116,11 @@ def test_standard_repeats_the_cheapest_on_another_task_and_rows_of_the_original_
     assert {r["task"] for r in rows if r["attack"] == "full-ft"} == {"signatures", "docstrings"}
     assert len([r for r in rows if r["attack"] == "reversal" and r["model"] == "locked" and r["task"] == "signatures"
                 and r["config"]["saver"] == "reversal" and r["config"]["seed"] == 0]) == 1  # at one rate  # fmt: skip
+    then = [r for r in rows if r["config"].get("finetune_attack")]
+    assert {(r["attack"], r["model"], r["config"]["finetune_attack"]) for r in then} == {
+        ("linearised-stack", "locked", "reversal")
+    }
+    assert all(r["cost"]["tokens"] > r["finetune_cost"]["tokens"] for r in then)  # the unlock is charged
     for task in summary["tasks"].values():
         for resource in ("tokens", "flops", "seconds", "peak_tensor_bytes"):
             found = task["amplification"][resource]

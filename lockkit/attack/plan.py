@@ -3,6 +3,8 @@
 - An attack's first variant is tried at every learning rate of the suite, the others at the rate
   that served the first best on that model. Attacks that only save memory take the baseline's steps
   exactly, and are tried at its best rate.
+- What an unlock made is fine-tuned with the baseline; what the cheapest unlocks made, also with what was
+  cheapest on the original: whoever has undone a lock fine-tunes as he would have without it.
 - Tasks besides the first get the baseline and what was cheapest on the first, in any resource.
 - What was cheapest on a task, and the baseline, are repeated with more seeds.
 
@@ -59,3 +61,13 @@ def winners(rows: list[dict], task: str, target: Target, seed: int) -> list[dict
         candidates.append(cheapest([row for row in own if row["attack"] == BASELINE], target.loss, "tokens"))
         found |= {best[1]["key"]: best[1] for best in candidates if best}
     return list(found.values())
+
+
+def unlocks_and_finetunes(rows: list[dict], task: str, target: Target, seed: int) -> list[tuple[dict, dict]]:
+    """Pairs of rows: the cheapest valid unlocks, fine-tuned with the baseline, and what was cheapest on the original."""
+    runs = [row for row in valid_runs(rows, task, target) if seed_of(row) == seed]
+    undone = [row for row in runs if "unlock" in row["config"] and "finetune_attack" not in row["config"]]
+    found = [best[1] for resource in RESOURCES if (best := cheapest(undone, target.loss, resource))]
+    unlocks = {row["key"]: row for row in found}.values()
+    originals = [row for row in winners(rows, task, target, seed) if row["model"] == "original"]
+    return [(unlock, row) for unlock in unlocks for row in originals if row["attack"] != BASELINE]

@@ -5,7 +5,8 @@
    sets a task's target loss.
 3. Every attack on the first task, on the original (positive control) as on the lock (plan.py says
    at which settings). An unlock is first run on a chain that *is* the original, then on the lock;
-   what it makes is fine-tuned with all weights, and both are charged (unlocking.py).
+   what it makes is fine-tuned with all weights, and what the cheapest unlocks make also with what was
+   cheapest on the original; both are charged (unlocking.py).
 4. With `sweep`, a search over each gradient attack's settings on that task, as long for both (sweep.py).
 5. What was cheapest on the first task is tried on the others.
 6. What was cheapest, in any resource, is repeated with more seeds.
@@ -32,6 +33,7 @@ from lockkit.attack.plan import (
     best_position,
     groups,
     takes_baseline_steps,
+    unlocks_and_finetunes,
     winners,
     without_rate,
 )
@@ -107,12 +109,14 @@ class Audit:
             self._attack(attack, first)
         if self.config.sweep:
             self._sweep([a for a in chosen if issubclass(a, GradientAttack)], first)
+        self._unlocked_with_winners(first)
         for task in others:
             if self.config.exhaustive:
                 for attack in chosen:
                     self._attack(attack, task)
             else:
                 self._attack_with_winners(first, task)
+            self._unlocked_with_winners(task)
         for task in self.bench.tasks:
             self._repeat(task)
 
@@ -179,14 +183,31 @@ class Audit:
         for finetuning in settings:
             self._unlocked(attack, config, finetuning, task)
 
-    def _unlocked(self, attack: type[UnlockAttack], config: BaseModel, finetuning: BaseModel, task: str) -> dict:
+    def _unlocked_with_winners(self, task: str) -> None:
+        """What the cheapest unlocks made, fine-tuned with what was cheapest on the original."""
+        rows = list(self.rows.used.values())
+        for unlock_row, row in unlocks_and_finetunes(rows, task, self.targets[task], self.config.seed):
+            attack, with_attack = attack_class(unlock_row["attack"]), attack_class(row["attack"])
+            finetuning = with_attack.Config(**row["config"])
+            self._unlocked(attack, attack.Config(**unlock_row["config"]["unlock"]), finetuning, task, row["attack"])
+
+    def _unlocked(
+        self,
+        attack: type[UnlockAttack],
+        config: BaseModel,
+        finetuning: BaseModel,
+        task: str,
+        finetune_attack: str = BASELINE,
+    ) -> dict:
         def work() -> dict:
             unlocked, record = unlock(attack, config, self.bench, self.out)
             model = unlocked.model.requires_grad_(True)
-            result = attack_class(BASELINE)(finetuning).run(model, self.bench, self.bench.tasks[task])
+            result = attack_class(finetune_attack)(finetuning).run(model, self.bench, self.bench.tasks[task])
             return run_record(result, unlocked.cost) | {"unlock": record}
 
         both = {"unlock": config.model_dump(), "finetune": finetuning.model_dump()}
+        if finetune_attack != BASELINE:
+            both["finetune_attack"] = finetune_attack
         return self._row(attack, both, task, "locked", work)
 
     def _gradient(self, attack: type[GradientAttack], config: BaseModel, task: str, subject: str) -> dict:
@@ -226,8 +247,9 @@ class Audit:
             attack = attack_class(row["attack"])
             for seed in range(self.config.seed + 1, self.config.seed + self.config.seeds):
                 if issubclass(attack, UnlockAttack):
-                    finetuning = attack_class(BASELINE).Config(**row["config"]["finetune"] | {"seed": seed})
-                    self._unlocked(attack, attack.Config(**row["config"]["unlock"]), finetuning, task)
+                    name = row["config"].get("finetune_attack", BASELINE)
+                    finetuning = attack_class(name).Config(**row["config"]["finetune"] | {"seed": seed})
+                    self._unlocked(attack, attack.Config(**row["config"]["unlock"]), finetuning, task, name)
                 else:
                     self._gradient(attack, attack.Config(**row["config"] | {"seed": seed}), task, row["model"])
 

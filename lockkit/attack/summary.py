@@ -22,6 +22,7 @@ from lockkit.attack.target import (
     control_passed,
     cost_to_target,
     reference_target,
+    run_name,
     runs_of,
     seed_of,
     unlock_control,
@@ -215,7 +216,7 @@ def _amplification(valid: list[dict], target: Target, resource: str, first_seed:
     return {
         "value": value,
         "says": f"costs {value:.2f} times as much against these attacks",
-        "best_attack": row["attack"],
+        "best_attack": run_name(row),
         "best_attack_original": base["attack"],
         "locked": locked,
         "original": original,

@@ -68,6 +68,12 @@ def without_seed(row: dict) -> dict:
     return {key: value for key, value in config.items() if key != "seed"}
 
 
+def run_name(row: dict) -> str:
+    """The attack, and what fine-tuned what an unlock made, if that was not the baseline."""
+    then = row["config"].get("finetune_attack")
+    return f"{row['attack']}, then {then}" if then else row["attack"]
+
+
 def runs_of(rows: Iterable[dict], task: str) -> list[dict]:
     """Fine-tuning runs on a task that have a curve, controls such as random weights included."""
     return [row for row in rows if row["task"] == task and row.get("curve")]
