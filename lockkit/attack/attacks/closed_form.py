@@ -119,7 +119,7 @@ class CorrectedStack(UnlockAttack):
     @classmethod
     def trials(cls, audit):
         return [
-            CorrectedConfig(tokens=tokens) for tokens in ([1024] if audit.suite == "quick" else [0, 256, 1024, 4096])
+            CorrectedConfig(tokens=tokens) for tokens in ([0, 1024] if audit.suite == "quick" else [0, 256, 1024, 4096])
         ]
 
     def unlock(self, locked, bench) -> Unlocked:
