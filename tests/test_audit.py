@@ -252,18 +252,22 @@ def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
         "good": unlock(0.05, 1000), "better": unlock(0.03, 2000), "bad": unlock(0.5, 10),
         "invalid": unlock(0.001, 1, valid=False), "chain": unlock(0.001, 1, blocks=2), "redistill": SCRATCH,
     }  # fmt: skip
-    ratio = unlock_ratio(unlocks, kl_limit=0.06)
+    ratio = unlock_ratio(unlocks, kl_limit=0.06, perplexity_limit=0)
     assert ratio["tokens"] == {"value": 1000 / 8000, "reached": True, "unlock": "good", "kl_to_lock": 0.05}
     assert ratio["says"] == "0.125 in tokens, 0.0625 in operations" and not ratio["caveat"]
-    assert unlock_ratio(unlocks, kl_limit=0.04)["tokens"]["unlock"] == "better"
-    assert unlock_ratio(unlocks, kl_limit=0.01)["tokens"]["unlock"] == "better"  # none within: the closest
-    nearer = unlock_ratio({"near": unlock(0.001, 1000), "redistill": SCRATCH}, kl_limit=0.01)
+    assert unlock_ratio(unlocks, kl_limit=0.04, perplexity_limit=0)["tokens"]["unlock"] == "better"
+    assert (
+        unlock_ratio(unlocks, kl_limit=0.01, perplexity_limit=0)["tokens"]["unlock"] == "better"
+    )  # none within: the closest
+    nearer = unlock_ratio({"near": unlock(0.001, 1000), "redistill": SCRATCH}, kl_limit=0.01, perplexity_limit=0)
     assert nearer["says"].startswith("below 0.125 in tokens") and not nearer["tokens"]["reached"]
-    free = unlock_ratio({"free": unlock(0.001, 0), "redistill": SCRATCH}, kl_limit=0.01)
+    free = unlock_ratio({"free": unlock(0.001, 0), "redistill": SCRATCH}, kl_limit=0.01, perplexity_limit=0)
     assert free["says"].startswith("0 in tokens")  # nothing is below that
-    failed = unlock_ratio(unlocks | {"redistill": SCRATCH | {"valid": False}}, kl_limit=0.06)
+    failed = unlock_ratio(unlocks | {"redistill": SCRATCH | {"valid": False}}, kl_limit=0.06, perplexity_limit=0)
     assert "failed its control" in failed["caveat"]
-    assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06)["says"]
+    assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06, 0)["says"]
+    # Near enough in perplexity (10 * exp(0.05) here) counts, too.
+    assert unlock_ratio(unlocks, kl_limit=0.01, perplexity_limit=10.6)["tokens"]["unlock"] == "good"
 
 
 def test_owner_advantage_is_tokens_from_scratch_over_the_locks():

@@ -29,7 +29,13 @@ from lockkit.attack.target import (
     valid_runs,
     without_seed,
 )
-from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio, unlocks_of
+from lockkit.attack.unlock_figures import (
+    effective_depth,
+    owner_advantage,
+    perplexity_limit,
+    unlock_ratio,
+    unlocks_of,
+)
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]], sweep
         "tasks": {task: bench.tasks[task].record() | _task_figures(bench, rows, task) for task in bench.tasks},
         "unlocks": unlocks,
         "effective_depth": effective_depth(bench, unlocks),
-        "unlock_ratio": unlock_ratio(unlocks, bench.config.effective_depth_kl),
+        "unlock_ratio": unlock_ratio(unlocks, bench.config.effective_depth_kl, perplexity_limit(bench)),
         "owner_advantage": owner_advantage(bench.lock_tokens, unlocks, quality["locked"]["kl_to_original"]),
         "sweeps": [sweep | {"best_so_far": _best_so_far(sweep["trials"])} for sweep in sweeps],
         "probes": [_probe(row) for row in rows if row["model"] == "locked" and row["task"] is None],

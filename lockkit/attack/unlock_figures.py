@@ -2,8 +2,9 @@
 
 - *Effective depth*: the fewest stages of a closed-form unlock that stay near the lock: within a KL
   divergence, and within a rise in perplexity of 5 %.
-- *Unlock ratio*: what the cheapest good unlock cost over what a re-distillation from scratch (one that
-  knows nothing of the lock's weights) needs to come as close to the lock. 1 is ideal for the owner: knowing the lock saves nothing.
+- *Unlock ratio*: what the cheapest unlock that is near in either sense cost, over what a re-distillation from
+  scratch (one that knows nothing of the lock's weights) needs to come as close to the lock. 1 is ideal for the
+  owner: knowing the lock saves nothing.
 - *Owner's advantage*: tokens that a re-distillation from scratch needs to be as close to the lock as
   the lock is to the original, over the tokens the lock took.
 
@@ -59,7 +60,7 @@ def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
         if counts and unlock["kl_to_lock"] < best.get(stages, {}).get("kl_to_lock", math.inf):
             best[stages] = unlock
     limit = bench.config.effective_depth_kl
-    most = PERPLEXITY_RISE * bench.quality_of("locked").perplexity
+    most = perplexity_limit(bench)
     by_kl = [stages for stages in sorted(best) if best[stages]["kl_to_lock"] <= limit]
     by_perplexity = [stages for stages in sorted(best) if best[stages]["perplexity"] <= most]
     return {
@@ -72,6 +73,11 @@ def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
         "kl_by_stages": {str(stages): best[stages]["kl_to_lock"] for stages in sorted(best)},
         "perplexity_by_stages": {str(stages): best[stages]["perplexity"] for stages in sorted(best)},
     }
+
+
+def perplexity_limit(bench: Bench) -> float:
+    """The perplexity up to which an unlocked model counts as near the lock."""
+    return PERPLEXITY_RISE * bench.quality_of("locked").perplexity
 
 
 def _stages(within: list[int], tried: dict[int, dict]) -> str:
@@ -94,17 +100,19 @@ def _caveat(valid: bool) -> str:
     return "" if valid else "the re-distillation from scratch failed its control: its budget is too small to say"
 
 
-def unlock_ratio(unlocks: dict[str, dict], kl_limit: float) -> dict:
+def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: float) -> dict:
     """Cost of the cheapest valid unlock over that of a re-distillation from scratch as close to the lock.
 
-    Unlocks within `kl_limit` of the lock compete, or the closest alone if none is. Only ordinary
-    models count. Where no re-distillation came as close, the ratio is below what the budget's end gives.
+    Unlocks within either limit compete (KL to the lock, or perplexity), or the closest alone if none is. Only
+    ordinary models count. Where no re-distillation came as close, the ratio is below what the budget's end gives.
     """
     curve, scratch_valid = _scratch_curve(unlocks)
     ordinary = {k: u for k, u in unlocks.items() if u["valid"] and u["blocks"] == 1 and u["from_weights"]}
     if not ordinary or not curve:
         return {"says": "not measured: needs a valid closed-form unlock, and redistill"}
-    near = {label: u for label, u in ordinary.items() if u["kl_to_lock"] <= kl_limit}
+    near = {
+        label: u for label, u in ordinary.items() if u["kl_to_lock"] <= kl_limit or u["perplexity"] <= perplexity_limit
+    }
     if not near:
         near = dict([min(ordinary.items(), key=lambda item: item[1]["kl_to_lock"])])
     found: dict = {"scratch_control_passed": scratch_valid}
