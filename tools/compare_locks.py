@@ -95,6 +95,11 @@ def _row(name: str, summary: dict) -> dict:
         "kl_divergence": summary["quality"]["locked"]["kl_to_original"],
         "depth": depth["depth"],
         "effective_depth": {key: depth[key] for key in ("says", "kl_limit", "says_within_5_percent", "kl_by_stages")},
+        "unlocks": {
+            label: {"kl_to_lock": unlock["kl_to_lock"], "kl_to_original": unlock["kl_to_original"]}
+            | {"perplexity_ratio": unlock["perplexity"] / summary["quality"]["original"]["perplexity"]}
+            for label, unlock in summary["unlocks"].items()
+        },
         "unlock_ratio": summary["unlock_ratio"],
         "owner_advantage": summary["owner_advantage"],
         "amplification": {task: figures["amplification"] for task, figures in summary["tasks"].items()},
