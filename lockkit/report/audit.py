@@ -204,11 +204,11 @@ def _redistillation(unlocks: dict[str, dict]) -> list[Curve]:
             lines[label] = [(point["tokens"], point["kl_to_lock"]) for point in curve]
     if not lines:
         return []
-    points = {
-        found["attack"]: [(found["cost"]["tokens"], found["kl_to_lock"])]
-        for found in unlocks.values()
-        if found["blocks"] == 1 and found["valid"] and not found["notes"].get("curve")
-    }
+    points: dict[str, list[tuple[float, float]]] = {}
+    for found in unlocks.values():
+        one_shot = found["blocks"] == 1 and found["valid"] and not found["notes"].get("curve")
+        if one_shot and found["cost"]["tokens"]:  # none at all has no place on a logarithmic axis
+            points.setdefault(found["attack"], []).append((found["cost"]["tokens"], found["kl_to_lock"]))
     ends = sorted(lines, key=lambda label: lines[label][-1][1])
     shown = {label: lines[label] for label in ends[: SHOWN_LINES - len(points)]}
     muted = {label: lines[label] for label in lines if label not in shown}
