@@ -110,16 +110,16 @@ def test_standard_repeats_the_cheapest_on_another_task_and_rows_of_the_original_
         "standard",
         **TINY | {"tasks": ["signatures", "docstrings"], "seeds": 2, "learning_rates": [1e-3, 3e-3], "steps": 8},
     )
-    attacks = ["full-ft", "linearised-stack", "reversal"]
+    attacks = ["full-ft", "linearised-stack", "reversal", "checkpointing"]
     summary = run_audit(str(lock), original, tmp_path / "a", config, attacks)
     rows = [json.loads(line) for line in (tmp_path / "a" / "rows.jsonl").read_text().splitlines()]
     assert {r["task"] for r in rows if r["attack"] == "full-ft"} == {"signatures", "docstrings"}
     assert len([r for r in rows if r["attack"] == "reversal" and r["model"] == "locked" and r["task"] == "signatures"
                 and r["config"]["saver"] == "reversal" and r["config"]["seed"] == 0]) == 1  # at one rate  # fmt: skip
     then = [r for r in rows if r["config"].get("finetune_attack")]
-    assert {(r["attack"], r["model"], r["config"]["finetune_attack"]) for r in then} == {
-        ("linearised-stack", "locked", "reversal")
-    }
+    # Checkpointing takes the baseline's steps and saves less: the cheapest on the original in that resource.
+    assert ("linearised-stack", "checkpointing") in {(r["attack"], r["config"]["finetune_attack"]) for r in then}
+    assert all(r["model"] == "locked" for r in then)
     assert all(r["cost"]["tokens"] > r["finetune_cost"]["tokens"] for r in then)  # the unlock is charged
     for task in summary["tasks"].values():
         for resource in ("tokens", "flops", "seconds", "peak_tensor_bytes"):
@@ -261,8 +261,10 @@ def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
     )  # none within: the closest
     nearer = unlock_ratio({"near": unlock(0.001, 1000), "redistill": SCRATCH}, kl_limit=0.01, perplexity_limit=0)
     assert nearer["says"].startswith("below 0.125 in tokens") and not nearer["tokens"]["reached"]
-    free = unlock_ratio({"free": unlock(0.001, 0), "redistill": SCRATCH}, kl_limit=0.01, perplexity_limit=0)
-    assert free["says"].startswith("0 in tokens")  # nothing is below that
+    too_short = SCRATCH | {"valid": False}
+    free = unlock_ratio({"free": unlock(0.001, 0), "redistill": too_short}, kl_limit=0.01, perplexity_limit=0)
+    assert free["says"] == "0 in tokens, 0 in operations"  # nothing is below that, whatever scratch takes
+    assert free["tokens"]["reached"] and not free["caveat"]
     failed = unlock_ratio(unlocks | {"redistill": SCRATCH | {"valid": False}}, kl_limit=0.06, perplexity_limit=0)
     assert "failed its control" in failed["caveat"]
     assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06, 0)["says"]

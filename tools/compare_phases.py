@@ -52,7 +52,7 @@ class Bench:
 
     def __init__(self, plain: LockConfig):
         config = load_config(DEMO)
-        self.family = require_unlocked(config)
+        self.family = require_unlocked(config, "demo")
         self.stream = StreamedModel(DEMO, config, self.family, "cpu")
         self.stream.keep_layers = True
         self.data = load_data(plain, "stdlib", config, load_tokenizer(DEMO))

@@ -187,7 +187,8 @@ def start(weights, x: torch.Tensor, state: int) -> tuple[torch.Tensor, torch.Ten
     hidden = len(weights.down)
     energy = gated(x @ torch.cat([weights.gate, weights.up]).T, 1).square().mean(0) * weights.down.square().sum(0)
     rank = len(weights.up) * hidden // (hidden + state) // DEPTH
-    units = energy.topk(rank * DEPTH).indices[torch.randperm(rank * DEPTH)].view(DEPTH, -1)
+    kept = energy.topk(rank * DEPTH).indices.sort().values
+    units = kept[torch.randperm(rank * DEPTH)].view(DEPTH, -1)
     read = torch.stack([torch.cat([weights.gate[u], weights.up[u]]).T for u in units])
     write = torch.stack([weights.down[:, u].T for u in units])
     noise = [torch.randn(*m.shape[:dim], state, *m.shape[dim + 1 :]) * m.std() for m, dim in ((read, 1), (write, 2))]

@@ -7,7 +7,7 @@ one. The registry imports every module of that package and collects the classes.
   runner fine-tunes the original with it first (positive control), then the lock.
 - An *unlock* turns the lock into a model that is cheaper to train. The runner first lets it
   undo a chain that is the original itself (positive control), then fine-tunes what it made of the
-  lock with all weights and charges both.
+  lock with all weights (plan.py says where with what else) and charges both.
 - A *probe* measures something and trains nothing (controls; whether an export can be undone).
 """
 

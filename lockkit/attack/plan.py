@@ -5,7 +5,8 @@
   exactly, and are tried at its best rate.
 - What an unlock made is fine-tuned with the baseline; what the cheapest unlocks made, also with what was
   cheapest on the original: whoever has undone a lock fine-tunes as he would have without it.
-- Tasks besides the first get the baseline and what was cheapest on the first, in any resource.
+- Tasks besides the first get the baseline and what was cheapest on the first, in any resource; and, as above,
+  the cheapest unlocks there with what was cheapest on the original there.
 - What was cheapest on a task, and the baseline, are repeated with more seeds.
 
 `exhaustive` tries everything everywhere instead.

@@ -40,7 +40,7 @@ from lockkit.attack.plan import (
 from lockkit.attack.rows import ROWS, SCHEMA, RowStore, check_controls, depends_on, head_of
 from lockkit.attack.summary import summarise
 from lockkit.attack.sweep import Sweep
-from lockkit.attack.target import Target, reference_target
+from lockkit.attack.target import Target, reference_target, run_name
 from lockkit.attack.unlocking import control, unlock
 from lockkit.errors import UsageError
 from lockkit.files import readable_disk_errors, write_json
@@ -261,7 +261,8 @@ class Audit:
         def told() -> dict:
             nonlocal made
             made = True
-            self.progress.start(f"{attack.name} on the {subject}" + (f", {task}" if task else ""), 1)
+            name = run_name({"attack": attack.name, "config": settings})
+            self.progress.start(f"{name} on the {subject}" + (f", {task}" if task else ""), 1)
             return work()
 
         row = self.rows.row(

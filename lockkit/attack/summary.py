@@ -167,18 +167,18 @@ def _attack_table(rows: list[dict], task: str, target: Target) -> list[dict]:
     """A line for each attack: control, best losses, least costs to the target."""
     table = []
     runs = runs_of(rows, task)
-    for name in dict.fromkeys(row["attack"] for row in rows if row["task"] == task or _control_did_not_run(row)):
-        own = {subject: [r for r in runs if r["attack"] == name and r["model"] == subject] for subject in SUBJECTS}
+    for name in dict.fromkeys(run_name(row) for row in rows if row["task"] == task or _control_did_not_run(row)):
+        own = {subject: [r for r in runs if run_name(r) == name and r["model"] == subject] for subject in SUBJECTS}
         passed = [control_passed(row, rows, target) for row in own["original"] + own["locked"]]
         counted = [row for row in own["locked"] if control_passed(row, rows, target)] or own["locked"]
         valid = any(passed)
-        ended = {row["status"]: row["note"] for row in rows if row["attack"] == name and row["task"] in (task, None)}
+        ended = {row["status"]: row["note"] for row in rows if run_name(row) == name and row["task"] in (task, None)}
         says = "" if valid else "attack invalid" if passed else "; ".join(note or s for s, note in ended.items())
         control = next((unlock_control(row, rows) for row in counted if "unlock" in row["config"]), None)
         table.append(
             {
                 "attack": name,
-                "family": next(row["family"] for row in rows if row["attack"] == name),
+                "family": next(row["family"] for row in rows if run_name(row) == name),
                 "valid": valid,
                 "says": says,
                 "trials_original": len(own["original"]),

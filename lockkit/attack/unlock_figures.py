@@ -116,13 +116,15 @@ def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: fl
     if not near:
         near = dict([min(ordinary.items(), key=lambda item: item[1]["kl_to_lock"])])
     found: dict = {"scratch_control_passed": scratch_valid}
-    says = []
+    says, depends_on_scratch = [], False
     for key, unit in (("tokens", "tokens"), ("flops", "operations")):
         ratios = {label: (*_over_scratch(u, curve, key), label) for label, u in near.items()}
         value, reached, label = min(ratios.values())
+        reached = reached or not value  # nothing is below an unlock for nothing
+        depends_on_scratch = depends_on_scratch or value > 0
         found[key] = {"value": value, "reached": reached, "unlock": label, "kl_to_lock": near[label]["kl_to_lock"]}
-        says.append(f"{'' if reached or not value else 'below '}{value:.3g} in {unit}")
-    return found | {"says": ", ".join(says), "caveat": _caveat(scratch_valid)}
+        says.append(f"{'' if reached else 'below '}{value:.3g} in {unit}")
+    return found | {"says": ", ".join(says), "caveat": _caveat(scratch_valid or not depends_on_scratch)}
 
 
 def _over_scratch(unlock: dict, curve: list[dict], key: str) -> tuple[float, bool]:

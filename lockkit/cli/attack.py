@@ -122,7 +122,7 @@ def _print(summary: dict) -> None:
         table.add_column("")
         for row in figures["attacks"]:
             losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
-            table.add_row(row["attack"], *losses, *_costs(row), Text(row["says"]))
+            table.add_row(row["attack"].replace(", then", ",\n  then"), *losses, *_costs(row), Text(row["says"]))
         console.print(table)
         for resource, found in figures["amplification"].items():
             if found:

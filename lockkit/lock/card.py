@@ -48,6 +48,6 @@ Mean NMSE {sum(nmse) / len(nmse):.5f}. `lockkit.json` has the recipe, versions, 
 ## What this lock is worth
 
 No attack has been run on this checkpoint by the command that made it. Known of a plain lock of this kind: whoever
-wants to fine-tune it can put its weights side by side as ordinary MLPs, without any data, and correct these in
-closed form from a few hundred tokens of unlabelled text. Do not rely on it alone, and not at all where the original weights are public.
+wants to fine-tune it can put its weights side by side as ordinary MLPs, without any data, and correct these in closed
+form from a few hundred tokens of unlabelled text: the weaker the coupling, the nearer that comes. Do not rely on it alone, and not at all where the original weights are public.
 """

@@ -6,6 +6,7 @@ each attack's best run, from the rows.
 
 from __future__ import annotations
 
+from lockkit.attack.target import run_name
 from lockkit.report.sections import Curve, Section, Table, number
 
 RESOURCES = {
@@ -143,7 +144,7 @@ def _loss_curve(resource: str, figures: dict, runs: list[dict]) -> Curve:
     """The best run of each attack on the lock, the first few in colour; the reference beside them."""
     best: dict[str, dict] = {}
     for row in sorted(runs, key=lambda row: row["mean_loss_over_log_budget"]):
-        name = row["attack"] if row["model"] == "locked" else f"{row['attack']} on the original"
+        name = run_name(row) if row["model"] == "locked" else f"{row['attack']} on the original"
         if row["model"] == "locked" or row["attack"] == "full-ft":
             best.setdefault(name, row)
     valid = {line["attack"] for line in figures["attacks"] if line["valid"]}

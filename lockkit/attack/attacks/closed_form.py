@@ -104,13 +104,15 @@ class PartialCollapse(_Collapse):
 
 
 class CorrectedConfig(BaseModel):
-    tokens: int = Field(1024, ge=0, description="Unlabelled tokens; with 0 the rows and columns stay as they stand.")
+    tokens: int = Field(
+        1024, ge=0, description="Unlabelled tokens, in whole rows of text; with 0 all weights stay as they stand."
+    )
 
 
 class CorrectedStack(UnlockAttack):
     name = "corrected-stack"
     description = (
-        "The blocks side by side as one MLP, both layers corrected by regressions that few tokens are enough for."
+        "The blocks side by side as one MLP, as they stand, or corrected by regressions that few tokens are enough for."
     )
     reference = "this project; ridge towards a prior: Swindel 1976, Good ridge estimators based on prior information"
     in_quick = True
@@ -118,9 +120,8 @@ class CorrectedStack(UnlockAttack):
 
     @classmethod
     def trials(cls, audit):
-        return [
-            CorrectedConfig(tokens=tokens) for tokens in ([0, 1024] if audit.suite == "quick" else [0, 256, 1024, 4096])
-        ]
+        tried = (0, 1024) if audit.suite == "quick" else (0, 256, 1024, 4096)
+        return [CorrectedConfig(tokens=tokens) for tokens in tried if tokens <= audit.unlock_tokens]
 
     def unlock(self, locked, bench) -> Unlocked:
         chains = [layer.mlp for layer in decoder_layers(locked)]
@@ -133,7 +134,10 @@ class CorrectedStack(UnlockAttack):
                 for chain, inputs in zip(chains, mlp_inputs(locked, rows, bench), strict=True)
             ]
         meter.cost.tokens = rows.numel()
-        notes = {"ridges": [stage.ridge for stage in solved], "held_out_error": [stage.error for stage in solved]}
+        notes = {
+            "ridges": [stage.ridge for stage in solved],
+            "left_of_what_to_correct": [stage.error for stage in solved],
+        }
         return Unlocked(ordinary_model(locked, bench.family, [stage.weights for stage in solved]), 1, meter.cost, notes)
 
 
