@@ -101,6 +101,15 @@ def test_the_loop_takes_the_steps_that_plain_pytorch_takes(bench):
     assert result.cost.tokens == 8 * 2 * 32
 
 
+def test_a_model_that_is_broken_from_the_start_is_said_to_be(bench):
+    model, task = bench.load("locked"), bench.tasks["signatures"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.nan)
+    config = FinetuneConfig(steps=8, batch_rows=2)
+    with pytest.raises(FloatingPointError, match="before the first step"):
+        finetune(FullFinetune(config).prepare(model, bench), task, config)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_tasks_are_disjoint_from_distillation_and_from_themselves(name):
     tokenizer = load_tokenizer(DEMO)

@@ -182,7 +182,12 @@ def plot(rows: list[dict], file: Path) -> None:
     for row in rows:
         if row["perplexity_ratio"] > 1:
             axes.annotate(
-                row["lock"], (100 * (row["perplexity_ratio"] - 1), 0.17), rotation=90, va="top", ha="center", fontsize=8
+                row["lock"],
+                (100 * (row["perplexity_ratio"] - 1), 1.1e-3),
+                rotation=90,
+                va="bottom",
+                ha="center",
+                fontsize=8,
             )
     axes.set(xscale="log", yscale="log", ylim=(1e-3, 1))
     axes.set(

@@ -170,7 +170,11 @@ def finetune(
     config: FinetuneConfig,
     advance: Callable[[str], None] = lambda note: None,
 ) -> FinetuneResult:
-    """Fine-tune on a task; see the top of this file. The model is left as the last step made it."""
+    """Fine-tune on a task; see the top of this file. The model is left as the last step made it.
+
+    Raises:
+        FloatingPointError: the model was broken before the first step.
+    """
     model, device = training.model, next(training.model.parameters()).device
     vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     rates = [group["lr"] for group in training.optimiser.param_groups] if training.optimiser else []
@@ -198,6 +202,8 @@ def finetune(
     counted: dict[int, StepCost] = {}
     timed_steps, timed_seconds = 0, 0.0
     evaluate()
+    if not math.isfinite(measured[0][1]):
+        raise FloatingPointError("the held-out loss is not finite before the first step")
     model.train()
     with ProcessMemory(device) as memory, saver(config.saver, model), torch.random.fork_rng():
         torch.manual_seed(config.seed)
