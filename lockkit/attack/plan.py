@@ -17,7 +17,7 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from lockkit.attack.finetune import FinetuneConfig
-from lockkit.attack.target import RESOURCES, Target, cheapest, seed_of, valid_runs
+from lockkit.attack.target import RESOURCES, WORK, Target, cheapest, seed_of, valid_runs
 
 BASELINE = "full-ft"
 SUBJECTS = ("original", "locked")
@@ -67,8 +67,9 @@ def winners(rows: list[dict], task: str, target: Target, seed: int) -> list[dict
 def unlocks_and_finetunes(rows: list[dict], task: str, target: Target, seed: int) -> list[tuple[dict, dict]]:
     """Pairs of rows: the cheapest valid unlocks, fine-tuned with the baseline, and what was cheapest on the original."""
     runs = [row for row in valid_runs(rows, task, target) if seed_of(row) == seed]
+    # By work alone: the same fine-tune has the same peak of memory, whatever unlock came before.
     undone = [row for row in runs if "unlock" in row["config"] and "finetune_attack" not in row["config"]]
-    found = [best[1] for resource in RESOURCES if (best := cheapest(undone, target.loss, resource))]
+    found = [best[1] for resource in WORK[1:] if (best := cheapest(undone, target.loss, resource))]
     unlocks = {row["key"]: row for row in found}.values()
     originals = [row for row in winners(rows, task, target, seed) if row["model"] == "original"]
     return [(unlock, row) for unlock in unlocks for row in originals if row["attack"] != BASELINE]

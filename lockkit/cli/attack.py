@@ -119,10 +119,10 @@ def _print(summary: dict) -> None:
         table.add_column("attack", no_wrap=True)
         for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("")
+        table.add_column("", min_width=7)
         for row in figures["attacks"]:
             losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
-            table.add_row(row["attack"].replace(", then", ",\n  then"), *losses, *_costs(row), Text(row["says"]))
+            table.add_row(row["attack"].replace(", then", ",\n then"), *losses, *_costs(row), Text(row["says"]))
         console.print(table)
         for resource, found in figures["amplification"].items():
             if found:
