@@ -12,7 +12,7 @@ from test_attack import SMALL
 from torch import nn
 
 from lockkit.attack.attacks.adapters import QLora, quantise
-from lockkit.attack.attacks.closed_form import CorrectedConfig, CorrectedStack, RandomFeatures
+from lockkit.attack.attacks.closed_form import RandomFeatures
 from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.attacks.redistill import MAX_PASSES, Redistill, RedistillConfig, measured_after
 from lockkit.attack.attacks.reparametrise import Reparametrise, balance
@@ -21,7 +21,6 @@ from lockkit.attack.attacks.small_state import Lomo
 from lockkit.attack.attacks.surrogate import SurrogateBackward
 from lockkit.attack.base import GradientAttack, registry
 from lockkit.attack.bench import Bench
-from lockkit.attack.closed_form import as_they_stand, collapse, units_of
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost, StepCost
 from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune, logits_of, task_loss
@@ -352,49 +351,6 @@ def test_a_wrong_value_in_a_list_is_refused_by_its_option():
 def test_an_attack_that_never_ran_on_the_lock_is_not_one_beyond_the_budget():
     assert _costs({"locked": None, "trials_locked": 0})[0] == "not run"
     assert _costs({"locked": None, "trials_locked": 3})[0] == "> budget"
-
-
-def test_random_features_see_the_function_alone_and_solve_as_least_squares_do():
-    chain, x = random_chain(gated=True), 0.3 * torch.randn(2048, 8)
-    [stage] = collapse(chain, x, [(0, 4)], "random")
-    units, out = nn.functional.silu(x @ stage.weights.gate.T) * (x @ stage.weights.up.T), chain(x)
-    least = torch.linalg.lstsq(units.double(), out.double()).solution.float()
-    left = [(units @ down - out).square().sum().item() for down in (stage.weights.down.T, least)]
-    assert left[1] <= left[0] < 1.05 * left[1]
-    for block in chain.blocks:  # the same function, other weights
-        block.up_proj.weight.mul_(-3)
-        block.down_proj.weight.div_(-3)
-    [again] = collapse(chain, x, [(0, 4)], "random")
-    torch.testing.assert_close(again.weights.up, stage.weights.up, atol=0, rtol=0)
-    torch.testing.assert_close(units @ again.weights.down.T, units @ stage.weights.down.T, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize("tokens", [0, 256])
-@pytest.mark.parametrize("which", ["bench", "two_layer_bench"])
-def test_corrected_stacks_are_exact_where_blocks_are_not_coupled(which, tokens, request):
-    bench = request.getfixturevalue(which)
-    unlocked = CorrectedStack(CorrectedConfig(tokens=tokens)).unlock(original_as_chain(bench), bench)
-    assert bench.quality(unlocked.model).kl_to_original < 1e-5
-    assert (unlocked.blocks, unlocked.cost.tokens) == (1, tokens)
-    assert (unlocked.cost.flops > 0) == (tokens > 0)
-
-
-@pytest.mark.parametrize("gated", [True, False])
-def test_few_tokens_correct_a_stack_and_many_solve_it(gated):
-    chain = random_chain(gated, nn.functional.silu, bias=not gated, gain=0.3)
-    x, held_out = 0.3 * torch.randn(16384, 8), 0.3 * torch.randn(2048, 8)
-
-    def error(weights: MLPWeights) -> float:
-        units = units_of(weights, held_out, chain.activation)
-        return (nn.functional.linear(units, weights.down, weights.down_bias) - chain(held_out)).square().mean().item()
-
-    def solved(first_layer: str, tokens: int) -> float:
-        return error(collapse(chain, x[:tokens], [(0, 4)], first_layer)[0].weights)
-
-    few = solved("corrected", 48)
-    assert few < 1.05 * error(as_they_stand(chain))
-    assert few < 0.8 * solved("linearised", 48)
-    assert solved("corrected", 16384) == pytest.approx(solved("linearised", 16384), rel=0.02)
 
 
 def test_a_redistillation_from_random_features_starts_where_they_end(bench):

@@ -256,9 +256,8 @@ def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
     assert ratio["tokens"] == {"value": 1000 / 8000, "reached": True, "unlock": "good", "kl_to_lock": 0.05}
     assert ratio["says"] == "0.125 in tokens, 0.0625 in operations" and not ratio["caveat"]
     assert unlock_ratio(unlocks, kl_limit=0.04, perplexity_limit=0)["tokens"]["unlock"] == "better"
-    assert (
-        unlock_ratio(unlocks, kl_limit=0.01, perplexity_limit=0)["tokens"]["unlock"] == "better"
-    )  # none within: the closest
+    none_within = unlock_ratio(unlocks, kl_limit=0.01, perplexity_limit=0)
+    assert none_within["tokens"]["unlock"] == "better"  # the closest
     nearer = unlock_ratio({"near": unlock(0.001, 1000), "redistill": SCRATCH}, kl_limit=0.01, perplexity_limit=0)
     assert nearer["says"].startswith("below 0.125 in tokens") and not nearer["tokens"]["reached"]
     too_short = SCRATCH | {"valid": False}

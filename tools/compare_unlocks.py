@@ -168,27 +168,17 @@ def plot(rows: list[dict], file: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    rows = sorted(rows, key=lambda row: row["perplexity_ratio"])
+    excess = {row["lock"]: 100 * (row["perplexity_ratio"] - 1) for row in rows}
+    rows = [row for row in rows if excess[row["lock"]] > 0]  # the axis is logarithmic
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     names = dict.fromkeys(name for row in rows for name in row["unlocks"] if not name.endswith("stages"))
     for name in names:
-        points = [
-            (100 * (row["perplexity_ratio"] - 1), row["unlocks"][name]["kl_to_lock"])
-            for row in rows
-            if name in row["unlocks"] and row["perplexity_ratio"] > 1
-        ]
+        points = [(excess[row["lock"]], row["unlocks"][name]["kl_to_lock"]) for row in rows if name in row["unlocks"]]
         knows_nothing = name.startswith("features") or name == "random-features"
         axes.plot(*zip(*points, strict=True), "x" if knows_nothing else "o", markersize=5, label=name)
     for row in rows:
-        if row["perplexity_ratio"] > 1:
-            axes.annotate(
-                row["lock"],
-                (100 * (row["perplexity_ratio"] - 1), 1.1e-3),
-                rotation=90,
-                va="bottom",
-                ha="center",
-                fontsize=8,
-            )
+        place = (excess[row["lock"]], 1.1e-3)
+        axes.annotate(row["lock"], place, rotation=90, va="bottom", ha="center", fontsize=8)
     axes.set(xscale="log", yscale="log", ylim=(1e-3, 1))
     axes.set(
         xlabel="perplexity of the lock above the original's, %", ylabel="KL of the unlocked model to the lock, nats"

@@ -216,7 +216,7 @@ def _linearise(
     both, intercept, _, _ = rows.solve()
     width = len(weights.up)
     for index, (name, (row, offset)) in enumerate(zip(names, own, strict=True)):
-        part = slice(index * width, (index + 1) * width)
-        setattr(weights, name, row + both[part] if corrected else both[part])
+        mine = slice(index * width, (index + 1) * width)
+        setattr(weights, name, row + both[mine] if corrected else both[mine])
         if bias:
-            setattr(weights, f"{name}_bias", offset + intercept[part] if corrected else intercept[part])
+            setattr(weights, f"{name}_bias", offset + intercept[mine] if corrected else intercept[mine])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -13,6 +14,7 @@ from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
 from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, as_they_stand, collapse
 from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
+from lockkit.dlr.net import DLRNet
 from lockkit.lock.cache import ActivationCache
 from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.workers import Workers
@@ -43,23 +45,30 @@ def mlp_inputs(locked, rows: torch.Tensor, bench) -> Iterator[torch.Tensor]:
             yield inputs.flatten(0, 1)
 
 
+def of_each_chain(
+    locked, rows: torch.Tensor, bench, function: Callable[[DLRNet, torch.Tensor], Any]
+) -> tuple[list, Cost]:
+    """What `function` makes of each chain and its inputs on `rows`, `[rows, block]`; and the cost."""
+    chains = [layer.mlp for layer in decoder_layers(locked)]
+    with Meter(bench.device) as meter, torch.no_grad():
+        found = [function(*both) for both in zip(chains, mlp_inputs(locked, rows, bench), strict=True)]
+    meter.cost.tokens = rows.numel()
+    return found, meter.cost
+
+
 class _Collapse(UnlockAttack):
     Config = CollapseConfig
     reference = "this project's first measurements of the lock; ridge regression: Hoerl and Kennard 1970"
 
     def unlock(self, locked, bench) -> Unlocked:
         config = self.config
-        chains = [layer.mlp for layer in decoder_layers(locked)]
-        bounds = stage_bounds(chains[0], config.stages)
+        chain = decoder_layers(locked)[0].mlp
+        bounds = stage_bounds(chain, config.stages)
         if bounds is None:
-            raise CannotRun(f"{len(chains[0].blocks)} blocks cannot be cut into {config.stages} stages of equal rank")
-        rows = unlabelled_rows(bench)
-        with Meter(bench.device) as meter, torch.no_grad():
-            solved = [
-                collapse(chain, inputs, bounds, config.first_layer)
-                for chain, inputs in zip(chains, mlp_inputs(locked, rows, bench), strict=True)
-            ]
-        meter.cost.tokens = rows.numel()
+            raise CannotRun(f"{len(chain.blocks)} blocks cannot be cut into {config.stages} stages of equal rank")
+        solved, cost = of_each_chain(
+            locked, unlabelled_rows(bench), bench, lambda chain, x: collapse(chain, x, bounds, config.first_layer)
+        )
         notes = {
             "ridges": [[stage.ridge for stage in stages] for stages in solved],
             "held_out_error": [stages[-1].error for stages in solved],
@@ -69,7 +78,7 @@ class _Collapse(UnlockAttack):
             model = ordinary_model(locked, bench.family, [stages[0] for stages in layers])
         else:
             model = chain_model(locked, bench.family, config.stages, layers)
-        return Unlocked(model, config.stages, meter.cost, notes)
+        return Unlocked(model, config.stages, cost, notes)
 
 
 class StackSolve(_Collapse):
@@ -124,21 +133,18 @@ class CorrectedStack(UnlockAttack):
         return [CorrectedConfig(tokens=tokens) for tokens in tried if tokens <= audit.unlock_tokens]
 
     def unlock(self, locked, bench) -> Unlocked:
-        chains = [layer.mlp for layer in decoder_layers(locked)]
         if not self.config.tokens:
-            return Unlocked(ordinary_model(locked, bench.family, [as_they_stand(c) for c in chains]), 1, Cost())
+            weights = [as_they_stand(layer.mlp) for layer in decoder_layers(locked)]
+            return Unlocked(ordinary_model(locked, bench.family, weights), 1, Cost())
         rows = bench.unlabelled[: -(-self.config.tokens // bench.text_block)]
-        with Meter(bench.device) as meter, torch.no_grad():
-            solved = [
-                collapse(chain, inputs, [(0, len(chain.blocks))], "corrected")[0]
-                for chain, inputs in zip(chains, mlp_inputs(locked, rows, bench), strict=True)
-            ]
-        meter.cost.tokens = rows.numel()
+        solved, cost = of_each_chain(
+            locked, rows, bench, lambda chain, x: collapse(chain, x, [(0, len(chain.blocks))], "corrected")[0]
+        )
         notes = {
             "ridges": [stage.ridge for stage in solved],
             "left_of_what_to_correct": [stage.error for stage in solved],
         }
-        return Unlocked(ordinary_model(locked, bench.family, [stage.weights for stage in solved]), 1, meter.cost, notes)
+        return Unlocked(ordinary_model(locked, bench.family, [stage.weights for stage in solved]), 1, cost, notes)
 
 
 class RandomFeatures(_Collapse):

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from pydantic import BaseModel, Field
 
-from lockkit.attack.attacks.closed_form import mlp_inputs, unlabelled_rows
+from lockkit.attack.attacks.closed_form import of_each_chain, unlabelled_rows
 from lockkit.attack.base import UnlockAttack, Unlocked
-from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model
 from lockkit.attack.shorten import merge, padded, prune
-from lockkit.dlr.net import DLRNet
 from lockkit.models.families import MLPWeights, decoder_layers
 
 
@@ -36,7 +30,8 @@ class MergeBlocks(UnlockAttack):
         depth = len(chains[0].blocks)
         size = min(depth, self.config.neighbours or depth)
         bounds = [(first, min(first + size, depth)) for first in range(0, depth, size)]
-        layers, cost = _of_each_chain(locked, bench, lambda chain, inputs: merge(chain, inputs, bounds))
+        rows = unlabelled_rows(bench)
+        layers, cost = of_each_chain(locked, rows, bench, lambda chain, inputs: merge(chain, inputs, bounds))
         if len(bounds) == 1:
             model = ordinary_model(locked, bench.family, [blocks[0] for blocks in layers])
         else:
@@ -60,18 +55,10 @@ class PruneSVD(UnlockAttack):
 
     def unlock(self, locked, bench) -> Unlocked:
         energy = self.config.energy
-        pruned, cost = _of_each_chain(locked, bench, lambda chain, inputs: prune(chain, inputs, energy))
+        rows = unlabelled_rows(bench)
+        pruned, cost = of_each_chain(locked, rows, bench, lambda chain, inputs: prune(chain, inputs, energy))
         model = _shorter_model(locked, bench, [blocks for blocks, _ in pruned])
         return Unlocked(model, model.config.dlr["depth"], cost, {"layers": [notes for _, notes in pruned]})
-
-
-def _of_each_chain(locked, bench, function: Callable[[DLRNet, torch.Tensor], Any]) -> tuple[list, Cost]:
-    """What `function` makes of each chain and its inputs, and the cost."""
-    chains, rows = [layer.mlp for layer in decoder_layers(locked)], unlabelled_rows(bench)
-    with Meter(bench.device) as meter, torch.no_grad():
-        found = [function(*both) for both in zip(chains, mlp_inputs(locked, rows, bench), strict=True)]
-    meter.cost.tokens = rows.numel()
-    return found, meter.cost
 
 
 def _shorter_model(locked, bench, layers: list[list[MLPWeights]]):
