@@ -15,7 +15,7 @@ from typing import Any
 from lockkit.version import __version__
 
 _HOMES = {
-    "plan_model": "lockkit.plan",
+    "plan_model": "lockkit.lock.plan",
     "LockConfig": "lockkit.lock.config",
     "lock_model": "lockkit.lock.run",
     "ExportConfig": "lockkit.export.config",

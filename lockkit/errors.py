@@ -21,3 +21,9 @@ class DistillationError(LockkitError):
 
 class GateFailed(LockkitError):
     """A check ran to its end and found the result wanting; exit code 1."""
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error's text that says anything, or the error's class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:most] if lines else type(error).__name__

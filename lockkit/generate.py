@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from lockkit.verify.runners import Runner
+    from lockkit.runners import Runner
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of half a character
 
@@ -82,7 +82,7 @@ def open_model(name: str, provider: str = "cpu", option: str = "MODEL") -> TextM
 
     from lockkit.export.session import ExportSession
     from lockkit.models.load import load_model, load_tokenizer, resolve_model
-    from lockkit.verify.runners import OnnxRunner, TorchRunner
+    from lockkit.runners import OnnxRunner, TorchRunner
 
     if (Path(name) / EXPORT_MANIFEST).is_file():
         session = ExportSession(Path(name), provider=provider)

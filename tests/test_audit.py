@@ -20,8 +20,8 @@ from lockkit.attack.base import attack_class, registry
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.attack.finetune import FinetuneConfig
-from lockkit.attack.plan import groups, takes_baseline_steps, unlocks_and_finetunes
 from lockkit.attack.run import run_audit
+from lockkit.attack.selection import groups, takes_baseline_steps, unlocks_and_finetunes
 from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, run_name, valid_runs
 from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio
 from lockkit.errors import UsageError

@@ -16,8 +16,8 @@ from tiny import save_tiny
 from lockkit.errors import DistillationError, UsageError
 from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig, make_config
-from lockkit.lock.fidelity import FidelityMeter
 from lockkit.lock.initialise import build_chain, scrub_teacher_rows, start_from_teacher
+from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers, nmse
 from lockkit.lock.run import lock_model
 from lockkit.models.families import FAMILIES, decoder_layers, mlp_weights
@@ -154,11 +154,11 @@ def test_phase_2_never_ends_worse_than_phase_1(originals, tmp_path, offload):
 def test_a_step_of_phase_2_is_one_of_plain_autograd(originals, tmp_path):
     """Layer-wise backward passes move the weights as one through the whole model does."""
     from lockkit.lock.end_to_end import EndToEnd
-    from lockkit.lock.fidelity import mean_kl_divergence
+    from lockkit.lock.meter import mean_kl_divergence
     from lockkit.lock.stack import ChainStack
-    from lockkit.lock.workers import Workers
+    from lockkit.models.layered import StreamedModel
     from lockkit.models.load import load_config
-    from lockkit.models.stream import StreamedModel
+    from lockkit.workers import Workers
 
     folder = originals("gemma2")
     model, family = load_model(folder, torch.float32)
@@ -193,8 +193,8 @@ def test_a_step_of_phase_2_is_one_of_plain_autograd(originals, tmp_path):
 
 
 def test_fidelity_of_a_perfect_copy(originals):
+    from lockkit.models.layered import StreamedModel
     from lockkit.models.load import load_config
-    from lockkit.models.stream import StreamedModel
 
     model, family = load_model(originals("llama"), torch.float32)
     stream = StreamedModel(originals("llama"), load_config(originals("llama")), family, "cpu")

@@ -11,7 +11,7 @@ from conftest import QUICK
 from tiny import save_tiny
 
 from lockkit.files import LOCK_RECORD, read_json
-from lockkit.lock.cache import ActivationCache
+from lockkit.models.activation_cache import ActivationCache
 
 # glibc raises these thresholds as it goes and then keeps freed blocks: up to 30 MB of 180, another amount in every run.
 NOTHING_HOARDED = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
@@ -59,7 +59,7 @@ def test_a_full_disk_is_named_before_it_kills(tmp_path):
     program = (
         "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "from pathlib import Path\nfrom lockkit.lock.cache import ActivationCache\n"
+        "from pathlib import Path\nfrom lockkit.models.activation_cache import ActivationCache\n"
         f"ActivationCache(Path({str(tmp_path)!r}), 0).allocate('x', (1000,))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -15,15 +15,15 @@ from tiny import VOCAB, save_tiny, tiny_config
 
 from lockkit.errors import UnsupportedModelError, UsageError
 from lockkit.files import LOCK_RECORD
-from lockkit.lock.cache import ActivationCache
-from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
-from lockkit.lock.workers import Workers
+from lockkit.models.activation_cache import ActivationCache
+from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import FAMILIES, decoder_layers, family_of, mlp_weights, require_unlocked
+from lockkit.models.layered import StreamedModel
 from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer, resolve_model
 from lockkit.models.locked import base_config
-from lockkit.models.stream import StreamedModel
+from lockkit.workers import Workers
 
 EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 
@@ -48,7 +48,7 @@ def test_one_layer_at_a_time_computes_what_the_whole_model_does(model_type, kept
     for hook in hooks:
         hook.remove()
     stream = StreamedModel(originals(model_type), load_config(originals(model_type)), family, "cpu")
-    monkeypatch.setattr("lockkit.lock.capture.TOKENS_IN_A_BATCH", 96)  # batches of 4 and 3 rows
+    monkeypatch.setattr("lockkit.models.capture.TOKENS_IN_A_BATCH", 96)  # batches of 4 and 3 rows
     budget = {"memory": 10**9, "files": 0}[kept_in]
     capture = LayerwiseCapture(stream, rows, ActivationCache(tmp_path, budget), "train", Workers())
     for index, [inputs] in enumerate(expected):

@@ -27,7 +27,7 @@ from lockkit.serve.engine import Engine, Job, QueueFullError
 from lockkit.serve.metrics import Metrics
 from lockkit.serve.model import open_served_model
 from lockkit.serve.rows import SeparateRows, SharedRows, open_rows
-from lockkit.serve.text import TextStream
+from lockkit.text_stream import TextStream
 
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 

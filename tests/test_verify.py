@@ -23,10 +23,11 @@ from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.export.run import export_model
 from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, sha256_of_file
+from lockkit.measure import metrics
 from lockkit.progress import NoProgress
-from lockkit.verify import DEFAULT_GATES, VerifyConfig, VerifyResult, metrics, parity, verify_export
+from lockkit.runners import OnnxRunner, TorchRunner
+from lockkit.verify import DEFAULT_GATES, VerifyConfig, VerifyResult, parity, verify_export
 from lockkit.verify.run import judge, measure
-from lockkit.verify.runners import OnnxRunner, TorchRunner
 
 SMALL = {"tokens": 512, "block_tokens": 64, "prompts": 2, "new_tokens": 8}
 OPTIONS = ["--tokens", 512, "--block-tokens", 64, "--prompts", 2, "--new-tokens", 8]

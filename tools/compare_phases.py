@@ -26,23 +26,23 @@ from lockkit.errors import DistillationError
 from lockkit.files import read_json, write_json
 from lockkit.lock import modulewise
 from lockkit.lock import optimiser as adam
-from lockkit.lock.cache import ActivationCache
-from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData, load_data, sample_from_model
 from lockkit.lock.end_to_end import EndToEnd
-from lockkit.lock.fidelity import FidelityMeter, mlp_replaced
 from lockkit.lock.initialise import fill_blocks
+from lockkit.lock.meter import FidelityMeter, mlp_replaced
 from lockkit.lock.modulewise import LayerTask, distil_layers
 from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
-from lockkit.lock.workers import Workers
+from lockkit.models.activation_cache import ActivationCache
+from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import mlp_weights, require_unlocked
+from lockkit.models.layered import StreamedModel
 from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer
-from lockkit.models.stream import StreamedModel
 from lockkit.progress import NoProgress
 from lockkit.version import git_hash, versions
+from lockkit.workers import Workers
 
 Patch = Callable[[], contextlib.AbstractContextManager]
 

@@ -41,8 +41,8 @@ from lockkit.attack.base import CannotRun
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.files import read_json, write_json
-from lockkit.lock.record import public_name
 from lockkit.models.families import decoder_layers, mlp_weights
+from lockkit.models.identity import public_name
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-unlocks-compared/1"

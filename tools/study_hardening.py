@@ -44,10 +44,10 @@ from lockkit.attack.rows import ROWS, read_rows
 from lockkit.attack.target import cost_to_target
 from lockkit.files import read_json, write_json
 from lockkit.lock.modulewise import nmse
+from lockkit.measure.metrics import Comparison
 from lockkit.models.families import decoder_layers, family_of, mlp_weights
 from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer
 from lockkit.text import documents, token_blocks
-from lockkit.verify.metrics import Comparison
 from lockkit.version import git_hash, versions
 
 TRAIN_TOKENS, FIT_TOKENS, HELD_OUT_TOKENS = 200_000, 32_768, 8_192

@@ -15,14 +15,14 @@ import torch
 
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.tasks import Task, load_task
+from lockkit.devices import choose_device
 from lockkit.errors import UsageError
 from lockkit.files import LOCK_RECORD, read_json
-from lockkit.lock.record import public_name, weights_sha256
-from lockkit.lock.run import choose_device
+from lockkit.measure.metrics import Comparison, Perplexity
 from lockkit.models.families import Family, decoder_layers, family_of, is_locked
+from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
 from lockkit.text import documents, token_blocks
-from lockkit.verify.metrics import Comparison, Perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -83,7 +83,7 @@ class AuditConfig(BaseModel):
     seeds: int = Field(ge=1, description="Seeds of headline rows: what was cheapest on a task, and the baseline.")
     exhaustive: bool = Field(
         False,
-        description="Every variant at every learning rate, every attack on every task; else as lockkit/attack/plan.py says.",
+        description="Every variant at every learning rate, every attack on every task; else as lockkit/attack/selection.py says.",
     )
     sweep: int = Field(
         0,

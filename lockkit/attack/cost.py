@@ -28,6 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from lockkit.devices import synchronise
+
 RSS_INTERVAL_SECONDS = 0.01
 # Of a dense symmetric eigenvalue problem with vectors, and a QR decomposition, times n^3
 # (Golub and Van Loan, "Matrix Computations", 8.3 and 5.2).
@@ -259,9 +261,3 @@ class Meter:
         self.cost.flops += float(self._flops.get_total_flops())
         self.cost.peak_memory_bytes = self._memory.allocated
         self.cost.peak_reserved_bytes = self._memory.reserved
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU to finish, so that a clock means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from lockkit.attack.cost import Cost, ProcessMemory, StepCost, measure_step, synchronise
+from lockkit.attack.cost import Cost, ProcessMemory, StepCost, measure_step
 from lockkit.attack.savers import saver
 from lockkit.attack.tasks import IGNORED, Rows, Task
+from lockkit.devices import synchronise
 
 EVALUATION_ROWS = 16
 COUNTED_STEPS = 3  # after the first, which makes the optimiser's state

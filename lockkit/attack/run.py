@@ -27,7 +27,8 @@ from lockkit.attack.bench import Bench
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneResult
-from lockkit.attack.plan import (
+from lockkit.attack.rows import ROWS, SCHEMA, RowStore, check_controls, depends_on, head_of
+from lockkit.attack.selection import (
     BASELINE,
     SUBJECTS,
     best_position,
@@ -37,7 +38,6 @@ from lockkit.attack.plan import (
     winners,
     without_rate,
 )
-from lockkit.attack.rows import ROWS, SCHEMA, RowStore, check_controls, depends_on, head_of
 from lockkit.attack.summary import summarise
 from lockkit.attack.sweep import Sweep
 from lockkit.attack.target import Target, reference_target, run_name

@@ -12,7 +12,7 @@ import statistics
 from typing import TYPE_CHECKING
 
 from lockkit.attack.base import registry
-from lockkit.attack.plan import BASELINE, SUBJECTS
+from lockkit.attack.selection import BASELINE, SUBJECTS
 from lockkit.attack.target import (
     MEMORY,
     RESOURCES,

@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.bench.config import BenchConfig, Runtime
-from lockkit.bench.runners import worker
+from lockkit.bench.timed import worker
 from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.session import MODEL_FILE

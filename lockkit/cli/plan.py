@@ -33,7 +33,7 @@ def plan(
 
         lockkit plan ./my-model --depth 16 --depth 48 --json
     """
-    from lockkit.plan import plan_model
+    from lockkit.lock.plan import plan_model
 
     result = plan_model(model, depth, trust_remote_code)
     if as_json:

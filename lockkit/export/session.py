@@ -22,7 +22,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, first_line
 from lockkit.export.manifest import check_manifest, read_manifest
 from lockkit.files import EXPORT_MANIFEST, read_json
 
@@ -258,7 +258,7 @@ def _load(path: Path, provider: str, threads: int | None, kernel: Path | None) -
         session = onnxruntime.InferenceSession(path, options, providers=[(wanted, settings)])
     except Exception as error:
         raise UsageError(
-            f"onnxruntime cannot load {path} ({_first_line(error)}): export again, or change EXPORT"
+            f"onnxruntime cannot load {path} ({first_line(error)}): export again, or change EXPORT"
         ) from error
     if session.get_providers()[0] != wanted:
         raise UsageError(
@@ -274,8 +274,3 @@ def placement(session: Any) -> list[tuple[str, str]]:
     """Provider and operator of every node that `session` runs; functions are their bodies here."""
     parts = session.get_provider_graph_assignment_info()
     return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

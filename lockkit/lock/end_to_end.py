@@ -29,12 +29,12 @@ import torch
 from lockkit.errors import DistillationError
 from lockkit.files import read_json, write_json
 from lockkit.lock.config import LockConfig
-from lockkit.lock.fidelity import Fidelity, FidelityMeter, mean_kl_divergence
+from lockkit.lock.meter import Fidelity, FidelityMeter, mean_kl_divergence
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
-from lockkit.lock.workers import Workers
-from lockkit.models.stream import StreamedModel, return_free_memory
+from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.progress import Progress
+from lockkit.workers import Workers
 
 EVALUATIONS = 4
 SAVE_EVERY_SECONDS = 120

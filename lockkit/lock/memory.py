@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import psutil
-import torch
-
+from lockkit.devices import PeakMemory, available_bytes
 from lockkit.dlr.cost import MLPShape, mlp_parameters
 from lockkit.dlr.net import block_ranks
-from lockkit.environment import peak_resident_bytes
-from lockkit.lock.capture import TOKENS_IN_A_BATCH
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
-from lockkit.lock.fidelity import ROWS_IN_A_BATCH
+from lockkit.lock.meter import ROWS_IN_A_BATCH
+from lockkit.models.capture import TOKENS_IN_A_BATCH
 from lockkit.models.families import mlp_weights
+from lockkit.models.layered import StreamedModel
 from lockkit.models.save import SHARD_BYTES
-from lockkit.models.stream import StreamedModel
 
 FLOAT_BYTES = 4
 SHARE_TO_USE = 0.6  # of the memory that is free
@@ -55,13 +52,14 @@ class MemoryPrediction:
         where = "all layers in memory in phase 2" if self.phase_2_keeps_all_layers else "one layer at a time"
         return f"expected peak memory: {self.total_bytes / 1e9:.2f} GB beyond the libraries' own ({where})"
 
-    def record(self, idle_bytes: int) -> dict:
-        """What `lockkit.json` says of memory; `idle_bytes` is the process's size before the lock began."""
+    def record(self, memory: PeakMemory) -> dict:
+        """What `lockkit.json` says of memory: the prediction and the measurement."""
         return {
             "predicted_bytes": self.total_bytes,
             "prediction": asdict(self),
-            "idle_bytes": idle_bytes,
-            "peak_bytes": peak_memory_bytes(),
+            "kind": memory.kind,
+            "idle_bytes": memory.idle_bytes,
+            "peak_bytes": memory.peak_bytes(),
         }
 
 
@@ -128,12 +126,6 @@ def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:
     return FLOAT_BYTES * batch_tokens * values
 
 
-def available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
 def layers_together(stream: StreamedModel, config: LockConfig) -> int:
     """Layers that phase 1 trains in one batched computation."""
     if config.layers_together:
@@ -155,10 +147,3 @@ def keeps_everything(stream: StreamedModel, config: LockConfig) -> bool:
     layer = sum(p.numel() for p in stream.layers[0].parameters())
     needed = FLOAT_BYTES * len(stream) * (layer + COPIES_OF_A_CHAIN * mlp_parameters(shape))
     return needed <= SHARE_TO_USE * available_bytes(stream.device)
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory of this process so far: allocated on the GPU if one was used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()

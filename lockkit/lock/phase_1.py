@@ -17,17 +17,17 @@ from collections.abc import Callable
 import torch
 
 from lockkit.dlr.net import DLRNet
-from lockkit.lock.cache import ActivationCache
-from lockkit.lock.capture import LayerwiseCapture
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.memory import layers_together
 from lockkit.lock.modulewise import LayerResult, LayerTask, distil_layers
 from lockkit.lock.work import Work
-from lockkit.lock.workers import Workers
+from lockkit.models.activation_cache import ActivationCache
+from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import mlp_weights
-from lockkit.models.stream import StreamedModel
+from lockkit.models.layered import StreamedModel
 from lockkit.progress import Progress
+from lockkit.workers import Workers
 
 
 def distil_all_layers(

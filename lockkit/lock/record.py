@@ -18,35 +18,28 @@ Schema `lockkit-lock/2`:
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from pathlib import Path
 
 import torch
 
 from lockkit.dlr.net import block_ranks
-from lockkit.files import sha256_of_file
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.end_to_end import EndToEndResult
-from lockkit.lock.fidelity import Fidelity
+from lockkit.lock.meter import Fidelity
 from lockkit.lock.modulewise import LayerResult
 from lockkit.models.families import Family
-from lockkit.models.load import load_config
+from lockkit.models.identity import public_name
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-lock/2"
 
 
-def public_name(model: str) -> str:
-    """A name fit to publish: `demo`, a Hub id, or a local folder's last part."""
-    return Path(model).resolve().name if Path(model).exists() else model
-
-
 def lock_record(
     *,
     model: str,
-    original: Path,
+    original_sha256: str,
+    intermediate_size: int,
     family: Family,
     config: LockConfig,
     data: DistillationData,
@@ -61,8 +54,7 @@ def lock_record(
     memory: dict,
 ) -> dict:
     """Collect everything that belongs into `lockkit.json`."""
-    width = load_config(original).intermediate_size
-    ranks = block_ranks(width, config.depth)
+    ranks = block_ranks(intermediate_size, config.depth)
     source = public_name(data.source)
     return {
         "schema": SCHEMA,
@@ -71,7 +63,7 @@ def lock_record(
         "machine": {"processor": platform.machine(), "torch_threads": torch.get_num_threads()},
         "model": model,
         "model_type": family.model_type,
-        "original_sha256": weights_sha256(original),
+        "original_sha256": original_sha256,
         "dlr": {
             "depth": config.depth,
             "rank": max(ranks),
@@ -90,11 +82,3 @@ def lock_record(
         "workers": workers,
         "memory": memory,
     }
-
-
-def weights_sha256(folder: Path) -> str:
-    """One hash over a model's weight files, in the order of their names."""
-    total = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        total.update(f"{file.name} {sha256_of_file(file)}\n".encode())
-    return total.hexdigest()

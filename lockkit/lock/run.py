@@ -9,13 +9,13 @@
    folder beside its final place, measure what will really be published, on text that neither
    trained it nor chose its state, and rename it.
 
-The teacher is read decoder layer by decoder layer (lockkit/models/stream.py): memory does not
+The teacher is read decoder layer by decoder layer (lockkit/models/layered.py): memory does not
 grow with their number, unless there is room to keep them (`--offload`).
 """
 
 from __future__ import annotations
 
-import re
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lockkit.devices import PeakMemory, choose_device
 from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.errors import DistillationError, LockkitError, UsageError
 from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
@@ -30,21 +31,22 @@ from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData, effective_source, load_data, sample_from_model
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
-from lockkit.lock.fidelity import Chains, Fidelity, FidelityMeter
 from lockkit.lock.initialise import build_chain, scrub_teacher_rows
-from lockkit.lock.memory import keeps_everything, peak_memory_bytes, predicted_memory
+from lockkit.lock.memory import keeps_everything, predicted_memory
+from lockkit.lock.meter import Chains, Fidelity, FidelityMeter
 from lockkit.lock.modulewise import LayerResult
 from lockkit.lock.phase_1 import distil_all_layers
-from lockkit.lock.record import lock_record, public_name, weights_sha256
+from lockkit.lock.record import lock_record
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work, work_folder
-from lockkit.lock.workers import Workers
 from lockkit.models.families import Family, mlp_weights, require_unlocked
+from lockkit.models.identity import public_name, weights_sha256
+from lockkit.models.layered import Checkpoint, StreamedModel, import_model_class
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.save import save_description, save_locked_weights
-from lockkit.models.stream import Checkpoint, StreamedModel, import_model_class
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import versions
+from lockkit.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -104,14 +106,14 @@ class _Lock:
         self.raw_config = load_config(self.original, trust_remote_code)
         self.family: Family = require_unlocked(self.raw_config, model)
         import_model_class(self.family)
-        self.idle_memory_bytes = peak_memory_bytes()
+        self.device = choose_device(config.device, self.workers)
+        self.memory = PeakMemory(self.device)
         if config.depth > self.raw_config.intermediate_size:
             raise UsageError(
                 f"--depth {config.depth} is larger than the MLP's width {self.raw_config.intermediate_size}: lower it"
             )
         self.tokenizer = load_tokenizer(self.original)
         self.dtype = _stored_dtype(self.raw_config, config)
-        self.device = choose_device(config.device, self.workers)
         self.work = Work(work_folder(self.out, config.work), self.workers.first)
         check_apart(self.work.folder, self.original)
 
@@ -157,7 +159,8 @@ class _Lock:
             scrubbed, fidelity = self._publish(folder, final, layers, data)
             record = lock_record(
                 model=public_name(self.model),
-                original=self.original,
+                original_sha256=self.original_sha256,
+                intermediate_size=self.raw_config.intermediate_size,
                 family=self.family,
                 config=self.config,
                 data=data,
@@ -169,7 +172,7 @@ class _Lock:
                 dtype=self.dtype,
                 seconds=time.perf_counter() - self.started,
                 workers=self.workers.count,
-                memory=prediction.record(self.idle_memory_bytes),
+                memory=prediction.record(self.memory),
             )
             save_description(folder, record, locked_model_card(record))
         self.workers.wait()
@@ -189,12 +192,17 @@ class _Lock:
         self.workers.wait()
         return DistillationData(source, **self.work.load_rows())
 
+    @functools.cached_property
+    def original_sha256(self) -> str:
+        """Hash of the original's weights, read once."""
+        return weights_sha256(self.original)
+
     def _fingerprint(self, data: DistillationData) -> dict:
         """Everything the weights depend on."""
         rows = {name: value for name, value in data.record().items() if name.endswith("sha256")}
         return {
             "recipe": self.config.result_settings() | {"data": public_name(data.source)},
-            "model_sha256": weights_sha256(self.original),
+            "model_sha256": self.original_sha256,
             "text": rows,
             "versions": {name: versions().get(name) for name in ("lockkit", "torch", "transformers")},
             "processor": "GPU" if self.device.startswith("cuda") else "CPU",
@@ -273,25 +281,6 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
         + (f", read {passes:.1f} times" if passes > 1 else "")
         + f", and twice {data.validation.numel():,} held out"
     )
-
-
-def choose_device(device: str, workers: Workers | None = None) -> str:
-    """Resolve `auto`, and refuse a device that is not there; each worker of a machine gets a GPU of its own.
-
-    Raises:
-        UsageError: no such device.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and workers and workers.count > 1:
-        device = f"cuda:{workers.local_rank}"
-    try:
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-            raise RuntimeError("no such kind of device")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} is not available here: use cpu, or see `lockkit env`") from error
-    return device
 
 
 def _stored_dtype(raw_config: PreTrainedConfig, config: LockConfig) -> torch.dtype:

@@ -13,10 +13,10 @@ from torch import nn
 
 from lockkit.dlr.net import DLRNet
 from lockkit.lock.config import LockConfig
-from lockkit.lock.fidelity import mlp_replaced
+from lockkit.lock.meter import mlp_replaced
 from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.packed import PackedChains
-from lockkit.models.stream import StreamedModel, return_free_memory
+from lockkit.models.layered import StreamedModel, return_free_memory
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

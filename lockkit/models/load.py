@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
 from lockkit.models.locked import base_config, locked_classes
@@ -95,7 +95,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             raise UsageError(
                 f"{folder} needs code of its own to load: read it, then add --trust-remote-code"
             ) from error
-        raise UsageError(f"{folder}/config.json cannot be used ({_first_line(error)}): change MODEL") from error
+        raise UsageError(f"{folder}/config.json cannot be used ({first_line(error)}): change MODEL") from error
 
 
 def _read_config(folder: Path) -> dict:
@@ -104,7 +104,7 @@ def _read_config(folder: Path) -> dict:
         if not isinstance(raw, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}/config.json cannot be read ({_first_line(error)}): change MODEL") from error
+        raise UsageError(f"{folder}/config.json cannot be read ({first_line(error)}): change MODEL") from error
     return raw
 
 
@@ -140,7 +140,7 @@ def load_model(
             )
     except Exception as error:
         mismatch = "ignore_mismatched_sizes" in str(error)
-        reason = "their shapes are not those of its config.json" if mismatch else _first_line(error)
+        reason = "their shapes are not those of its config.json" if mismatch else first_line(error)
         raise UsageError(f"the weights in {folder} cannot be loaded ({reason}): change MODEL") from error
     missing = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", [])]
     if missing:
@@ -176,7 +176,7 @@ def check_safetensors(folder: Path) -> None:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index} is broken ({_first_line(error)}): change MODEL") from error
+            raise UsageError(f"{index} is broken ({first_line(error)}): change MODEL") from error
         files = [folder / name for name in sorted(names)]
     if not files:
         raise UsageError(f"{folder} has no safetensors (pickled weights are never loaded): change MODEL")
@@ -186,7 +186,7 @@ def check_safetensors(folder: Path) -> None:
                 tensors.keys()
         except (SafetensorError, OSError) as error:
             raise UsageError(
-                f"{file} is not a complete safetensors file ({_first_line(error)}): change MODEL"
+                f"{file} is not a complete safetensors file ({first_line(error)}): change MODEL"
             ) from error
 
 
@@ -207,7 +207,7 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
         )
     except Exception as error:
         raise UsageError(
-            f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}): change {option}"
+            f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): change {option}"
         ) from error
     # Whole documents are tokenized and cut into blocks afterwards: no warning about their length.
     tokenizer.model_max_length = int(1e30)
@@ -223,8 +223,3 @@ def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:
         return None
     config = load_config(folder)
     return base_config(config, family_of(config))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

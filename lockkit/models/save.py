@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from lockkit.dlr.net import DLRNet
-    from lockkit.models.stream import StreamedModel
+    from lockkit.models.layered import StreamedModel
 
 # Layers are collected up to this size before they are written (safetensors needs twice that to write
 # them): it bounds memory, not the model.

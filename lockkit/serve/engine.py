@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lockkit.generate import next_token
 from lockkit.serve.rows import PREFILL_TOKENS, SeparateRows, SharedRows
-from lockkit.serve.text import TextStream
+from lockkit.text_stream import TextStream
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,6 @@ _WHERE = {
     "Gates": "config",
     "VerifyConfig": "config",
     "VerifyResult": "result",
-    "perplexity": "metrics",
     "verify_export": "run",
 }
 __all__ = sorted(_WHERE)

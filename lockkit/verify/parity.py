@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lockkit.measure.metrics import Comparison, Perplexity
 from lockkit.progress import Progress
-from lockkit.verify.metrics import Comparison, Perplexity
+from lockkit.runners import Runner
 from lockkit.verify.result import Continuations, Parting
-from lockkit.verify.runners import Runner
 
 # Float32 logits of one batch: 64 M of them are 256 MB.
 _BATCH_LOGITS = 64_000_000

@@ -24,11 +24,12 @@ import torch
 from lockkit.errors import UsageError
 from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST, sha256_of_file
+from lockkit.measure.metrics import Comparison
 from lockkit.models.load import load_model
 from lockkit.progress import NoProgress, Progress
+from lockkit.runners import OnnxRunner, Runner, TorchRunner
 from lockkit.verify import parity
 from lockkit.verify.config import DEFAULT_GATES, Gates, VerifyConfig
-from lockkit.verify.metrics import Comparison
 from lockkit.verify.references import SPLIT, Reference, held_out_rows, tell_apart
 from lockkit.verify.result import (
     Continuations,
@@ -39,7 +40,6 @@ from lockkit.verify.result import (
     PerplexityFigures,
     VerifyResult,
 )
-from lockkit.verify.runners import OnnxRunner, Runner, TorchRunner
 from lockkit.version import git_hash, versions
 
 _CHECK_ROWS = 4  # rows for the cache and padding checks

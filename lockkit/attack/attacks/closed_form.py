@@ -15,11 +15,11 @@ from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, as_they_stand
 from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
 from lockkit.dlr.net import DLRNet
-from lockkit.lock.cache import ActivationCache
-from lockkit.lock.capture import LayerwiseCapture
-from lockkit.lock.workers import Workers
+from lockkit.models.activation_cache import ActivationCache
+from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import decoder_layers
-from lockkit.models.stream import LayeredModel
+from lockkit.models.layered import LayeredModel
+from lockkit.workers import Workers
 
 CACHE_BYTES = 4 * 10**9  # of activations in memory; what is more goes to files
 

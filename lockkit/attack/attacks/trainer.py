@@ -15,7 +15,7 @@ from dataclasses import fields
 import torch
 
 from lockkit.attack.base import GradientAttack
-from lockkit.attack.cost import LiveTensors, ProcessMemory, SavedTensors, StepCost, flop_counter, synchronise
+from lockkit.attack.cost import LiveTensors, ProcessMemory, SavedTensors, StepCost, flop_counter
 from lockkit.attack.finetune import (
     Charges,
     FinetuneConfig,
@@ -30,6 +30,7 @@ from lockkit.attack.finetune import (
 from lockkit.attack.optimisers import make_optimiser
 from lockkit.attack.savers import saver
 from lockkit.attack.tasks import Task
+from lockkit.devices import synchronise
 
 FLOPS_STEP, LIVE_STEP, SAVED_STEP = 1, 2, 3  # one counter each, as in cost.measure_step
 

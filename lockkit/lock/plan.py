@@ -76,7 +76,7 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
     config = load_config(resolve_model(model), trust_remote_code)
     family = require_unlocked(config, model)
     from lockkit.lock.memory import predict
-    from lockkit.models.stream import empty_model
+    from lockkit.models.layered import empty_model
 
     network = empty_model(config, family)
     shape = _mlp_shape(network, family)

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lockkit.lock.cache import ActivationCache
-from lockkit.lock.workers import Workers
-from lockkit.models.stream import LayeredModel
+from lockkit.models.activation_cache import ActivationCache
+from lockkit.models.layered import LayeredModel
+from lockkit.workers import Workers
 
 TOKENS_IN_A_BATCH = 2048
 

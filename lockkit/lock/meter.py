@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lockkit.lock.workers import Workers
-from lockkit.models.stream import StreamedModel, return_free_memory
+from lockkit.models.layered import StreamedModel, return_free_memory
+from lockkit.workers import Workers
 
 ROWS_IN_A_BATCH = 4
 Chains = Callable[[int], nn.Module]  # from a layer's index to what stands in for its MLP

@@ -1,0 +1,68 @@
+"""Where things are computed, and how much memory there is and was used."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import torch
+
+from lockkit.environment import peak_resident_bytes
+from lockkit.errors import UsageError
+from lockkit.workers import Workers
+
+
+def choose_device(device: str, workers: Workers | None = None) -> str:
+    """Resolve `auto` and refuse a device that is not there.
+
+    Each of several workers on one machine gets a GPU of its own, which becomes its current device.
+
+    Raises:
+        UsageError: no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and workers and workers.count > 1:
+        device = f"cuda:{workers.local_rank}"
+    try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+            raise RuntimeError("no such kind of device")
+        torch.empty(1, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} is not available here: use cpu, or see `lockkit env`") from error
+    return device
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has finished its work, so that a clock measures it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+class PeakMemory:
+    """Peak memory of this process on one device, in bytes, and what it held when the work began.
+
+    Both figures are of one kind: tensors allocated on that GPU, or resident memory of the process.
+    """
+
+    def __init__(self, device: str | torch.device):
+        self.device = torch.device(device)
+        self.kind = "allocated on the GPU" if self.device.type == "cuda" else "resident"
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.idle_bytes = self.peak_bytes()
+
+    def peak_bytes(self) -> int:
+        """The most memory held so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return peak_resident_bytes()

@@ -1,0 +1,1 @@
+"""How close two models are: perplexity, KL divergence, top-1 agreement, NMSE, each defined once."""
