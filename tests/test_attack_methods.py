@@ -29,9 +29,11 @@ from lockkit.attack.shorten import merge, padded, prune
 from lockkit.attack.tasks import load_task
 from lockkit.attack.unlocking import original_as_chain
 from lockkit.cli.attack import _costs
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.dlr.view import load_side_by_side
 from lockkit.errors import UsageError
-from lockkit.models.families import MLPWeights, decoder_layers
+from lockkit.models.families import decoder_layers
 
 GRADIENT = {name: attack for name, attack in registry().items() if issubclass(attack, GradientAttack)}
 SLOW_START = ("mezo",)  # eight steps of zeroth order say nothing
@@ -63,15 +65,7 @@ def chain_of(blocks: list[MLPWeights], like: DLRNet) -> DLRNet:
     ranks = [len(block.up) for block in blocks]
     gated, bias = like.blocks[0].gate_proj is not None, like.output_bias is not None
     chain = DLRNet(8, ranks, like.activation, gated, bias, bias, like.gain).requires_grad_(False)
-    for target, block in zip(chain.blocks, blocks, strict=True):
-        target.up_proj.weight.copy_(block.up)
-        target.down_proj.weight.copy_(block.down)
-        if gated:
-            target.gate_proj.weight.copy_(block.gate)
-        if bias:
-            target.up_proj.bias.copy_(block.up_bias)
-    if bias:
-        chain.output_bias.copy_(blocks[-1].down_bias)
+    load_side_by_side(chain, MLPWeights.side_by_side(blocks))
     return chain
 
 

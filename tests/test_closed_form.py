@@ -8,9 +8,10 @@ from test_attack_methods import bench_of, random_chain
 from torch import nn
 
 from lockkit.attack.attacks.closed_form import CorrectedConfig, CorrectedStack
-from lockkit.attack.closed_form import as_they_stand, collapse, units_of
+from lockkit.attack.closed_form import collapse
 from lockkit.attack.unlocking import original_as_chain
-from lockkit.models.families import MLPWeights
+from lockkit.dlr.mlp import MLPWeights
+from lockkit.dlr.view import side_by_side
 
 
 def test_random_features_see_the_function_alone_and_solve_as_least_squares_do():
@@ -44,13 +45,12 @@ def test_few_tokens_correct_a_stack_and_many_solve_it(gated):
     x, held_out = 0.3 * torch.randn(16384, 8), 0.3 * torch.randn(2048, 8)
 
     def error(weights: MLPWeights) -> float:
-        units = units_of(weights, held_out, chain.activation)
-        return (nn.functional.linear(units, weights.down, weights.down_bias) - chain(held_out)).square().mean().item()
+        return (weights.output(held_out, chain.activation) - chain(held_out)).square().mean().item()
 
     def solved(first_layer: str, tokens: int) -> float:
         return error(collapse(chain, x[:tokens], [(0, 4)], first_layer)[0].weights)
 
     few = solved("corrected", 48)
-    assert few < 1.05 * error(as_they_stand(chain))
+    assert few < 1.05 * error(side_by_side(chain))
     assert few < 0.8 * solved("linearised", 48)
     assert solved("corrected", 16384) == pytest.approx(solved("linearised", 16384), rel=0.02)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lockkit.dlr.cost import MLPShape, dlr_parameters, dlr_saved_values, mlp_parameters, mlp_saved_values
-from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.dlr.cost import dlr_parameters, dlr_saved_values, mlp_parameters, mlp_saved_values
+from lockkit.dlr.mlp import MLPShape
+from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
+from lockkit.dlr.view import load_side_by_side, side_by_side, walk
 
 SIZES = st.integers(1, 3000)
 
@@ -65,6 +69,89 @@ def test_chain_computes_its_equations(hidden, width, data, gated, bias, gain):
     x = torch.randn(2, 3, hidden)
     expected = numpy_chain(chain, x.double().numpy())
     np.testing.assert_allclose(chain(x).detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def any_chain(hidden: int, width: int, depth: int, gated: bool, bias: bool, gain: float = 0.7) -> DLRNet:
+    torch.manual_seed(hidden * width + depth)
+    chain = DLRNet(hidden, block_ranks(width, depth), torch.tanh, gated, bias, output_bias=bias, gain=gain)
+    for parameter in chain.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return chain.requires_grad_(False)
+
+
+CHAINS = given(
+    hidden=st.integers(1, 9),
+    width=st.integers(2, 12),
+    depth=st.integers(1, 12),
+    gated=st.booleans(),
+    bias=st.booleans(),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@CHAINS
+def test_a_walk_shows_every_step_of_the_chain(hidden, width, depth, gated, bias):
+    chain = any_chain(hidden, width, min(width, depth), gated, bias)
+    x = torch.randn(3, hidden)
+    steps = list(walk(chain, x))
+    assert [step.block for step in steps] == list(chain.blocks)
+    for before, step in zip([None, *steps], steps, strict=False):
+        expected = x if before is None else x + chain.gain * before.stream
+        torch.testing.assert_close(step.t, expected)
+        torch.testing.assert_close(step.update, step.block(step.t, chain.activation))
+        assert len(step.before) == 1 + gated
+    out = steps[-1].stream + (chain.output_bias if bias else 0)
+    torch.testing.assert_close(out, chain(x), rtol=0, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@CHAINS
+def test_running_the_blocks_in_parts_is_running_the_chain(hidden, width, depth, gated, bias):
+    chain = any_chain(hidden, width, min(width, depth), gated, bias)
+    x, middle = torch.randn(3, hidden), len(chain.blocks) // 2
+    stream = chain.run_blocks(x, last=middle) if middle else None
+    stream = chain.run_blocks(x, stream, first=middle)
+    torch.testing.assert_close(stream, chain.run_blocks(x), rtol=0, atol=0)
+
+
+@settings(max_examples=25, deadline=None)
+@CHAINS
+def test_weights_side_by_side_are_the_uncoupled_chain_and_find_their_way_back(hidden, width, depth, gated, bias):
+    chain = any_chain(hidden, width, min(width, depth), gated, bias)
+    weights, x = side_by_side(chain), torch.randn(3, hidden)
+    assert weights.shape == MLPShape(hidden, width, gated, bias, bias)
+    torch.testing.assert_close(weights.output(x, chain.activation), chain(x, gain=0.0), rtol=1e-4, atol=1e-4)
+    again = any_chain(hidden, width, min(width, depth), gated, bias, gain=chain.gain)
+    for parameter in again.parameters():
+        nn.init.zeros_(parameter)
+    load_side_by_side(again, weights)
+    for name, value in chain.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_selected_units_are_those_of_the_mlp():
+    weights = side_by_side(any_chain(5, 9, 2, gated=True, bias=True))
+    x, order = torch.randn(4, 5), torch.randperm(9)
+    chosen = weights.select(order)
+    torch.testing.assert_close(chosen.units(x, torch.tanh), weights.units(x, torch.tanh)[:, order])
+    torch.testing.assert_close(chosen.output(x, torch.tanh), weights.output(x, torch.tanh))
+
+
+def test_a_chain_config_survives_json():
+    config = ChainConfig(4, (0.5, 1.0), "silu", gated=False, bias=True)
+    assert ChainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"normalised": True}, "normalised"), ({"depth": "8"}, "dlr.depth"), ({"depth": 0}, "dlr.depth"), ({}, "gated")],
+)
+def test_a_broken_chain_config_is_refused_by_name(change, message):
+    values = ChainConfig(4, (0.5,), "silu").to_dict() | change
+    if not change:
+        del values["gated"]
+    with pytest.raises(ValueError, match=message):
+        ChainConfig.from_dict(values)
 
 
 @pytest.mark.parametrize("shape", [MLPShape(16, 24), MLPShape(16, 24, gated=False, bias=True, output_bias=True)])

@@ -17,7 +17,7 @@ from lockkit.export import ExportConfig, ExportSession, check_manifest, export_m
 from lockkit.export.chains import expand_chains
 from lockkit.export.run import check_graph
 from lockkit.files import EXPORT_MANIFEST
-from lockkit.models.families import FAMILIES, activation_name
+from lockkit.models.families import FAMILIES, activation_name, mlp_weights
 from lockkit.models.load import DEMO, TOKENIZER_FILES, load_model
 from lockkit.models.locked import locked_classes, locked_config
 from lockkit.models.save import copy_tokenizer
@@ -39,16 +39,9 @@ def sizes(model_type: str) -> dict:
 def save_random_lock(model_type: str, folder: Path, gains: list[float] = GAINS, **overrides) -> Path:
     """A locked model of random chains, big enough for a mistake in one block to show."""
     family, original = FAMILIES[model_type], tiny_model(model_type, **overrides)
-    mlp = original.model.layers[0].mlp
-    dlr = {
-        "depth": 5,  # ranks of 10 and 9
-        "gains": gains,
-        "activation": activation_name(original.config),
-        "gated": family.gated,
-        "bias": getattr(mlp, family.packed_gate_up or family.up).bias is not None,
-        "output_bias": getattr(mlp, family.down).bias is not None,
-    }
-    locked = locked_classes(family)[1](locked_config(original.config, family, dlr)).eval()
+    shape = mlp_weights(original.model.layers[0].mlp, family).shape
+    chains = shape.chain_config(5, activation_name(original.config), gains)  # ranks of 10 and 9
+    locked = locked_classes(family)[1](locked_config(original.config, family, chains)).eval()
     locked.load_state_dict(original.state_dict(), strict=False)
     torch.manual_seed(1)
     with torch.no_grad():

@@ -29,6 +29,7 @@ from test_kernel import kernel, operators  # noqa: F401 (fixture)
 
 from lockkit.bench.config import BenchConfig
 from lockkit.bench.run import bench
+from lockkit.dlr import ChainConfig
 from lockkit.errors import UsageError
 from lockkit.export import ExportConfig, ExportSession, export_model
 from lockkit.export.chains import name_chains
@@ -77,8 +78,7 @@ class HandMade:
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
         self.model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         activation = "silu" if gated else "relu"
-        dlr = {"depth": depth, "activation": activation, "gated": gated, "bias": bias, "output_bias": False}
-        name_chains(self.model, dlr)
+        name_chains(self.model, ChainConfig(depth, (1.0,), activation, gated, bias))
 
     def node(self, op, name, inputs, **attributes):
         self.nodes.append(helper.make_node(op, inputs, [f"{name}/output_0"], name=name, **attributes))

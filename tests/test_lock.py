@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 from conftest import QUICK
-from tiny import save_tiny
+from tiny import empty_chain, save_tiny
 
 from lockkit.errors import DistillationError, UsageError
 from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig, make_config
-from lockkit.lock.initialise import build_chain, scrub_teacher_rows, start_from_teacher
+from lockkit.lock.initialise import scrub_teacher_rows, start_from_teacher
 from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers, nmse
 from lockkit.lock.run import lock_model
@@ -36,7 +36,7 @@ def test_continuation_starts_as_the_teacher(model_type, originals):
     model, family = load_model(originals(model_type), torch.float32)
     mlp = decoder_layers(model)[1].mlp
     weights = mlp_weights(mlp, family)
-    chain = build_chain(weights.shape, 7, 1.0, getattr(mlp, "act_fn", None) or mlp.activation_fn)
+    chain = empty_chain(weights.shape, 7, 1.0, getattr(mlp, "act_fn", None) or mlp.activation_fn)
     start_from_teacher(chain, weights, seed=3)
     x = torch.randn(50, weights.shape.hidden_size)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_step_of_phase_2_is_one_of_plain_autograd(originals, tmp_path):
 
     def start(index):
         mlp = decoder_layers(teacher)[index].mlp
-        chain = build_chain(mlp_weights(mlp, family).shape, 5, 0.3, mlp.act_fn).requires_grad_(False)
+        chain = empty_chain(mlp_weights(mlp, family).shape, 5, 0.3, mlp.act_fn).requires_grad_(False)
         start_from_teacher(chain, mlp_weights(mlp, family), index)
         return chain
 
@@ -211,7 +211,7 @@ def test_rows_of_the_teacher_are_scrubbed(originals):
     model, family = load_model(originals("phi"), torch.float32)
     mlp = decoder_layers(model)[0].mlp
     weights = mlp_weights(mlp, family)
-    chain = build_chain(weights.shape, 4, 1.0, mlp.activation_fn).to(torch.bfloat16)
+    chain = empty_chain(weights.shape, 4, 1.0, mlp.activation_fn).to(torch.bfloat16)
     start_from_teacher(chain, weights, 0)
     before = chain(torch.ones(3, 32, dtype=torch.bfloat16))
     assert scrub_teacher_rows(chain, weights, 0) == 2 * 48

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lockkit.dlr.cost import MLPShape, dlr_saved_values, mlp_saved_values
+from lockkit.dlr.cost import dlr_saved_values, mlp_saved_values
+from lockkit.dlr.mlp import MLPShape
 
 TOOL = Path(__file__).parents[1] / "tools" / "measure_asymmetry.py"
 

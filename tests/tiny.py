@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 
+from lockkit.dlr import DLRNet, MLPShape
 from lockkit.models.families import FAMILIES
 from lockkit.models.load import DEMO, TOKENIZER_FILES
 
@@ -48,6 +50,12 @@ SPECIAL = {
     "nemotron": {"head_dim": 8},
     "phi": {"num_key_value_heads": 4},
 }
+
+
+def empty_chain(shape: MLPShape, depth: int, gain: float, activation: Callable) -> DLRNet:
+    """An untrained chain in place of an MLP of `shape`."""
+    config = shape.chain_config(depth, activation="")
+    return config.empty_chain(shape.hidden_size, shape.intermediate_size, activation, gain)
 
 
 def tiny_config(model_type: str, **overrides) -> transformers.PreTrainedConfig:

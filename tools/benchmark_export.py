@@ -34,6 +34,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    from lockkit.dlr import ChainConfig
     from lockkit.export import ExportConfig, export_model
     from lockkit.models.families import FAMILIES
     from lockkit.models.load import DEMO
@@ -57,16 +58,9 @@ def prepare(arguments: argparse.Namespace) -> None:
         pad_token_id=0,
     )
     original = Qwen3ForCausalLM(config)
-    dlr = {
-        "depth": arguments.depth,
-        "gains": [1.5] * arguments.layers,
-        "activation": "silu",
-        "gated": True,
-        "bias": False,
-        "output_bias": False,
-    }
+    chains = ChainConfig(arguments.depth, (1.5,) * arguments.layers, "silu")
     family = FAMILIES["qwen3"]
-    locked = locked_classes(family)[1](locked_config(config, family, dlr))
+    locked = locked_classes(family)[1](locked_config(config, family, chains))
     locked.load_state_dict(original.state_dict(), strict=False)
     for name, model in (("original", original), ("locked", locked)):
         model.save_pretrained(out / name)

@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from lockkit.dlr.cost import MLPShape, mlp_parameters
+from lockkit.dlr.cost import mlp_parameters
+from lockkit.dlr.mlp import MLPShape
 from lockkit.files import write_json
-from lockkit.lock.initialise import build_chain
 from lockkit.lock.modulewise import nmse
 from lockkit.lock.packed import PackedChains
 from lockkit.version import git_hash, versions
@@ -51,7 +51,9 @@ class Setting:
 
     def chains(self, count: int) -> list:
         torch.manual_seed(0)
-        return [build_chain(self.shape, self.depth, 0.1, F.silu).to(self.device) for _ in range(count)]
+        chains = self.shape.chain_config(self.depth, "silu")
+        sizes = self.shape.hidden_size, self.shape.intermediate_size
+        return [chains.empty_chain(*sizes, F.silu, 0.1).to(self.device) for _ in range(count)]
 
     def flops(self) -> float:
         """Of one step of all layers: 2 a weight and token forward, 4 backward."""

@@ -22,6 +22,7 @@ from lockkit.measure.metrics import Comparison, Perplexity
 from lockkit.models.families import Family, decoder_layers, family_of, is_locked
 from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
+from lockkit.models.locked import chain_config
 from lockkit.text import documents, token_blocks
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class Bench:
     @property
     def lock_shape(self) -> dict:
         """The architecture of the chains, without what distillation chose."""
-        settings = self.frozen("locked").config.dlr
+        settings = chain_config(self.frozen("locked").config).to_dict()
         return {key: value for key, value in settings.items() if key != "gains"}
 
     @property

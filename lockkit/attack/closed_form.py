@@ -11,7 +11,7 @@ For one chain cut into K stages (K = 1: an ordinary MLP), stage by stage:
 
 *Corrected*: both layers start as the chain's own, and the regressions are of what these leave, so that a ridge
 shrinks towards the lock and not towards nothing. A few hundred tokens are enough then; with none at all
-(`as_they_stand`) the coupling is ignored.
+(`side_by_side` alone) the coupling is ignored.
 
 Gram matrices are added up over tokens in float64; every ridge is chosen on held-out activations.
 Source: this project's first measurements of the lock (ridge regression: Hoerl and Kennard 1970;
@@ -20,15 +20,16 @@ random features: Rahimi and Recht 2007).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
-from lockkit.models.families import MLPWeights
+from lockkit.dlr.view import side_by_side, walk
 
 RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # times the mean of the Gram matrix' diagonal
 RIDGES_OF_CORRECTIONS = (*RIDGES, 1.0, 10.0, 100.0)  # the last leave next to nothing of a correction
@@ -86,50 +87,19 @@ def _chunks(x: torch.Tensor) -> Iterator[tuple[torch.Tensor, bool]]:
         yield part, index % HELD_OUT_SHARE == HELD_OUT_SHARE - 1
 
 
-def _trace(
-    chain: DLRNet, x: torch.Tensor, first: int, last: int
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """True pre-activations (up, gate) of blocks `[first, last)`, and the stream after them."""
-    stream, ups, gates = torch.zeros_like(x), [], []
-    for index, block in enumerate(chain.blocks[:last]):
-        t = torch.add(x, stream, alpha=chain.gain)
+def _trace(chain: DLRNet, x: torch.Tensor, first: int, last: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """True pre-activations of blocks `[first, last)`, gate and up (or up alone), and the stream after them."""
+    before: list[list[torch.Tensor]] = []
+    for index, step in enumerate(itertools.islice(walk(chain, x), last)):
         if index >= first:
-            ups.append(block.up_proj(t))
-            if block.gate_proj is not None:
-                gates.append(block.gate_proj(t))
-        stream = stream + block(t, chain.activation)
-    return torch.cat(ups, 1), torch.cat(gates, 1) if gates else None, stream
-
-
-def units_of(weights: MLPWeights, t: torch.Tensor, activation) -> torch.Tensor:
-    """The hidden units of an MLP, `[..., intermediate]`."""
-    up = nn.functional.linear(t, weights.up, weights.up_bias)
-    if weights.gate is None:
-        return activation(up)
-    return activation(nn.functional.linear(t, weights.gate, weights.gate_bias)) * up
-
-
-def stacked(chain: DLRNet, first: int, last: int) -> MLPWeights:
-    """Blocks `[first, last)` side by side as one MLP; differentiable."""
-    blocks = chain.blocks[first:last]
-
-    def together(name: str, part: str):
-        values = [getattr(getattr(b, name), part) for b in blocks if getattr(b, name) is not None]
-        return torch.cat(values) if values and values[0] is not None else None
-
-    return MLPWeights(
-        up=together("up_proj", "weight"),
-        down=torch.cat([b.down_proj.weight for b in blocks], 1),
-        gate=together("gate_proj", "weight"),
-        up_bias=together("up_proj", "bias"),
-        gate_bias=together("gate_proj", "bias"),
-    )
+            before.append(step.before)
+    return [torch.cat(parts, 1) for parts in zip(*before, strict=True)], step.stream
 
 
 def _stream_of(stages: list[Stage], x: torch.Tensor, chain: DLRNet) -> torch.Tensor:
     stream = torch.zeros_like(x)
     for stage in stages:
-        units = units_of(stage.weights, torch.add(x, stream, alpha=chain.gain), chain.activation)
+        units = stage.weights.units(chain.block_input(x, stream), chain.activation)
         stream = stream + units @ stage.weights.down.T
     return stream
 
@@ -148,13 +118,6 @@ def _random(like: MLPWeights, x: torch.Tensor, seed: int) -> MLPWeights:
     return MLPWeights(noise(like.up), like.down, noise(like.gate), zeros(like.up_bias), zeros(like.gate_bias))
 
 
-def as_they_stand(chain: DLRNet) -> MLPWeights:
-    """All blocks side by side as one MLP, nothing solved for: exact where blocks do not depend on each other."""
-    weights = stacked(chain, 0, len(chain.blocks))
-    weights.down_bias = chain.output_bias
-    return weights
-
-
 @torch.no_grad()
 def collapse(
     chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]], first_layer: FirstLayer, seed: int = 0
@@ -170,7 +133,7 @@ def collapse(
     device = next(chain.parameters()).device
     stages: list[Stage] = []
     for number, (first, last) in enumerate(bounds):
-        weights, corrected = stacked(chain, first, last), first_layer == "corrected"
+        weights, corrected = side_by_side(chain, first, last), first_layer == "corrected"
         if first_layer in ("linearised", "corrected"):
             _linearise(weights, chain, x, stages, first, last, corrected)
         elif first_layer == "random":
@@ -180,8 +143,8 @@ def collapse(
         for part, held_out in _chunks(x):
             part = part.to(device)
             stream = _stream_of(stages, part, chain)
-            units = units_of(weights, torch.add(part, stream, alpha=chain.gain), chain.activation)
-            target = _trace(chain, part, first, last)[2] - stream
+            units = weights.units(chain.block_input(part, stream), chain.activation)
+            target = _trace(chain, part, first, last)[1] - stream
             if corrected:
                 target = target - units @ weights.down.T
             elif final:
@@ -203,15 +166,14 @@ def _linearise(
     """
     device, bias = next(chain.parameters()).device, weights.up_bias is not None
     rows = Ridge(bias, RIDGES_OF_CORRECTIONS if corrected else RIDGES)
-    names = ["up"] if weights.gate is None else ["up", "gate"]
+    names = ["up"] if weights.gate is None else ["gate", "up"]
     own = [(getattr(weights, name), getattr(weights, f"{name}_bias")) for name in names]
     for part, held_out in _chunks(x):
         part = part.to(device)
-        up, gate, _ = _trace(chain, part, first, last)
-        t = torch.add(part, _stream_of(stages, part, chain), alpha=chain.gain)
-        target = up if gate is None else torch.cat([up, gate], 1)
+        t = chain.block_input(part, _stream_of(stages, part, chain))
+        target = torch.cat(_trace(chain, part, first, last)[0], 1)
         if corrected:
-            target = target - torch.cat([nn.functional.linear(t, *pair) for pair in own], 1)
+            target = target - torch.cat(weights.pre_activations(t), 1)
         rows.add(t, target, held_out)
     both, intercept, _, _ = rows.solve()
     width = len(weights.up)

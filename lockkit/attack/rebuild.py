@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet, block_ranks
-from lockkit.models.families import Family, MLPWeights, decoder_layers, mlp_weights
-from lockkit.models.locked import base_config, locked_classes
+from lockkit.dlr.view import load_side_by_side
+from lockkit.models.families import Family, decoder_layers, mlp_weights
+from lockkit.models.locked import base_config, chain_config, locked_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +28,7 @@ def ordinary_model(locked: PreTrainedModel, family: Family, layers: list[MLPWeig
     model.load_state_dict(rest, strict=False)
     model.tie_weights()
     for layer, solved in zip(decoder_layers(model), layers or [], strict=False):
-        target = mlp_weights(layer.mlp, family)
-        for name, value in vars(solved).items():
-            if value is not None:
-                getattr(target, name).copy_(value)
+        mlp_weights(layer.mlp, family).copy_(solved)
     return model.eval()
 
 
@@ -45,33 +45,21 @@ def chain_model(
     `intermediate_size` is the units of a whole chain, if they are not the lock's.
     """
     configuration = locked_classes(family)[0].from_dict(locked.config.to_dict())
-    configuration.dlr = dict(locked.config.dlr) | {
-        "depth": stages,
-        "gains": [layer.mlp.gain for layer in decoder_layers(locked)],
-    }
+    gains = tuple(layer.mlp.gain for layer in decoder_layers(locked))
+    configuration.dlr = replace(chain_config(locked.config), depth=stages, gains=gains).to_dict()
     configuration.intermediate_size = intermediate_size or configuration.intermediate_size
     model = locked_classes(family)[1](configuration).to(locked.device, torch.float32)
     rest = {key: value for key, value in locked.state_dict().items() if ".mlp." not in key}
     model.load_state_dict(rest, strict=False)
     model.tie_weights()
     for layer, blocks in zip(decoder_layers(model), layers, strict=True):
-        for block, solved in zip(layer.mlp.blocks, blocks, strict=True):
-            block.up_proj.weight.copy_(solved.up)
-            block.down_proj.weight.copy_(solved.down)
-            if block.gate_proj is not None:
-                block.gate_proj.weight.copy_(solved.gate)
-            if block.up_proj.bias is not None:
-                block.up_proj.bias.copy_(solved.up_bias)
-            if block.gate_proj is not None and block.gate_proj.bias is not None:
-                block.gate_proj.bias.copy_(solved.gate_bias)
-        if layer.mlp.output_bias is not None:
-            layer.mlp.output_bias.copy_(blocks[-1].down_bias)
+        load_side_by_side(layer.mlp, MLPWeights.side_by_side(blocks))
     return model.eval()
 
 
 def stage_bounds(chain: DLRNet, stages: int) -> list[tuple[int, int]] | None:
     """Blocks `[first, last)` of each stage, if their ranks add up to those of a chain of `stages`; else None."""
-    ranks = [block.up_proj.out_features for block in chain.blocks]
+    ranks = chain.ranks
     bounds, first = [], 0
     for wanted in block_ranks(sum(ranks), stages):
         last, units = first, 0

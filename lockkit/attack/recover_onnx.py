@@ -15,13 +15,13 @@ Only the graph, its weights and `config.json` are read; neither the manifest nor
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lockkit.dlr.net import ChainConfig
 from lockkit.errors import UsageError
 from lockkit.export.chains import expand_chains
 from lockkit.files import read_json
@@ -71,17 +71,6 @@ def recover_onnx(export: Path | str) -> PreTrainedModel:
             )
     model.load_state_dict(state)
     return model.eval()
-
-
-@dataclass
-class _Layout:
-    """What the names of a graph's weights say of its chains."""
-
-    depth: int
-    gains: list[float]
-    gated: bool
-    bias: bool
-    output_bias: bool
 
 
 class _Graph:
@@ -170,17 +159,16 @@ def _untrained(config: PreTrainedConfig, family: Family, graph: _Graph) -> PreTr
 
     from lockkit.models.locked import locked_classes, locked_config
 
-    layout = _layout(config, graph)
-    if layout is None:
+    chains = _chains(config, graph)
+    if chains is None:
         return getattr(transformers, family.model_class)._from_config(config, dtype=torch.float32)
-    dlr = vars(layout) | {"activation": activation_name(config)}
-    locked = locked_config(config, family, dlr)
+    locked = locked_config(config, family, chains)
     locked.tie_word_embeddings = config.tie_word_embeddings
     return locked_classes(family)[1]._from_config(locked, dtype=torch.float32)
 
 
-def _layout(config: PreTrainedConfig, graph: _Graph) -> _Layout | None:
-    """The chains, or None where the MLPs are ordinary ones."""
+def _chains(config: PreTrainedConfig, graph: _Graph) -> ChainConfig | None:
+    """What the names of the graph's weights say of its chains; None where the MLPs are ordinary ones."""
     block = "model.layers.0.mlp.blocks.{}"
     depth = 0
     while graph.has_matrix(f"{block.format(depth)}.up_proj"):
@@ -188,9 +176,10 @@ def _layout(config: PreTrainedConfig, graph: _Graph) -> _Layout | None:
     if depth == 0:
         return None
     first = block.format(0)
-    return _Layout(
+    return ChainConfig(
         depth=depth,
-        gains=[graph.gain(layer) for layer in range(config.num_hidden_layers)],
+        gains=tuple(graph.gain(layer) for layer in range(config.num_hidden_layers)),
+        activation=activation_name(config),
         gated=graph.has_matrix(f"{first}.gate_proj"),
         bias=graph.has(f"{first}.up_proj.Add.bias"),
         output_bias=graph.has("model.layers.0.mlp.output.Add.bias"),

@@ -84,20 +84,12 @@ def checkpoint_blocks(blocks: int | None) -> Callable[[nn.Module], contextlib.Ab
 
 
 def _chain_in_segments(chain: DLRNet, x: torch.Tensor, gain: float | None, blocks: int | None) -> torch.Tensor:
-    gain = chain.gain if gain is None else gain
     size = blocks or max(1, round(math.sqrt(len(chain.blocks))))
-
-    def segment(stream: torch.Tensor, x: torch.Tensor, first: int) -> torch.Tensor:
-        for block in chain.blocks[first : first + size]:
-            stream = stream + block(torch.add(x, stream, alpha=gain), chain.activation)
-        return stream
-
-    stream = torch.zeros_like(x)
+    if not torch.is_grad_enabled():
+        return DLRNet.forward(chain, x, gain)
+    stream = None
     for first in range(0, len(chain.blocks), size):
-        if torch.is_grad_enabled():
-            stream = checkpoint(segment, stream, x, first, use_reentrant=False)
-        else:
-            stream = segment(stream, x, first)
+        stream = checkpoint(chain.run_blocks, x, stream, first, first + size, gain, use_reentrant=False)
     return stream if chain.output_bias is None else stream + chain.output_bias
 
 

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lockkit.attack.closed_form import CHUNK, stacked
-from lockkit.dlr.net import DLRBlock, DLRNet
-from lockkit.models.families import MLPWeights
+from lockkit.attack.closed_form import CHUNK
+from lockkit.dlr.mlp import Activation, MLPWeights
+from lockkit.dlr.net import DLRNet
+from lockkit.dlr.view import Step, block_weights, walk
 
 
 @dataclass
@@ -39,18 +40,17 @@ class _Means:
     update_energy: torch.Tensor  # scalar
 
 
-def _block_means(block: DLRBlock, activation, t: torch.Tensor) -> list[torch.Tensor | None]:
-    up = block.up_proj(t)
-    leading = up if block.gate_proj is None else block.gate_proj(t)  # what the activation is applied to
+def _block_means(step: Step, activation: Activation) -> list[torch.Tensor | None]:
+    leading, *up = step.before  # what the activation is applied to, and for gated blocks what multiplies it
     with torch.enable_grad():
         leaf = leading.detach().requires_grad_()
         after = activation(leaf.view_as(leaf))  # a view: the hooks of PyTorch's FLOP counter refuse a leaf
         (slope,) = torch.autograd.grad(after.sum(), leaf)
     after = after.detach()
-    units = after if block.gate_proj is None else after * up
-    slopes = [None, slope] if block.gate_proj is None else [slope * up, after]
-    means = [value if value is None else value.mean(0) for value in (*slopes, units, t)]
-    return [*means, block.down_proj(units).square().sum(1).mean()]
+    units = after * up[0] if up else after
+    slopes = [slope * up[0], after] if up else [None, slope]
+    means = [value if value is None else value.mean(0) for value in (*slopes, units, step.t)]
+    return [*means, step.update.square().sum(1).mean()]
 
 
 @torch.no_grad()
@@ -59,18 +59,15 @@ def _means(chain: DLRNet, x: torch.Tensor) -> list[_Means]:
     device = next(chain.parameters()).device
     totals: list[list[torch.Tensor | None]] = []
     for part in x.split(CHUNK):
-        part, share = part.to(device), len(part) / len(x)
-        stream = torch.zeros_like(part)
-        for index, block in enumerate(chain.blocks):
-            t = torch.add(part, stream, alpha=chain.gain)
-            new = [value if value is None else value * share for value in _block_means(block, chain.activation, t)]
+        share = len(part) / len(x)
+        for index, step in enumerate(walk(chain, part.to(device))):
+            new = [value if value is None else value * share for value in _block_means(step, chain.activation)]
             if index == len(totals):
                 totals.append(new)
             else:
                 totals[index] = [
                     old if old is None else old + value for old, value in zip(totals[index], new, strict=True)
                 ]
-            stream = stream + block(t, chain.activation)
     return [_Means(*values) for values in totals]
 
 
@@ -87,36 +84,31 @@ def merge(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]]) -> list
     means = _means(chain, x)
     merged = []
     for first, last in bounds:
-        together = stacked(chain, first, last)
-        seen = _seen(chain, means, first, last)
-        together.up = torch.cat([chain.blocks[i].up_proj.weight @ m for i, (m, _) in seen.items()])
-        if together.up_bias is not None:
-            offsets = [chain.blocks[i].up_proj.weight @ c for i, (_, c) in seen.items()]
-            together.up_bias = together.up_bias + torch.cat(offsets)
-        if together.gate is not None:
-            together.gate = torch.cat([chain.blocks[i].gate_proj.weight @ m for i, (m, _) in seen.items()])
-        if together.gate_bias is not None:
-            offsets = [chain.blocks[i].gate_proj.weight @ c for i, (_, c) in seen.items()]
-            together.gate_bias = together.gate_bias + torch.cat(offsets)
-        merged.append(together)
+        blocks = [block_weights(block) for block in chain.blocks[first:last]]
+        for (m, c), block in zip(_seen(chain, blocks, means[first:last]), blocks, strict=True):
+            for name in ("up", "gate"):
+                rows, bias = getattr(block, name), getattr(block, f"{name}_bias")
+                if bias is not None:
+                    setattr(block, f"{name}_bias", bias + rows @ c)
+                if rows is not None:
+                    setattr(block, name, rows @ m)
+        merged.append(MLPWeights.side_by_side(blocks))
     merged[-1].down_bias = chain.output_bias
     return merged
 
 
-def _seen(chain: DLRNet, means: list[_Means], first: int, last: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def _seen(chain: DLRNet, blocks: list[MLPWeights], means: list[_Means]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """What each block reads as a function of what the first reads: `M` `[hidden, hidden]` and `c` `[hidden]`."""
-    hidden = chain.blocks[0].up_proj.in_features
+    hidden = blocks[0].up.shape[1]
     m, c = (make(hidden, device=means[0].inputs.device) for make in (torch.eye, torch.zeros))
-    has_bias = chain.blocks[0].up_proj.bias is not None
-    found = {}
-    for index in range(first, last):
-        found[index] = (m, c)
-        block, mean = chain.blocks[index], means[index]
-        jacobian = mean.up_slope[:, None] * block.up_proj.weight
+    found = []
+    for block, mean in zip(blocks, means, strict=True):
+        found.append((m, c))
+        jacobian = mean.up_slope[:, None] * block.up
         if mean.gate_slope is not None:
-            jacobian = jacobian + mean.gate_slope[:, None] * block.gate_proj.weight
-        update = chain.gain * block.down_proj.weight
-        if has_bias:
+            jacobian = jacobian + mean.gate_slope[:, None] * block.gate
+        update = chain.gain * block.down
+        if block.up_bias is not None:
             offset = mean.units - jacobian @ mean.inputs
             c = c + update @ (jacobian @ c + offset)
         m = m + update @ (jacobian @ m)
@@ -137,7 +129,7 @@ def prune(chain: DLRNet, x: torch.Tensor, energy: float) -> tuple[list[MLPWeight
     kept = [index for index in range(len(chain.blocks)) if index not in dropped]
     blocks, shares = [], []
     for index in kept:
-        block = stacked(chain, index, index + 1)
+        block = block_weights(chain.blocks[index])
         for name in ("up", "gate", "down"):
             factor = getattr(block, name)
             if factor is not None:

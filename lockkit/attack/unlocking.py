@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from lockkit.attack.base import UnlockAttack, Unlocked
 from lockkit.attack.cost import Cost
 from lockkit.attack.rows import key_of
+from lockkit.dlr.view import load_side_by_side
 from lockkit.files import new_folder, write_json
-from lockkit.lock.initialise import start_from_teacher
 from lockkit.models.families import decoder_layers, mlp_weights
 from lockkit.models.locked import locked_classes
 from lockkit.models.save import copy_tokenizer, render_modeling_file
@@ -38,8 +38,8 @@ def original_as_chain(bench: Bench) -> PreTrainedModel:
     rest = {key: value for key, value in original.state_dict().items() if ".mlp." not in key}
     model.load_state_dict(rest, strict=False)
     model.tie_weights()
-    for index, (layer, teacher) in enumerate(zip(decoder_layers(model), decoder_layers(original), strict=True)):
-        start_from_teacher(layer.mlp, mlp_weights(teacher.mlp, bench.family), seed=index)
+    for layer, teacher in zip(decoder_layers(model), decoder_layers(original), strict=True):
+        load_side_by_side(layer.mlp, mlp_weights(teacher.mlp, bench.family))
         layer.mlp.gain = 0.0
     return model.requires_grad_(False).eval()
 

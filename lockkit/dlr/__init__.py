@@ -1,5 +1,19 @@
-"""The idea itself, in PyTorch alone: the DLR-Net and what it costs."""
+"""The method itself, in PyTorch alone: the DLR-Net, its weights beside the MLP's, and what it costs."""
 
-from lockkit.dlr.net import DLRBlock, DLRNet, block_ranks
+from lockkit.dlr.mlp import MLPShape, MLPWeights
+from lockkit.dlr.net import ChainConfig, DLRBlock, DLRNet, block_ranks
+from lockkit.dlr.view import Step, block_weights, load_side_by_side, side_by_side, walk
 
-__all__ = ["DLRBlock", "DLRNet", "block_ranks"]
+__all__ = [
+    "ChainConfig",
+    "DLRBlock",
+    "DLRNet",
+    "MLPShape",
+    "MLPWeights",
+    "Step",
+    "block_ranks",
+    "block_weights",
+    "load_side_by_side",
+    "side_by_side",
+    "walk",
+]

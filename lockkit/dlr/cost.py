@@ -6,20 +6,8 @@ depth L, with the ranks adding up to h (arXiv 2605.10777).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from lockkit.dlr.mlp import MLPShape
 from lockkit.dlr.net import block_ranks
-
-
-@dataclass(frozen=True)
-class MLPShape:
-    """Sizes of the MLP to replace."""
-
-    hidden_size: int
-    intermediate_size: int
-    gated: bool = True
-    bias: bool = False
-    output_bias: bool = False
 
 
 def mlp_parameters(shape: MLPShape) -> int:

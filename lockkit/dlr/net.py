@@ -1,21 +1,23 @@
 """The deep low-rank residual network (DLR-Net) that replaces an MLP.
 
-Source: "Locking Pretrained Weights via Deep Low-Rank Residual Distillation",
-arXiv 2605.10777. With `x` the MLP's input, `[..., hidden]`, and L blocks of rank r:
+Source: "Locking Pretrained Weights via Deep Low-Rank Residual Distillation", arXiv 2605.10777.
+With `x` the MLP's input, `[..., hidden]`, and L blocks of rank r:
 
 1. The stream starts at `s_0 = 0`.
-2. Block l reads `t_l = x + gain * s_l` and computes r units from it:
-   gated families `a = act(G_l t_l) * (V_l t_l)`, two-layer families `a = act(V_l t_l + b_l)`.
-3. It writes `s_{l+1} = s_l + U_l a`.
+2. Block l reads `t_l = x + gain * s_l` and computes r units from it. Gated families:
+   `a = act(G_l t_l) * (V_l t_l)`. Two-layer families: `a = act(V_l t_l + b_l)`.
+3. The block writes `s_{l+1} = s_l + U_l a`.
 4. The output is `s_L`, plus an output bias where the MLP had one.
 
-The ranks of the blocks add up to the MLP's width, so parameters are counted exactly alike.
-The three definitions below need PyTorch only; a locked checkpoint carries a copy of them.
+The ranks of the blocks add up to the MLP's width, so the parameter count is the MLP's.
+The four definitions below need PyTorch only. A locked checkpoint carries a copy of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +26,8 @@ from torch import nn
 def block_ranks(intermediate_size: int, depth: int) -> list[int]:
     """Divide an MLP's `intermediate_size` hidden units among `depth` blocks.
 
-    Where `depth` does not divide the width, the first blocks get one unit more, so that the
-    sum, and with it the parameter count, is always exactly the MLP's.
+    Where `depth` does not divide the width, the first blocks get one unit more. The sum, and with
+    it the parameter count, is always exactly the MLP's.
 
     Raises:
         ValueError: `depth` is not between 1 and `intermediate_size`.
@@ -34,6 +36,49 @@ def block_ranks(intermediate_size: int, depth: int) -> list[int]:
         raise ValueError(f"depth must be between 1 and the MLP's width {intermediate_size}, not {depth}")
     rank, remainder = divmod(intermediate_size, depth)
     return [rank + 1] * remainder + [rank] * (depth - remainder)
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """What a model's chains have in common: the entry `dlr` of `config.json`.
+
+    Attributes:
+        depth: blocks in each chain.
+        gains: for each decoder layer, the factor of the stream in a block's input; empty before training.
+        activation: name of the activation function, as transformers knows it.
+        gated: a block has gate, up and down matrices; else up and down only.
+        bias: the blocks' units have biases.
+        output_bias: each chain ends with a bias.
+    """
+
+    depth: int
+    gains: tuple[float, ...]
+    activation: str
+    gated: bool = True
+    bias: bool = False
+    output_bias: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(f"dlr.depth must be a whole number of at least 1, not {self.depth!r}")
+        object.__setattr__(self, "gains", tuple(float(gain) for gain in self.gains))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ChainConfig:
+        """Read the entry `dlr`. Raises ValueError for an entry that is missing or unknown."""
+        names = {field.name for field in fields(cls)}
+        if set(values) != names:
+            raise ValueError(f"dlr must have the entries {sorted(names)}, not {sorted(values)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry `dlr`, ready for JSON."""
+        return asdict(self) | {"gains": list(self.gains)}
+
+    def empty_chain(self, hidden_size: int, intermediate_size: int, activation: Callable, gain: float) -> DLRNet:
+        """An untrained chain with the interface and the parameter count of an MLP of these sizes."""
+        ranks = block_ranks(intermediate_size, self.depth)
+        return DLRNet(hidden_size, ranks, activation, self.gated, self.bias, self.output_bias, gain)
 
 
 class DLRBlock(nn.Module):
@@ -45,12 +90,19 @@ class DLRBlock(nn.Module):
         self.up_proj = nn.Linear(hidden_size, rank, bias=bias)
         self.down_proj = nn.Linear(rank, hidden_size, bias=False)
 
+    def pre_activations(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """What the activation is applied to comes first: gate and up, or up alone, `[..., rank]` each."""
+        up = self.up_proj(t)
+        return [up] if self.gate_proj is None else [self.gate_proj(t), up]
+
+    @staticmethod
+    def units(before: Sequence[torch.Tensor], activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The units, `[..., rank]`, from their pre-activations."""
+        first, *up = before
+        return activation(first) * up[0] if up else activation(first)
+
     def forward(self, t: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        if self.gate_proj is None:
-            units = activation(self.up_proj(t))
-        else:
-            units = activation(self.gate_proj(t)) * self.up_proj(t)
-        return self.down_proj(units)
+        return self.down_proj(self.units(self.pre_activations(t), activation))
 
 
 class DLRNet(nn.Module):
@@ -69,7 +121,7 @@ class DLRNet(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        ranks: list[int],
+        ranks: Sequence[int],
         activation: Callable[[torch.Tensor], torch.Tensor],
         gated: bool = True,
         bias: bool = False,
@@ -77,20 +129,35 @@ class DLRNet(nn.Module):
         gain: float = 1.0,
     ):
         super().__init__()
+        self.ranks = list(ranks)
         self.blocks = nn.ModuleList(DLRBlock(hidden_size, rank, gated, bias) for rank in ranks)
         self.activation = activation
         self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if output_bias else None
         self.gain = gain
 
+    def block_input(self, x: torch.Tensor, stream: torch.Tensor | None, gain: float | None = None) -> torch.Tensor:
+        """What a block reads, `[..., hidden]`; the first block, with no stream before it, reads `x` itself."""
+        return x if stream is None else torch.add(x, stream, alpha=self.gain if gain is None else gain)
+
+    def run_blocks(
+        self,
+        x: torch.Tensor,
+        stream: torch.Tensor | None = None,
+        first: int = 0,
+        last: int | None = None,
+        gain: float | None = None,
+    ) -> torch.Tensor:
+        """The stream after blocks `[first, last)`, given `x` and the stream before them, `[..., hidden]` each."""
+        for block in self.blocks[first:last]:
+            update = block(self.block_input(x, stream, gain), self.activation)
+            stream = update if stream is None else stream + update
+        return stream
+
     def forward(self, x: torch.Tensor, gain: float | None = None) -> torch.Tensor:
         """Map `x`, `[..., hidden]`, to `[..., hidden]`.
 
-        `gain` stands in for the chain's own; at 0 all blocks read `x` itself and the chain is an
-        ordinary MLP cut into groups of units. Distillation raises it from 0; inference never sets it.
+        `gain` replaces the chain's own. At 0 all blocks read `x` itself, and the chain is an ordinary
+        MLP cut into groups of units. Distillation raises it from 0; inference never sets it.
         """
-        gain = self.gain if gain is None else gain
-        first, *others = self.blocks
-        stream = first(x, self.activation)
-        for block in others:
-            stream = stream + block(torch.add(x, stream, alpha=gain), self.activation)
+        stream = self.run_blocks(x, gain=gain)
         return stream if self.output_bias is None else stream + self.output_bias

@@ -34,6 +34,7 @@ from torch import nn
 from torch.amp import autocast
 
 from lockkit.dlr.net import DLRBlock, DLRNet
+from lockkit.dlr.view import block_weights
 
 
 def reversible_chain(
@@ -98,9 +99,8 @@ def reversal(model: nn.Module, anchor_every: int | None = None) -> Iterator[None
 
 def _matrices(block: DLRBlock) -> list[torch.Tensor | None]:
     """Gate weight and bias, up weight and bias, down weight; None for what there is not."""
-    gate = block.gate_proj
-    gate_parts = [None, None] if gate is None else [gate.weight, gate.bias]
-    return [*gate_parts, block.up_proj.weight, block.up_proj.bias, block.down_proj.weight]
+    own = block_weights(block)
+    return [own.gate, own.gate_bias, own.up, own.up_bias, own.down]
 
 
 def _trained(block: nn.Module) -> list[nn.Parameter]:
@@ -179,10 +179,10 @@ class _PlainBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, index, x, stream, gate, gate_bias, up, up_bias, down):
         with autocast(**run.autocast):
-            t = x if stream is None else torch.add(x, stream, alpha=run.gain)
+            t = run.chain.block_input(x, stream, run.gain)
             gated = [] if gate is None else [F.linear(t, gate, gate_bias)]
             before = [*gated, F.linear(t, up, up_bias)]  # pre-activations, [..., rank] each
-            update = F.linear(_activate(run.activation, before), down)
+            update = F.linear(DLRBlock.units(before, run.activation), down)
         ctx.run, ctx.index = run, index
         ctx.save_for_backward(gate, gate_bias, up, up_bias, down, t if run.keeps(index) else None, *before)
         return update if stream is None else stream + update
@@ -210,8 +210,8 @@ class _AnyBlock(torch.autograd.Function):
     def forward(ctx, run, index, x, stream, *trained):
         block = run.chain.blocks[index]
         with autocast(**run.autocast):
-            t = x if stream is None else torch.add(x, stream, alpha=run.gain)
-            units = _units(block, run.activation, t)
+            t = run.chain.block_input(x, stream, run.gain)
+            units = block.units(block.pre_activations(t), run.activation)
             update = block.down_proj(units)
         ctx.run, ctx.index = run, index
         ctx.save_for_backward(*((t, None) if run.keeps(index) else (None, units)))
@@ -227,29 +227,18 @@ class _AnyBlock(torch.autograd.Function):
             t = run.step_back(index, kept, lambda: block.down_proj(units)).detach().requires_grad_()
             with torch.enable_grad():
                 # A view, since the hooks of PyTorch's FLOP counter refuse a module's input to be a leaf here.
-                update = block.down_proj(_units(block, run.activation, t.view_as(t)))
+                update = block(t.view_as(t), run.activation)
                 t_gradient, *found = torch.autograd.grad(
                     update, [t, *_trained(block)], gradient.to(update.dtype), allow_unused=True
                 )
         return None, None, *_gradients_of_streams(run, gradient, t_gradient, index == 0), *found
 
 
-def _activate(activation: Callable, before: list[torch.Tensor]) -> torch.Tensor:
-    units = activation(before[0])
-    return units if len(before) == 1 else units * before[1]
-
-
-def _units(block: nn.Module, activation: Callable, t: torch.Tensor) -> torch.Tensor:
-    """A block's units, `[..., rank]`: `DLRBlock.forward` without its last product."""
-    gate = [] if block.gate_proj is None else [block.gate_proj(t)]
-    return _activate(activation, [*gate, block.up_proj(t)])
-
-
 def _through_activation(activation, before, stream_gradient, down) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The units, and the gradients of the pre-activations they came from."""
     with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in before]
-        after = _activate(activation, leaves)
+        after = DLRBlock.units(leaves, activation)
     return after.detach(), torch.autograd.grad(after, leaves, (stream_gradient @ down).to(after.dtype))
 
 

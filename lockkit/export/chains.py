@@ -24,17 +24,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
+    from lockkit.dlr.net import ChainConfig
+
 DOMAIN = "lockkit"
 PLAIN, QUANTISED, UNCOUPLED, MIXED = "DLRChain", "DLRChainNBits", "DLRChainUncoupled", "DLRChainMixed"
 _LAYER = re.compile(r"(/?model[/.]layers\.\d+[/.]mlp)[/.]")
 
 
-def name_chains(model: onnx.ModelProto, dlr: dict) -> None:
+def name_chains(model: onnx.ModelProto, chains: ChainConfig) -> None:
     """Turn every chain of `model` into a call of a function, in place.
 
     Args:
         model: a graph from `builders.py`; its weights may be elsewhere.
-        dlr: the locked model's `config.dlr`, see `lockkit.models.locked`.
+        chains: what the chains have in common.
     """
     from onnx import helper
 
@@ -53,9 +55,9 @@ def name_chains(model: onnx.ModelProto, dlr: dict) -> None:
             functions[key] = function
             function.name += f"_{same + 1}" if same else ""
         attributes = {
-            "depth": dlr["depth"],
-            "activation": dlr["activation"],
-            **{name: int(dlr[name]) for name in ("gated", "bias", "output_bias")},
+            "depth": chains.depth,
+            "activation": chains.activation,
+            **{name: int(getattr(chains, name)) for name in ("gated", "bias", "output_bias")},
         }
         name = functions[key].name
         if name.split("_")[0] == QUANTISED:

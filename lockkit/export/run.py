@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import onnx
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from lockkit.dlr.net import ChainConfig
     from lockkit.models.families import Family
     from lockkit.progress import Progress
 
@@ -69,7 +70,7 @@ def export_model(
         LockkitError: the graph could not be built, or is not valid.
     """
     from lockkit.models.load import load_model, load_tokenizer, resolve_model
-    from lockkit.models.locked import base_config
+    from lockkit.models.locked import base_config, chain_config
 
     config = config or ExportConfig()
     if config.precision is Precision.bf16 and config.provider is Provider.cpu:
@@ -85,7 +86,7 @@ def export_model(
     with new_folder(Path(out), config.overwrite) as folder:
         _write_description(network, base, source, folder)
         _builders().build_graph(network, base, family, folder, config, progress)
-        _finish_graph(folder, getattr(network.config, "dlr", None))
+        _finish_graph(folder, chain_config(network.config))
         check_graph(folder / MODEL_FILE)
         manifest = write_manifest(folder, manifest)
     return ExportResult(Path(out), manifest)
@@ -102,14 +103,16 @@ def _builders() -> ModuleType:
 
 
 def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig) -> Manifest:
-    chains = getattr(config, "dlr", None) or {}
+    from lockkit.models.locked import chain_config
+
+    chains = chain_config(config)
     return Manifest(
         versions=versions(),
         git_hash=git_hash(),
         model_type=family.model_type,
-        locked=bool(chains),
-        depth=chains.get("depth"),
-        gains=chains.get("gains"),
+        locked=chains is not None,
+        depth=chains.depth if chains else None,
+        gains=list(chains.gains) if chains else None,
         precision=export.precision.value,
         provider=export.provider.value,
         block_size=export.block_size if export.precision.quantised else None,
@@ -129,7 +132,7 @@ def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: P
     copy_tokenizer(source, folder)
 
 
-def _finish_graph(folder: Path, dlr: dict | None) -> None:
+def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
     """Rename the builder's weight file, and make each chain one call of a function."""
     import onnx
     from onnx.external_data_helper import uses_external_data
@@ -141,8 +144,8 @@ def _finish_graph(folder: Path, dlr: dict | None) -> None:
         if uses_external_data(tensor):
             next(entry for entry in tensor.external_data if entry.key == "location").value = WEIGHTS_FILE
     (folder / f"{MODEL_FILE}.data").rename(folder / WEIGHTS_FILE)
-    if dlr:
-        name_chains(model, dlr)
+    if chains:
+        name_chains(model, chains)
     onnx.save(model, folder / MODEL_FILE)
 
 

@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from lockkit.dlr.cost import MLPShape
-from lockkit.dlr.net import DLRNet, block_ranks
-from lockkit.models.families import MLPWeights
+from lockkit.dlr.mlp import MLPWeights
+from lockkit.dlr.net import DLRNet
+from lockkit.dlr.view import block_weights, load_side_by_side
 
 
-def build_chain(shape: MLPShape, depth: int, gain: float, activation) -> DLRNet:
-    """An untrained chain with the interface and the parameter count of an MLP of `shape`."""
-    return DLRNet(
-        hidden_size=shape.hidden_size,
-        ranks=block_ranks(shape.intermediate_size, depth),
-        activation=activation,
-        gated=shape.gated,
-        bias=shape.bias,
-        output_bias=shape.output_bias,
-        gain=gain,
-    )
-
-
-@torch.no_grad()
 def start_from_teacher(chain: DLRNet, weights: MLPWeights, seed: int) -> None:
     """Give each block a group of the teacher's hidden units, in a random order fixed by `seed`.
 
-    With coupling 0 the chain then computes exactly what the teacher does.
+    At gain 0 the chain then computes exactly what the teacher does.
     """
-    fill_blocks(chain, weights, torch.randperm(weights.up.shape[0], generator=torch.Generator().manual_seed(seed)))
-
-
-@torch.no_grad()
-def fill_blocks(chain: DLRNet, weights: MLPWeights, order: torch.Tensor) -> None:
-    """Deal the teacher's units out to the blocks in `order`, `[intermediate]`."""
-    groups = order.to(weights.up.device).split([block.up_proj.out_features for block in chain.blocks])
-    for block, units in zip(chain.blocks, groups, strict=True):
-        block.up_proj.weight.copy_(weights.up[units])
-        block.down_proj.weight.copy_(weights.down[:, units])
-        if weights.gate is not None:
-            block.gate_proj.weight.copy_(weights.gate[units])
-        if weights.up_bias is not None:
-            block.up_proj.bias.copy_(weights.up_bias[units])
-        if weights.gate_bias is not None:
-            block.gate_proj.bias.copy_(weights.gate_bias[units])
-    if weights.down_bias is not None:
-        chain.output_bias.copy_(weights.down_bias)
+    order = torch.randperm(weights.up.shape[0], generator=torch.Generator().manual_seed(seed))
+    load_side_by_side(chain, weights.select(order))
 
 
 @torch.no_grad()
@@ -58,13 +28,15 @@ def start_from_noise(chain: DLRNet, inputs: torch.Tensor, outputs: torch.Tensor,
     generator = torch.Generator().manual_seed(seed)
     input_norm = inputs.float().norm(dim=-1).mean().item()
     output_rms = outputs.float().square().mean().sqrt().item()
-    units = sum(block.up_proj.out_features for block in chain.blocks)
-    for block in chain.blocks:
-        for projection in filter(None, (block.gate_proj, block.up_proj)):
-            projection.weight.copy_(_normal(projection.weight, generator, 1 / input_norm))
-            if projection.bias is not None:
-                projection.bias.zero_()
-        block.down_proj.weight.copy_(_normal(block.down_proj.weight, generator, output_rms / units**0.5))
+    width = sum(chain.ranks)
+    for weights in map(block_weights, chain.blocks):
+        for matrix in (weights.gate, weights.up):
+            if matrix is not None:
+                matrix.copy_(_normal(matrix, generator, 1 / input_norm))
+        for bias in (weights.gate_bias, weights.up_bias):
+            if bias is not None:
+                bias.zero_()
+        weights.down.copy_(_normal(weights.down, generator, output_rms / width**0.5))
     if chain.output_bias is not None:
         chain.output_bias.copy_(outputs.float().mean(0))
 
@@ -82,16 +54,15 @@ def scrub_teacher_rows(chain: DLRNet, weights: MLPWeights, seed: int) -> int:
     their rms. Compared in the dtype of `chain`, which must be the one that is saved.
     """
     generator = torch.Generator().manual_seed(seed)
-    dtype = chain.blocks[0].up_proj.weight.dtype
+    blocks = [block_weights(block) for block in chain.blocks]
+    dtype = blocks[0].up.dtype
     changed = 0
-    pairs = [("up_proj", weights.up), ("gate_proj", weights.gate), ("down_proj", weights.down.T)]
-    for name, teacher in pairs:
+    for name, teacher in (("up", weights.up), ("gate", weights.gate), ("down", weights.down.T)):
         if teacher is None:
             continue
         known = {row.tobytes() for row in _as_bits(teacher.to(dtype))}
-        for block in chain.blocks:
-            matrix = getattr(block, name).weight
-            rows = matrix.T if name == "down_proj" else matrix
+        for block in blocks:
+            rows = block.down.T if name == "down" else getattr(block, name)
             same = [i for i, row in enumerate(_as_bits(rows)) if row.tobytes() in known]
             for i in same:
                 row = rows[i].float()

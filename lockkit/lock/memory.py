@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from lockkit.devices import PeakMemory, available_bytes
-from lockkit.dlr.cost import MLPShape, mlp_parameters
+from lockkit.dlr.cost import mlp_parameters
+from lockkit.dlr.mlp import MLPShape
 from lockkit.dlr.net import block_ranks
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData

@@ -17,19 +17,19 @@ Layers do not touch each other: each has its own seed, order of tokens and step 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
 from lockkit.errors import DistillationError
 from lockkit.lock.config import LockConfig
-from lockkit.lock.initialise import build_chain, start_from_noise, start_from_teacher
+from lockkit.lock.initialise import start_from_noise, start_from_teacher
 from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.packed import PackedChains
-from lockkit.models.families import MLPWeights
 from lockkit.progress import Progress
 
 EVALUATION_TOKENS = 4096  # in one forward pass
@@ -61,6 +61,7 @@ class LayerTask:
     layer: int
     teacher: nn.Module
     weights: MLPWeights
+    empty_chain: Callable[[float], DLRNet]  # from the gain to an untrained chain
     train: torch.Tensor
     validation: torch.Tensor
 
@@ -132,8 +133,7 @@ def _start(task: LayerTask, config: LockConfig) -> DLRNet:
     sample = task.train[:SAMPLE_TOKENS].to(device)
     outputs = task.teacher(sample)
     gain = config.gain or config.coupling * (_rms(sample) / _rms(outputs))
-    activation = getattr(task.teacher, "act_fn", None) or task.teacher.activation_fn
-    chain = build_chain(task.weights.shape, config.depth, gain, activation).to(device).requires_grad_(False)
+    chain = task.empty_chain(gain).to(device).requires_grad_(False)
     if config.init == "continuation":
         start_from_teacher(chain, task.weights, task.seed(config))
     else:

@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
+from lockkit.dlr.view import load_side_by_side, side_by_side
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,24 +35,24 @@ class PackedChains(nn.Module):
 
     def __init__(self, chains: Sequence[DLRNet]):
         super().__init__()
-        first = chains[0]
-        self.gated = first.blocks[0].gate_proj is not None
+        first, weights = chains[0], [side_by_side(chain) for chain in chains]
+        self.gated = weights[0].gate is not None
         self.activation: Activation = first.activation
-        self.ranks = [block.up_proj.out_features for block in first.blocks]
-        read = torch.stack([self._read(chain) for chain in chains], 1)  # [depth, group, hidden, width]
-        write = torch.stack([self._write(chain) for chain in chains], 1)  # [depth, group, rank, hidden]
+        self.ranks = first.ranks
+        read = torch.stack([self._read(each) for each in weights], 1)  # [depth, group, hidden, width]
+        write = torch.stack([self._in_blocks(each.down.T) for each in weights], 1)  # [depth, group, rank, hidden]
         self.register_buffer("gains", read.new_tensor([chain.gain for chain in chains]).view(-1, 1, 1))
-        self.register_buffer("read_rms", self._rms(read, first))
-        self.register_buffer("write_rms", self._rms(write, first))
+        self.register_buffer("read_rms", self._rms(read))
+        self.register_buffer("write_rms", self._rms(write))
         self.read = nn.Parameter(read / self.read_rms)
         self.write = nn.Parameter(write / self.write_rms)
         self.register_buffer("bias_rms", ((self.read_rms**2 + self.write_rms**2) / 2).sqrt())
         self.read_bias = self.output_bias = None
-        if first.blocks[0].up_proj.bias is not None:
-            bias = torch.stack([self._read_bias(chain) for chain in chains], 1)  # [depth, group, 1, width]
+        if weights[0].up_bias is not None:
+            bias = torch.stack([self._read_bias(each) for each in weights], 1)  # [depth, group, 1, width]
             self.read_bias = nn.Parameter(bias / self.bias_rms)
-        if first.output_bias is not None:
-            bias = torch.stack([chain.output_bias.detach() for chain in chains]).unsqueeze(1)
+        if weights[0].down_bias is not None:
+            bias = torch.stack([each.down_bias.detach() for each in weights]).unsqueeze(1)
             self.output_bias = nn.Parameter(bias / self.bias_rms)  # [group, 1, hidden]
 
     def forward(self, x: torch.Tensor, coupling: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -78,35 +80,37 @@ class PackedChains(nn.Module):
         """Write the weights into `chains`, one for each of the group."""
         read, write = self.read * self.read_rms, self.write * self.write_rms
         bias = None if self.read_bias is None else self.read_bias * self.bias_rms
-        width = self.write.shape[2]
         for index, chain in enumerate(chains):
-            for depth, (block, rank) in enumerate(zip(chain.blocks, self.ranks, strict=True)):
-                block.down_proj.weight.copy_(write[depth, index, :rank].T)
-                for part, projection in enumerate(filter(None, (block.gate_proj, block.up_proj))):
-                    units = slice(part * width, part * width + rank)
-                    projection.weight.copy_(read[depth, index, :, units].T)
-                    if bias is not None:
-                        projection.bias.copy_(bias[depth, index, 0, units])
-            if self.output_bias is not None:
-                chain.output_bias.copy_((self.output_bias * self.bias_rms)[index, 0])
+            gate, up = self._gate_and_up(read[:, index].transpose(1, 2))
+            gate_bias, up_bias = (None, None) if bias is None else self._gate_and_up(bias[:, index, 0])
+            down_bias = None if self.output_bias is None else (self.output_bias * self.bias_rms)[index, 0]
+            down = self._without_padding(write[:, index]).T
+            load_side_by_side(chain, MLPWeights(up, down, gate, up_bias, gate_bias, down_bias))
 
-    def _read(self, chain: DLRNet) -> torch.Tensor:
-        return torch.stack([torch.cat(self._padded(block, "weight"), 1) for block in chain.blocks])
+    def _in_blocks(self, units: torch.Tensor) -> torch.Tensor:
+        """Cut what hidden units have, `[intermediate, ...]`, into padded blocks: `[depth, rank, ...]`."""
+        return nn.utils.rnn.pad_sequence(units.detach().split(self.ranks), batch_first=True)
 
-    def _read_bias(self, chain: DLRNet) -> torch.Tensor:
-        return torch.stack([torch.cat(self._padded(block, "bias"), -1) for block in chain.blocks])
+    def _without_padding(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The way back: `[depth, rank, ...]` to `[intermediate, ...]`."""
+        return torch.cat([block[:rank] for block, rank in zip(blocks, self.ranks, strict=True)])
 
-    def _padded(self, block: nn.Module, name: str) -> list[torch.Tensor]:
-        """Gate and up of a block, or up alone: `[hidden, rank]` or `[1, rank]` each, padded to the largest rank."""
-        parts = [getattr(p, name).detach() for p in (block.gate_proj, block.up_proj) if p is not None]
-        parts = [part.T if part.ndim == 2 else part.unsqueeze(0) for part in parts]
-        return [nn.functional.pad(part, (0, max(self.ranks) - part.shape[1])) for part in parts]
+    def _read(self, weights: MLPWeights) -> torch.Tensor:
+        """Gate and up of each block, or up alone, as one matrix: `[depth, hidden, width]`."""
+        parts = [self._in_blocks(part) for part in (weights.gate, weights.up) if part is not None]
+        return torch.cat(parts, 1).transpose(1, 2)
 
-    def _write(self, chain: DLRNet) -> torch.Tensor:
-        weights = [block.down_proj.weight.detach().T for block in chain.blocks]
-        return torch.stack([nn.functional.pad(w, (0, 0, 0, max(self.ranks) - w.shape[0])) for w in weights])
+    def _read_bias(self, weights: MLPWeights) -> torch.Tensor:
+        """Their biases, `[depth, 1, width]`."""
+        parts = [self._in_blocks(part) for part in (weights.gate_bias, weights.up_bias) if part is not None]
+        return torch.cat(parts, 1).unsqueeze(1)
 
-    def _rms(self, matrices: torch.Tensor, chain: DLRNet) -> torch.Tensor:
+    def _gate_and_up(self, read: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What `_read` put together, `[depth, width, ...]`, as gate (None without one) and up, `[intermediate, ...]`."""
+        parts = [self._without_padding(part) for part in read.split(max(self.ranks), 1)]
+        return (parts[0], parts[1]) if self.gated else (None, parts[0])
+
+    def _rms(self, matrices: torch.Tensor) -> torch.Tensor:
         """Rms of each layer's matrices without the padding, `[group, 1, 1]`."""
         filled = sum(self.ranks) / (max(self.ranks) * len(self.ranks))
         return (matrices.square().mean((0, 2, 3), keepdim=True)[0] / filled).sqrt().clamp_min(1e-12)

@@ -52,13 +52,14 @@ def distil_all_layers(
     with workers.together():
         cache = ActivationCache(work.folder / "activations", int(config.cache_gigabytes * 1e9))
         if not all(work.has_layer(index) for index in indices):
-            _distil_waves(stream, waves, data, config, cache, work, workers, progress)
+            _distil_waves(stream, empty_chain, waves, data, config, cache, work, workers, progress)
     figures = [work.load_chain(work.layer_file(index), empty_chain)[1] for index in indices]
     return [LayerResult(**layer) for layer in figures]
 
 
 def _distil_waves(
     stream: StreamedModel,
+    empty_chain: Callable[[float], DLRNet],
     waves: list[list[list[int]]],
     data: DistillationData,
     config: LockConfig,
@@ -84,7 +85,7 @@ def _distil_waves(
                         capture.advance(index, layer, inputs.get((name, index)))
         with workers.together():
             if workers.rank < len(wave):
-                _distil_group(stream, wave[workers.rank], inputs, config, work, progress)
+                _distil_group(stream, empty_chain, wave[workers.rank], inputs, config, work, progress)
         del inputs
     for name in parts:
         cache.release(f"{name}-hidden-{workers.rank}")
@@ -112,6 +113,7 @@ def _allocate(
 
 def _distil_group(
     stream: StreamedModel,
+    empty_chain: Callable[[float], DLRNet],
     group: list[int],
     inputs: dict[tuple[str, int], torch.Tensor],
     config: LockConfig,
@@ -125,7 +127,7 @@ def _distil_group(
     for index in group:
         mlp = stream.read_layer(index).mlp
         train, validation = (inputs[part, index].flatten(0, 1) for part in ("train", "validation"))
-        tasks.append(LayerTask(index, mlp, mlp_weights(mlp, stream.family), train, validation))
+        tasks.append(LayerTask(index, mlp, mlp_weights(mlp, stream.family), empty_chain, train, validation))
     for chain, result in distil_layers(tasks, config, progress):
         work.save_chain(work.layer_file(result.layer), chain, result.record())
     for index in group:

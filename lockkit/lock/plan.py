@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from lockkit.dlr.cost import (
-    MLPShape,
     dlr_parameters,
     dlr_saved_values,
     expected_decode_slowdown,
     mlp_parameters,
     mlp_saved_values,
 )
+from lockkit.dlr.mlp import MLPShape
 from lockkit.dlr.net import block_ranks
 from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig

@@ -17,21 +17,21 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lockkit.devices import PeakMemory, choose_device
-from lockkit.dlr.net import DLRNet, block_ranks
+from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
 from lockkit.errors import DistillationError, LockkitError, UsageError
 from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData, effective_source, load_data, sample_from_model
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
-from lockkit.lock.initialise import build_chain, scrub_teacher_rows
+from lockkit.lock.initialise import scrub_teacher_rows
 from lockkit.lock.memory import keeps_everything, predicted_memory
 from lockkit.lock.meter import Chains, Fidelity, FidelityMeter
 from lockkit.lock.modulewise import LayerResult
@@ -39,10 +39,11 @@ from lockkit.lock.phase_1 import distil_all_layers
 from lockkit.lock.record import lock_record
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work, work_folder
-from lockkit.models.families import Family, mlp_weights, require_unlocked
+from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.layered import Checkpoint, StreamedModel, import_model_class
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
+from lockkit.models.locked import empty_chain
 from lockkit.models.save import save_description, save_locked_weights
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import versions
@@ -208,12 +209,15 @@ class _Lock:
             "processor": "GPU" if self.device.startswith("cuda") else "CPU",
         }
 
+    @functools.cached_property
+    def chains(self) -> ChainConfig:
+        """What the chains have in common; their gains are chosen in phase 1."""
+        shape = mlp_weights(self.stream.layers[0].mlp, self.family).shape
+        return shape.chain_config(self.config.depth, activation_name(self.stream.config))
+
     def empty_chain(self, gain: float) -> DLRNet:
         """An untrained chain for any layer of this model."""
-        mlp = self.stream.layers[0].mlp
-        shape = mlp_weights(mlp, self.family).shape
-        activation = getattr(mlp, "act_fn", None) or mlp.activation_fn
-        return build_chain(shape, self.config.depth, gain, activation)
+        return empty_chain(self.stream.config, self.chains, gain)
 
     def _phase_1_chain(self, layer: int) -> DLRNet:
         return self.work.load_chain(self.work.layer_file(layer), self.empty_chain)[0].to(self.device)
@@ -248,12 +252,12 @@ class _Lock:
                 scrubbed += scrub_teacher_rows(chain, mlp_weights(teacher.mlp, self.family), self.config.seed)
             return chain
 
-        gains = [layer.gain for layer in layers]
-        save_locked_weights(self.stream, rounded, folder, self.config.depth, gains, self.dtype)
+        chains = replace(self.chains, gains=tuple(layer.gain for layer in layers))
+        save_locked_weights(self.stream, rounded, folder, chains, self.dtype)
         written = Checkpoint(folder)
 
         def published(layer: int) -> DLRNet:
-            chain = self.empty_chain(gains[layer])
+            chain = self.empty_chain(chains.gains[layer])
             prefix = f"model.layers.{layer}.mlp."
             tensors = written.read([prefix + name for name in chain.state_dict()], self.device, torch.float32)
             chain.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})

@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lockkit.dlr.cost import MLPShape
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -100,28 +99,6 @@ def _why_unsupported(config: PreTrainedConfig) -> str:
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
         return f"is {architectures[0]}, an encoder, not a causal language model: give MODEL one of {supported}"
     return f"is not supported yet: give MODEL one of {supported}, or add it in lockkit/models/families.py"
-
-
-@dataclass
-class MLPWeights:
-    """The matrices of one MLP, as `nn.Linear` keeps them: `[out, in]`; biases may be missing."""
-
-    up: torch.Tensor  # [intermediate, hidden]
-    down: torch.Tensor  # [hidden, intermediate]
-    gate: torch.Tensor | None = None  # [intermediate, hidden]
-    up_bias: torch.Tensor | None = None
-    gate_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
-
-    @property
-    def shape(self) -> MLPShape:
-        return MLPShape(
-            hidden_size=self.up.shape[1],
-            intermediate_size=self.up.shape[0],
-            gated=self.gate is not None,
-            bias=self.up_bias is not None,
-            output_bias=self.down_bias is not None,
-        )
 
 
 def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:

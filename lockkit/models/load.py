@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
-from lockkit.models.locked import base_config, locked_classes
+from lockkit.models.locked import base_config, chain_config, locked_classes
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
     try:
         if family is not None and model_type.startswith(LOCKED_PREFIX):
-            return locked_classes(family)[0].from_pretrained(folder)
+            config = locked_classes(family)[0].from_pretrained(folder)
+            chain_config(config)  # refuses a broken description of the chains
+            return config
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "trust_remote_code" in str(error):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockkit.dlr import net
+from lockkit.dlr.net import ChainConfig, DLRNet
 from lockkit.models.families import Family
 
 if TYPE_CHECKING:
@@ -22,7 +23,16 @@ AUTO_MAP = {
     "AutoConfig": "modeling_dlr_lock.DLRLockConfig",
     "AutoModelForCausalLM": "modeling_dlr_lock.DLRLockForCausalLM",
 }
+# What the modelling file in a checkpoint has from lockkit/dlr/net.py.
+_TRAVELLING = (net.block_ranks, net.ChainConfig, net.DLRBlock, net.DLRNet)
 _TEMPLATE = Path(__file__).parent / "remote_code" / MODELING_FILE
+
+
+def empty_chain(config: PreTrainedConfig, chains: ChainConfig, gain: float) -> DLRNet:
+    """An untrained chain for one decoder layer of a model with `config`, as its locked form has them."""
+    from lockkit.models.remote_code import modeling_dlr_lock
+
+    return modeling_dlr_lock.empty_chain(config, chains, gain)
 
 
 @functools.cache
@@ -50,11 +60,21 @@ def locked_classes(family: Family) -> tuple[type, type]:
     return config_class, model_class
 
 
-def locked_config(config: PreTrainedConfig, family: Family, dlr: dict) -> PreTrainedConfig:
+def chain_config(config: PreTrainedConfig) -> ChainConfig | None:
+    """The chains that a locked model's configuration describes; None for an original's.
+
+    Raises:
+        ValueError: the entry `dlr` is not valid.
+    """
+    values = getattr(config, "dlr", None)
+    return ChainConfig.from_dict(values) if values is not None else None
+
+
+def locked_config(config: PreTrainedConfig, family: Family, chains: ChainConfig) -> PreTrainedConfig:
     """The configuration of the locked form of a model with `config`."""
     values = _values(config)
     config_class, model_class = locked_classes(family)
-    locked = config_class(**values, dlr=dlr)
+    locked = config_class(**values, dlr=chains.to_dict())
     locked.architectures = [model_class.__name__]
     locked.auto_map = dict(AUTO_MAP)
     return locked
@@ -82,16 +102,17 @@ def base_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
 
 def render_modeling_file(family: Family) -> str:
     """The modelling file of `family`, with the DLR-Net's source in it, free of lockkit."""
-    definitions = "\n\n\n".join(inspect.getsource(part) for part in (net.block_ranks, net.DLRBlock, net.DLRNet))
+    definitions = "\n\n\n".join(inspect.getsource(part) for part in _TRAVELLING)
     replacements = {
         "from transformers import LlamaConfig as BaseConfig": f"from transformers import {family.config_class} as BaseConfig",
         "from transformers import LlamaForCausalLM as BaseForCausalLM": (
             f"from transformers import {family.model_class} as BaseForCausalLM"
         ),
         "from __future__ import annotations\n": (
-            "from __future__ import annotations\n\nfrom collections.abc import Callable\n\nimport torch\nfrom torch import nn"
+            "from __future__ import annotations\n\nfrom collections.abc import Callable, Mapping, Sequence\n"
+            "from dataclasses import asdict, dataclass, fields\nfrom typing import Any\n\nimport torch\nfrom torch import nn"
         ),
-        "\n\nfrom lockkit.dlr.net import DLRNet, block_ranks\n": "\n\n\n" + definitions.rstrip() + "\n",
+        "\n\nfrom lockkit.dlr.net import ChainConfig, DLRNet\n": "\n\n\n" + definitions.rstrip() + "\n",
         '"dlr_lock_llama"': f'"{family.locked_model_type}"',
     }
     text = _TEMPLATE.read_text(encoding="utf-8")

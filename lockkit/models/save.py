@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from lockkit.files import LOCK_RECORD, write_json
-from lockkit.models.families import activation_name, mlp_weights
 from lockkit.models.load import TOKENIZER_FILES
 from lockkit.models.locked import AUTO_MAP, MODELING_FILE, locked_config, render_modeling_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from lockkit.dlr.net import DLRNet
+    from lockkit.dlr.net import ChainConfig, DLRNet
     from lockkit.models.layered import StreamedModel
 
 # Layers are collected up to this size before they are written (safetensors needs twice that to write
@@ -31,8 +30,7 @@ def save_locked_weights(
     stream: StreamedModel,
     chain: Callable[[int], DLRNet],
     folder: Path,
-    depth: int,
-    gains: list[float],
+    chains: ChainConfig,
     dtype: torch.dtype,
 ) -> None:
     """Write weights, configuration, modelling file and tokenizer of a locked model, one layer at a time.
@@ -40,10 +38,10 @@ def save_locked_weights(
     Args:
         stream: the original; everything but its MLPs is taken over, rounded to `dtype`.
         chain: from a layer's index to its chain, already in `dtype`.
-        gains: of the chains.
+        chains: their description, gains included.
     """
     _write_shards(_locked_tensors(stream, chain, dtype), folder)
-    _write_config(stream, folder, depth, gains, dtype)
+    _write_config(stream, folder, chains, dtype)
     (folder / MODELING_FILE).write_text(render_modeling_file(stream.family), encoding="utf-8")
     copy_tokenizer(stream.folder, folder)
     if (stream.folder / "generation_config.json").is_file():
@@ -109,17 +107,8 @@ def _write_shards(pieces: Iterator[dict[str, torch.Tensor]], folder: Path) -> No
         )
 
 
-def _write_config(stream: StreamedModel, folder: Path, depth: int, gains: list[float], dtype: torch.dtype) -> None:
-    shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
-    dlr = {
-        "depth": depth,
-        "gains": gains,
-        "activation": activation_name(stream.config),
-        "gated": shape.gated,
-        "bias": shape.bias,
-        "output_bias": shape.output_bias,
-    }
-    configuration: PreTrainedConfig = locked_config(stream.config, stream.family, dlr)
+def _write_config(stream: StreamedModel, folder: Path, chains: ChainConfig, dtype: torch.dtype) -> None:
+    configuration: PreTrainedConfig = locked_config(stream.config, stream.family, chains)
     configuration.dtype = dtype
     configuration.save_pretrained(folder)
     file = folder / "config.json"

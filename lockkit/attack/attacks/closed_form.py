@@ -11,10 +11,11 @@ import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
-from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, as_they_stand, collapse
+from lockkit.attack.closed_form import HELD_OUT_SHARE, FirstLayer, collapse
 from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import chain_model, ordinary_model, stage_bounds
 from lockkit.dlr.net import DLRNet
+from lockkit.dlr.view import side_by_side
 from lockkit.models.activation_cache import ActivationCache
 from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import decoder_layers
@@ -134,7 +135,7 @@ class CorrectedStack(UnlockAttack):
 
     def unlock(self, locked, bench) -> Unlocked:
         if not self.config.tokens:
-            weights = [as_they_stand(layer.mlp) for layer in decoder_layers(locked)]
+            weights = [side_by_side(layer.mlp) for layer in decoder_layers(locked)]
             return Unlocked(ordinary_model(locked, bench.family, weights), 1, Cost())
         rows = bench.unlabelled[: -(-self.config.tokens // bench.text_block)]
         solved, cost = of_each_chain(

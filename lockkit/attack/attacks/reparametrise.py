@@ -23,8 +23,10 @@ from torch.nn.utils import parametrize
 from lockkit.attack.base import GradientAttack
 from lockkit.attack.finetune import FinetuneConfig, Training
 from lockkit.attack.optimisers import BETAS
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
-from lockkit.models.families import MLPWeights, decoder_layers, mlp_weights
+from lockkit.dlr.view import block_weights
+from lockkit.models.families import decoder_layers, mlp_weights
 
 MAX_RATE_RATIO = 10.0  # between a matrix' learning rate and the run's, to either side
 
@@ -67,10 +69,7 @@ def _blocks(mlp: nn.Module, family) -> list[MLPWeights]:
     """The blocks of a chain, or an ordinary MLP as the only one."""
     if not isinstance(mlp, DLRNet):
         return [mlp_weights(mlp, family)]
-    return [
-        MLPWeights(up=block.up_proj.weight, down=block.down_proj.weight, up_bias=block.up_proj.bias)
-        for block in mlp.blocks
-    ]
+    return [block_weights(block) for block in mlp.blocks]
 
 
 @torch.no_grad()

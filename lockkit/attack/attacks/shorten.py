@@ -8,7 +8,9 @@ from lockkit.attack.attacks.closed_form import of_each_chain, unlabelled_rows
 from lockkit.attack.base import UnlockAttack, Unlocked
 from lockkit.attack.rebuild import chain_model, ordinary_model
 from lockkit.attack.shorten import merge, padded, prune
-from lockkit.models.families import MLPWeights, decoder_layers
+from lockkit.dlr.mlp import MLPWeights
+from lockkit.models.families import decoder_layers
+from lockkit.models.locked import chain_config
 
 
 class MergeConfig(BaseModel):
@@ -58,7 +60,7 @@ class PruneSVD(UnlockAttack):
         rows = unlabelled_rows(bench)
         pruned, cost = of_each_chain(locked, rows, bench, lambda chain, inputs: prune(chain, inputs, energy))
         model = _shorter_model(locked, bench, [blocks for blocks, _ in pruned])
-        return Unlocked(model, model.config.dlr["depth"], cost, {"layers": [notes for _, notes in pruned]})
+        return Unlocked(model, chain_config(model.config).depth, cost, {"layers": [notes for _, notes in pruned]})
 
 
 def _shorter_model(locked, bench, layers: list[list[MLPWeights]]):

@@ -23,11 +23,12 @@ from torch.autograd.function import once_differentiable
 from lockkit.attack.attacks.closed_form import CollapseConfig, StackSolve
 from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
 from lockkit.attack.base import CannotRun, GradientAttack
-from lockkit.attack.closed_form import stacked, units_of
 from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_loss
 from lockkit.attack.optimisers import make_optimiser
+from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
-from lockkit.models.families import MLPWeights, decoder_layers, mlp_weights
+from lockkit.dlr.view import side_by_side
+from lockkit.models.families import decoder_layers, mlp_weights
 
 SAVERS = ("none", "checkpoint-layers", "offload", "compress")  # the others replace the chain's passes themselves
 PROBE_ROWS = 2
@@ -94,9 +95,7 @@ class Surrogate:
     def _own(self) -> MLPWeights:
         if not isinstance(self.mlp, DLRNet):
             return mlp_weights(self.mlp, self.family)
-        weights = stacked(self.mlp, 0, len(self.mlp.blocks))
-        weights.down_bias = self.mlp.output_bias
-        return weights
+        return side_by_side(self.mlp)
 
     @torch.no_grad()
     def correct(self, solved: MLPWeights) -> None:
@@ -111,7 +110,7 @@ class Surrogate:
             return self.chain_forward(x)
         own = {name: value for name, value in vars(self._own()).items() if value is not None}
         weights = MLPWeights(**{name: value + self.corrections[name] for name, value in own.items()})
-        return F.linear(units_of(weights, x, self.activation), weights.down, weights.down_bias)
+        return weights.output(x, self.activation)
 
     def install(self) -> None:
         """From now on the module's backward pass is the surrogate's."""

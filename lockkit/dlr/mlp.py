@@ -1,0 +1,102 @@
+"""The MLP that a chain replaces: its sizes and its weights, gated or of two layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lockkit.dlr.net import ChainConfig, DLRBlock
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+# Which dimension of each tensor counts the hidden units; `down_bias` has none.
+_UNITS = {"gate": 0, "gate_bias": 0, "up": 0, "up_bias": 0, "down": 1}
+
+
+@dataclass(frozen=True)
+class MLPShape:
+    """Sizes of an MLP."""
+
+    hidden_size: int
+    intermediate_size: int
+    gated: bool = True
+    bias: bool = False
+    output_bias: bool = False
+
+    def chain_config(self, depth: int, activation: str, gains: Sequence[float] = ()) -> ChainConfig:
+        """What chains in place of such MLPs have in common; before training there are no gains."""
+        return ChainConfig(depth, tuple(gains), activation, self.gated, self.bias, self.output_bias)
+
+
+@dataclass
+class MLPWeights:
+    """The matrices of one MLP, as `nn.Linear` keeps them: `[out, in]`. Missing ones are None."""
+
+    up: torch.Tensor  # [intermediate, hidden]
+    down: torch.Tensor  # [hidden, intermediate]
+    gate: torch.Tensor | None = None  # [intermediate, hidden]
+    up_bias: torch.Tensor | None = None  # [intermediate]
+    gate_bias: torch.Tensor | None = None  # [intermediate]
+    down_bias: torch.Tensor | None = None  # [hidden]
+
+    @property
+    def shape(self) -> MLPShape:
+        """The sizes of the MLP."""
+        return MLPShape(
+            hidden_size=self.up.shape[1],
+            intermediate_size=self.up.shape[0],
+            gated=self.gate is not None,
+            bias=self.up_bias is not None,
+            output_bias=self.down_bias is not None,
+        )
+
+    def pre_activations(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """As `DLRBlock.pre_activations`: gate and up, or up alone, `[..., intermediate]` each."""
+        up = F.linear(x, self.up, self.up_bias)
+        return [up] if self.gate is None else [F.linear(x, self.gate, self.gate_bias), up]
+
+    def units(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """The hidden units, `[..., intermediate]`."""
+        return DLRBlock.units(self.pre_activations(x), activation)
+
+    def output(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """What the MLP computes, `[..., hidden]`."""
+        return F.linear(self.units(x, activation), self.down, self.down_bias)
+
+    def select(self, units: torch.Tensor) -> MLPWeights:
+        """The MLP of the hidden units with these numbers, `[count]`, in this order."""
+        chosen = {
+            name: value if value is None else value.index_select(_UNITS[name], units.to(value.device))
+            for name, value in vars(self).items()
+            if name != "down_bias"
+        }
+        return MLPWeights(**chosen, down_bias=self.down_bias)
+
+    def split(self, counts: Sequence[int]) -> list[MLPWeights]:
+        """Groups of hidden units, so many in each; the last group has the output bias."""
+        parts = {
+            name: [None] * len(counts) if value is None else value.split(list(counts), _UNITS[name])
+            for name, value in vars(self).items()
+            if name != "down_bias"
+        }
+        groups = [MLPWeights(**{name: part[index] for name, part in parts.items()}) for index in range(len(counts))]
+        groups[-1].down_bias = self.down_bias
+        return groups
+
+    @staticmethod
+    def side_by_side(groups: Sequence[MLPWeights]) -> MLPWeights:
+        """One MLP of all hidden units, in order; its output bias is the last group's. Differentiable."""
+        joined = {
+            name: None if getattr(groups[0], name) is None else torch.cat([getattr(g, name) for g in groups], dim)
+            for name, dim in _UNITS.items()
+        }
+        return MLPWeights(**joined, down_bias=groups[-1].down_bias)
+
+    @torch.no_grad()
+    def copy_(self, other: MLPWeights) -> None:
+        """Copy the tensors that `other` has into these, in place."""
+        for name, value in vars(other).items():
+            if value is not None:
+                getattr(self, name).copy_(value)
