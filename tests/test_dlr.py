@@ -144,12 +144,17 @@ def test_a_chain_config_survives_json():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"normalised": True}, "normalised"), ({"depth": "8"}, "dlr.depth"), ({"depth": 0}, "dlr.depth"), ({}, "gated")],
+    [
+        ({"normalised": True}, "normalised"),
+        ({"depth": "8"}, "dlr.depth"),
+        ({"depth": 0}, "dlr.depth"),
+        ({}, "activation"),
+    ],
 )
 def test_a_broken_chain_config_is_refused_by_name(change, message):
     values = ChainConfig(4, (0.5,), "silu").to_dict() | change
     if not change:
-        del values["gated"]
+        del values["activation"]
     with pytest.raises(ValueError, match=message):
         ChainConfig.from_dict(values)
 

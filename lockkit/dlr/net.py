@@ -16,7 +16,7 @@ The four definitions below need PyTorch only. A locked checkpoint carries a copy
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -65,10 +65,11 @@ class ChainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChainConfig:
-        """Read the entry `dlr`. Raises ValueError for an entry that is missing or unknown."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            raise ValueError(f"dlr must have the entries {sorted(names)}, not {sorted(values)}")
+        """Read the entry `dlr`. Raises ValueError for what is unknown, missing or not valid."""
+        names = {field.name: field.default is MISSING for field in fields(cls)}
+        wrong = [*(set(values) - set(names)), *(name for name in names if names[name] and name not in values)]
+        if wrong:
+            raise ValueError(f"dlr has unknown or missing entries: {', '.join(sorted(wrong))}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

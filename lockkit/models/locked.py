@@ -110,7 +110,7 @@ def render_modeling_file(family: Family) -> str:
         ),
         "from __future__ import annotations\n": (
             "from __future__ import annotations\n\nfrom collections.abc import Callable, Mapping, Sequence\n"
-            "from dataclasses import asdict, dataclass, fields\nfrom typing import Any\n\nimport torch\nfrom torch import nn"
+            "from dataclasses import MISSING, asdict, dataclass, fields\nfrom typing import Any\n\nimport torch\nfrom torch import nn"
         ),
         "\n\nfrom lockkit.dlr.net import ChainConfig, DLRNet\n": "\n\n\n" + definitions.rstrip() + "\n",
         '"dlr_lock_llama"': f'"{family.locked_model_type}"',
