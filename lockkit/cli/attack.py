@@ -8,69 +8,40 @@ from typing import Annotated
 import typer
 
 from lockkit.attack.config import AuditConfig, audit_config
-from lockkit.cli.app import app
-from lockkit.cli.console import TerminalProgress, console, option
+from lockkit.cli.console import TerminalProgress, console
+from lockkit.cli.options import Given
 from lockkit.errors import UsageError
 
 
-@app.command()
 def attack(
     locked: Annotated[str | None, typer.Argument(metavar="LOCKED", help="Folder that `lockkit lock` wrote.")] = None,
     original: Annotated[
-        str | None, typer.Option(help="The model it was made from: `demo`, a folder, a Hub id.")
+        str | None, typer.Option("--original", help="The model it was made from: `demo`, a folder, a Hub id.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for rows and summary; an audit that is there goes on.")
+        Path | None, typer.Option("--out", help="Folder for rows and summary; an audit that is there is resumed.")
     ] = None,
-    suite: Annotated[str | None, option(AuditConfig, "suite")] = None,
-    name: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack; may be repeated.")] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to fine-tune on, in place of the suite's tasks: `docstrings`, `signatures`, a chat-format "
-            ".jsonl, or a text file, folder or Hub dataset (10 % of its passages); may be repeated."
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        list[float] | None, typer.Option(help="Learning rate, in place of the suite's; may be repeated.")
-    ] = None,
-    steps: Annotated[int | None, option(AuditConfig, "steps")] = None,
-    batch_rows: Annotated[int | None, option(AuditConfig, "batch_rows")] = None,
-    block_tokens: Annotated[int | None, option(AuditConfig, "block_tokens")] = None,
-    held_out_tokens: Annotated[int | None, option(AuditConfig, "held_out_tokens")] = None,
-    evaluation_tokens: Annotated[int | None, option(AuditConfig, "evaluation_tokens")] = None,
-    unlock_tokens: Annotated[int | None, option(AuditConfig, "unlock_tokens")] = None,
-    redistill_tokens: Annotated[int | None, option(AuditConfig, "redistill_tokens")] = None,
-    redistill_budget: Annotated[
-        list[float] | None,
-        typer.Option(help="Tokens of a re-distillation, in multiples of the lock's own; may be repeated."),
-    ] = None,
-    seeds: Annotated[int | None, option(AuditConfig, "seeds")] = None,
-    exhaustive: Annotated[bool | None, option(AuditConfig, "exhaustive", "--exhaustive")] = None,
-    sweep: Annotated[int | None, option(AuditConfig, "sweep")] = None,
+    name: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack.")] = None,
     controls: Annotated[
         list[Path] | None,
-        typer.Option(help="Another audit, whose rows of the original are reused where they fit; may be repeated."),
+        typer.Option("--controls", help="Another audit, whose rows of the original are reused where they fit."),
     ] = None,
-    seed: Annotated[int | None, option(AuditConfig, "seed")] = None,
-    target_share: Annotated[float | None, option(AuditConfig, "target_share")] = None,
-    effective_depth_kl: Annotated[float | None, option(AuditConfig, "effective_depth_kl")] = None,
-    data: Annotated[str | None, option(AuditConfig, "data")] = None,
-    device: Annotated[str | None, option(AuditConfig, "device")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print all attacks, and exit.")] = False,
+    *,
+    given: Given[AuditConfig],
 ) -> None:
     """Attack LOCKED, and say what it costs beside the original.
 
     Every attack is tried on the original first. `rows.jsonl` in OUT gets a row for each run,
-    `summary.json` the figures; an interrupted audit goes on when the same command is given again.
+    `summary.json` the figures; an interrupted audit resumes when the same command is given again.
 
     Examples:
 
+    \b
         lockkit attack --list
-
         lockkit attack ./locked --original demo --out audit
-
-        lockkit attack ./locked --original demo --attack stack-solve --attack lora --out audit
+        lockkit attack ./locked --original demo --out audit \\
+            --attack stack-solve --attack lora
     """
     if list_:
         _print_list()
@@ -78,10 +49,7 @@ def attack(
     for value, what in ((locked, "LOCKED"), (original, "--original MODEL"), (out, "--out DIR")):
         if value is None:
             raise UsageError(f"{what} is missing: lockkit attack LOCKED --original MODEL --out DIR")
-    given = {key: value for key, value in locals().items() if key in AuditConfig.model_fields and key != "suite"}
-    config = audit_config(
-        suite or "quick", tasks=task, learning_rates=learning_rate, redistill_budgets=redistill_budget, **given
-    )
+    config = audit_config(**given)
 
     from lockkit.attack.run import run_audit
 

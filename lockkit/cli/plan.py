@@ -7,20 +7,13 @@ from typing import Annotated
 
 import typer
 
-from lockkit.cli.app import app
 from lockkit.cli.console import console
 
 
-@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
-    depth: Annotated[
-        list[int] | None, typer.Option("--depth", help="A depth to show; repeat for more. Default: 8 to 128.")
-    ] = None,
+    depth: Annotated[list[int] | None, typer.Option("--depth", help="A depth to show. Default: 8 to 128.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL. Read it first.")
-    ] = False,
 ) -> None:
     """Show, for each depth, what locking MODEL would cost. Reads no weights.
 
@@ -29,13 +22,13 @@ def plan(
 
     Examples:
 
+    \b
         lockkit plan demo
-
         lockkit plan ./my-model --depth 16 --depth 48 --json
     """
     from lockkit.lock.plan import plan_model
 
-    result = plan_model(model, depth, trust_remote_code)
+    result = plan_model(model, depth)
     if as_json:
         typer.echo(json.dumps(result.record(), indent=2))
         return
@@ -49,7 +42,7 @@ def plan(
     table.add_column("depth\n(blocks\na layer)", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("MLP\nparameters", justify="right")
-    table.add_column("saved bytes\na token", justify="right")
+    table.add_column("saved bytes\nper token", justify="right")
     table.add_column("over\noriginal", justify="right")
     table.add_column("decoding\ntime,\nexpected", justify="right")
     table.add_row(
