@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from lockkit.attack.config import AuditConfig, audit_config
 from lockkit.cli.console import TerminalProgress, console
 from lockkit.cli.options import Given
 from lockkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def attack(
@@ -61,7 +65,6 @@ def attack(
 
 def _print_list() -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from lockkit.attack.base import registry
 
@@ -70,45 +73,51 @@ def _print_list() -> None:
     table.add_column()
     for name, found in registry().items():
         suites = "; in quick" if found.in_quick else ""
-        table.add_row(name, Text(f"{found.description}\n{found.reference}{suites}\n"))
+        table.add_row(name, f"{found.description}\n{found.reference}{suites}\n")
     console.print(table)
 
 
 def _print(summary: dict) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     if summary["first_line"]:
         console.print(summary["first_line"])
     for task, figures in summary["tasks"].items():
-        title = f"{task}: lowest held-out losses, and least cost to the target {figures['target_loss']:.3f}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-        table.add_column("attack", no_wrap=True)
-        for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("", min_width=7)
-        for row in figures["attacks"]:
-            losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
-            table.add_row(row["attack"].replace(", then", ",\n then"), *losses, *_costs(row), Text(row["says"]))
-        console.print(table)
+        console.print(_table(task, figures))
         for resource, found in figures["amplification"].items():
             if found:
                 best = f" ({found['best_attack']})" if found["best_attack"] else ""
                 console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
+    for line in _lock_lines(summary):
+        console.print(line, soft_wrap=True)
+
+
+def _table(task: str, figures: dict) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = f"{task}: lowest held-out losses, and least cost to the target {figures['target_loss']:.3f}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("attack", no_wrap=True)
+    for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", min_width=7)
+    for row in figures["attacks"]:
+        losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
+        table.add_row(row["attack"].replace(", then", ",\n then"), *losses, *_costs(row), row["says"])
+    return table
+
+
+def _lock_lines(summary: dict) -> Iterator[str]:
+    """What the audit found about the lock as a whole."""
     for label, unlock in summary["unlocks"].items():
-        console.print(
-            f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}", soft_wrap=True
-        )
+        yield f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}"
     depth = summary["effective_depth"]
-    console.print(
+    yield (
         f"effective depth: {depth['says']} of {depth['depth']} (KL within {depth['kl_limit']}); "
-        f"{depth['says_within_5_percent']} (perplexity within 5 %)",
-        soft_wrap=True,
+        f"{depth['says_within_5_percent']} (perplexity within 5 %)"
     )
     for name, key in (("unlock ratio", "unlock_ratio"), ("owner's advantage", "owner_advantage")):
         caveat = summary[key].get("caveat")
-        console.print(f"{name}: {summary[key]['says']}" + (f" ({caveat})" if caveat else ""), soft_wrap=True)
+        yield f"{name}: {summary[key]['says']}" + (f" ({caveat})" if caveat else "")
 
 
 def _costs(row: dict) -> list[str]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lockkit.cli.console import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lockkit.lock.plan import Plan
 
 
 def plan(
@@ -32,6 +37,20 @@ def plan(
     if as_json:
         typer.echo(json.dumps(result.record(), indent=2))
         return
+    console.print(_table(model, result))
+    console.print(
+        "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
+        "The last column is an estimate for one token on a CPU, not a measurement."
+    )
+    deepest = result.rows[-1]
+    console.print(
+        f"Making a lock of depth {deepest.depth} needs about {deepest.lock_memory_bytes / 1e9:,.1f} GB of memory with "
+        f"one layer at a time, {deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in "
+        "phase 2, beyond the libraries' own (--data self needs the whole model in memory besides)."
+    )
+
+
+def _table(model: str, result: Plan) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -58,14 +77,4 @@ def plan(
             f"{row.saved_bytes_ratio:.1f}x",
             f"{row.expected_decode_slowdown:.2f}x",
         )
-    console.print(table)
-    console.print(
-        "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
-        "The last column is an estimate for one token on a CPU, not a measurement."
-    )
-    deepest = result.rows[-1]
-    console.print(
-        f"Making a lock of depth {deepest.depth} needs about {deepest.lock_memory_bytes / 1e9:,.1f} GB of memory with "
-        f"one layer at a time, {deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in "
-        "phase 2, beyond the libraries' own (--data self needs the whole model in memory besides)."
-    )
+    return table
