@@ -31,12 +31,12 @@ CONTENTS = {
     "original-onnx/": "the same export of the unlocked model, the baseline",
     "verify.json": "every figure of the verification, schema lockkit-verify/1",
 }
-console = Console(highlight=False)
+console = Console(markup=False, emoji=False, highlight=False)  # names of folders are printed as they are
 
 
 def run(*arguments: str) -> float:
     """Run one lockkit command in view of the user; return its seconds. Stop where it fails."""
-    console.print(f"\n[bold]$ lockkit {shlex.join(arguments)}[/bold]", soft_wrap=True)
+    console.print(f"\n$ lockkit {shlex.join(arguments)}", style="bold", soft_wrap=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "lockkit", *arguments], check=False)
     if done.returncode:

@@ -1,8 +1,18 @@
 """lockkit: lock a pretrained language model, export it to ONNX, prove it is the same model.
 
-The Python API has the same verbs as the command line, with the same names and defaults:
+The Python API has the same verbs as the command line, with the same settings and defaults:
 
-    from lockkit import LockConfig, lock_model, export_model, verify_export
+    plan       plan_model
+    lock       lock_model, LockConfig
+    export     export_model, ExportConfig
+    verify     verify_export, VerifyConfig
+    kernel     build_kernel, install_kernel
+    bench      bench_export, BenchConfig
+    attack     run_audit, audit_config, AuditConfig
+    generate   open_model, generate_text, GenerateConfig
+    serve      serve_export, open_app, ServeConfig
+    report     write_report
+    env        describe_environment
 
 Names are loaded when first used, so that `import lockkit` costs nothing.
 """
@@ -14,6 +24,7 @@ from typing import Any
 
 from lockkit.version import __version__
 
+# Name here: the module it is from, and its name there where that is another one.
 _HOMES = {
     "plan_model": "lockkit.lock.plan",
     "LockConfig": "lockkit.lock.config",
@@ -22,9 +33,20 @@ _HOMES = {
     "export_model": "lockkit.export.run",
     "VerifyConfig": "lockkit.verify.config",
     "verify_export": "lockkit.verify.run",
+    "build_kernel": "lockkit.kernel",
+    "install_kernel": "lockkit.kernel",
+    "BenchConfig": "lockkit.bench.config",
+    "bench_export": "lockkit.bench.run:bench",
+    "AuditConfig": "lockkit.attack.config",
+    "audit_config": "lockkit.attack.config",
+    "run_audit": "lockkit.attack.run",
+    "GenerateConfig": "lockkit.generate",
+    "open_model": "lockkit.generate",
+    "generate_text": "lockkit.generate:generate",
     "ServeConfig": "lockkit.serve.config",
     "serve_export": "lockkit.serve.server",
     "open_app": "lockkit.serve.server",
+    "write_report": "lockkit.report.run",
     "describe_environment": "lockkit.environment",
 }
 __all__ = ["__version__", *_HOMES]
@@ -33,4 +55,5 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'lockkit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)

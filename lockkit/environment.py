@@ -8,9 +8,10 @@ import io
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from lockkit.files import schema_record
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-environment/1"
@@ -32,7 +33,7 @@ SHADOWING = {
 class Environment:
     """Everything a bug report needs; no paths, no user names."""
 
-    schema: str
+    schema_version: str
     versions: dict[str, str]
     git_hash: str | None
     system: str
@@ -43,7 +44,8 @@ class Environment:
     problems: list[str]
 
     def record(self) -> dict:
-        return asdict(self)
+        """The description as JSON's values."""
+        return schema_record(self)
 
 
 def describe_environment() -> Environment:
@@ -54,7 +56,7 @@ def describe_environment() -> Environment:
     providers, provider_problems = _onnxruntime_providers(cuda_in_torch)
     problems = [*_shadowed_wheels(), *provider_problems]
     return Environment(
-        schema=SCHEMA,
+        schema_version=SCHEMA,
         versions=versions(),
         git_hash=git_hash(),
         system=f"{platform.system()} {platform.machine()}",

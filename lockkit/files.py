@@ -1,4 +1,4 @@
-"""Folders that are either finished or absent, and hashes of files."""
+"""Output folders and files that are complete or absent, JSON, and hashes of files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lockkit.errors import LockkitError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
@@ -38,10 +43,39 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    _check_writable(parent, "OUT")
+
+
+def check_output_file(path: Path, option: str, suffixes: Collection[str] = ()) -> None:
+    """Refuse a file to write before any work is done.
+
+    Args:
+        option: the option that names the file, for the message.
+        suffixes: what the file's name may end in, such as `.html`; anything by default.
+
+    Raises:
+        UsageError: `path` is a folder, lies in a folder that does not exist or cannot be written to, or
+            ends in something else.
+    """
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir():
+        raise UsageError(f"{path} is a folder, or in a folder that does not exist: change {option}")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path} does not end in one of {', '.join(suffixes)}: change {option}")
+    if not _is_special(path):
+        _check_writable(path.resolve().parent, option)
+
+
+def _check_writable(folder: Path, option: str) -> None:
     try:
-        Path(tempfile.mkdtemp(prefix=".lockkit-", dir=parent)).rmdir()
+        Path(tempfile.mkdtemp(prefix=".lockkit-", dir=folder)).rmdir()
     except OSError as error:
-        raise UsageError(f"{parent} cannot be written to ({error.strerror}): change OUT") from error
+        raise UsageError(f"{folder} cannot be written to ({error.strerror}): change {option}") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is a pipe or a device, such as /dev/stdout."""
+    return path.exists() and not path.is_file()
 
 
 def check_apart(out: Path, source: Path) -> None:
@@ -110,8 +144,33 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is complete, or as it was before: it is written beside and then renamed."""
+    if _is_special(path):
+        path.write_bytes(content)
+        return
+    path = path.resolve()  # a link stays one
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
 def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a value as JSON; see `write_bytes`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def schema_record(value: DataclassInstance) -> dict:
+    """A dataclass as a JSON object, in which its `schema_version` is called `schema`."""
+    return {"schema" if name == "schema_version" else name: found for name, found in asdict(value).items()}
 
 
 def read_json(path: Path, option: str) -> dict:

@@ -1,4 +1,4 @@
-"""How long jobs tell of their progress, without knowing about terminals."""
+"""Progress of long jobs, for any kind of display."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the course of a job; one task at a time."""
+    """Is told how far a job is; one task at a time."""
 
     def start(self, task: str, total: int) -> None:
         """A task of `total` steps begins."""
@@ -22,7 +22,7 @@ class Progress(Protocol):
 
 
 class NoProgress:
-    """Says nothing; the default of the Python API."""
+    """Shows nothing; the default of the Python API."""
 
     def start(self, task: str, total: int) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from test_export import exports, models  # noqa: F401 (fixtures)
@@ -45,6 +46,21 @@ def test_models_side_by_side(models, exports, cli, tmp_path):  # noqa: F811
         assert found.decode_tokens_per_second == pytest.approx(found.batch_size / found.step_seconds["p50"], rel=0.3)
     peaks = {(found.model, found.runtime): found.peak_memory_bytes for found in result.models}
     assert peaks["llama", "pytorch"] > 100e6  # PyTorch alone is that large: each process counts its own
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_file_that_cannot_be_written_loses_no_result(models, exports, cli, tmp_path):  # noqa: F811
+    out, full = tmp_path / "bench.json", tmp_path / "full.svg"
+    full.symlink_to("/dev/full")
+    short = ("--runtime", "onnxruntime", "--prompt-length", "8", "--new-tokens", "2", "--rounds", "1", "--threads", "1")
+    command = ("bench", exports("llama", True), "--against", exports("llama", False), *short)
+    outcome = cli(*command, "--json", out, "--plot", full)
+    assert outcome.code == 2 and "change --plot" in outcome.err
+    assert "medians of the rounds" in outcome.out
+    assert len(BenchResult.model_validate_json(out.read_text()).measurements) == 2
+    outcome = cli(*command, "--json", full)
+    assert outcome.code == 2 and "change --json" in outcome.err
+    assert "medians of the rounds" in outcome.out
 
 
 def test_bad_use_names_the_option(models, exports, tmp_path):  # noqa: F811

@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import QUICK
 
+import lockkit
+from lockkit.bench.run import BenchResult, Loaded, Measurement, Ratio
+from lockkit.cli.bench import _show
+from lockkit.cli.console import TerminalProgress, console
+from lockkit.environment import describe_environment
 from lockkit.errors import UsageError
-from lockkit.files import LOCK_RECORD, new_folder
+from lockkit.export.manifest import Manifest
+from lockkit.files import LOCK_RECORD, check_output_file, new_folder, write_json, write_text
+from lockkit.lock.plan import plan_model
 from lockkit.models.families import FAMILIES, decoder_layers
 from lockkit.models.load import DEMO, load_model
+from lockkit.verify.result import VerifyResult
 
-COMMANDS = ["plan", "lock", "export", "verify", "attack", "generate", "serve", "bench", "kernel", "report", "env"]
+COMMANDS = ["plan", "lock", "export", "verify", "kernel", "bench", "attack", "generate", "serve", "report", "env"]
+
+# What each command is called in Python.
+VERBS = {
+    "plan": ["plan_model"],
+    "lock": ["lock_model", "LockConfig"],
+    "export": ["export_model", "ExportConfig"],
+    "verify": ["verify_export", "VerifyConfig"],
+    "kernel": ["build_kernel", "install_kernel"],
+    "bench": ["bench_export", "BenchConfig"],
+    "attack": ["run_audit", "audit_config", "AuditConfig"],
+    "generate": ["open_model", "generate_text", "GenerateConfig"],
+    "serve": ["serve_export", "open_app", "ServeConfig"],
+    "report": ["write_report"],
+    "env": ["describe_environment"],
+}
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -23,19 +48,30 @@ def test_help_is_complete_and_fits_80_columns(cli, command):
     done = cli(*filter(None, [command, "--help"]))
     assert done.code == 0
     assert max(len(line) for line in done.out.splitlines()) <= 80
-    assert "<Runtime" not in done.out  # a default as Python writes it
+    for mark in ("<Runtime", "<bool>", "<list", "…"):
+        assert mark not in done.out
     for expected in ["Examples", f"lockkit {command}"] if command else COMMANDS:
         assert expected in done.out
 
 
-def test_help_answers_without_the_heavy_libraries():
-    code = (
-        "import sys\nfrom lockkit.cli.app import main\nsys.argv = ['lockkit', 'lock', '--help']\n"
-        "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "print('HEAVY', sorted({'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+def test_commands_are_listed_in_the_order_of_the_work_and_whole(cli):
+    lines = cli("--help").out.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in lines] == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_each_command_has_its_verb_in_python():
+    assert list(VERBS) == COMMANDS
+    names = [name for names in VERBS.values() for name in names]
+    assert set(lockkit.__all__) == {"__version__", *names}
+    for command, names in VERBS.items():
+        assert f"    {command:<10} {', '.join(names)}" in lockkit.__doc__
+        assert all(callable(getattr(lockkit, name)) for name in names)
+
+
+def test_importing_lockkit_loads_no_library():
+    code = "import sys, lockkit; print({'torch', 'transformers', 'pydantic', 'typer', 'rich'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +87,12 @@ def test_bad_use_is_one_line_that_points_to_the_help(cli, arguments, named):
     done = cli(*arguments)
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert named in done.err and "--help" in done.err
+
+
+def test_without_arguments_the_help_is_shown(cli):
+    done = cli()
+    assert done.code == 2 and done.out == ""
+    assert done.err == cli("--help").out
 
 
 def test_version_is_the_packages(cli):
@@ -147,3 +189,122 @@ def test_a_model_is_never_replaced_by_its_own_export(cli, locks):
         done = cli("export", locks("llama"), out, "--overwrite")
         assert done.code == 2 and "change OUT" in done.err
     assert sorted(path.name for path in locks("llama").iterdir()) == before
+
+
+# --- files to write
+
+
+def test_a_file_is_complete_or_as_it_was(tmp_path):
+    file, link = tmp_path / "a.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    write_json(link, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1} and link.is_symlink()
+    for broken in (lambda: write_json(link, {"a": float("nan")}), lambda: write_text(file, "half \ud800")):
+        with pytest.raises(ValueError):
+            broken()
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "link.json"]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_output_file(pipe, "--json")
+    with subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE) as reader:
+        write_json(pipe, [1])
+        assert json.load(reader.stdout) == [1]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("command", ["bench", "verify"])
+def test_files_to_write_are_checked_before_the_work(cli, tmp_path, command):
+    for json_file in (tmp_path, tmp_path / "missing" / "a.json", "/proc/a.json"):
+        done = cli(command, tmp_path / "no-export", "--json", json_file)
+        assert (done.code, done.err.count("\n")) == (2, 1) and "change --json" in done.err
+
+
+def test_pictures_are_checked_before_the_work(cli, tmp_path, monkeypatch):
+    against = ("bench", tmp_path / "no-export", "--against", "demo", "--plot")
+    for picture in (tmp_path, tmp_path / "missing" / "a.svg", tmp_path / "a.txt", tmp_path / "a"):
+        done = cli(*against, picture)
+        assert done.code == 2 and "change --plot" in done.err
+    done = cli("bench", tmp_path / "no-export", "--plot", tmp_path / "a.svg")
+    assert done.code == 2 and "give --against" in done.err
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
+    done = cli(*against, tmp_path / "a.svg")
+    assert done.code == 2 and "pip install 'lockkit[report]'" in done.err
+
+
+def test_a_report_is_checked_before_the_work(cli, tmp_path):
+    (tmp_path / "page.md").mkdir()
+    for page in ("page.txt", "page.html", "missing/page.html"):
+        done = cli("report", tmp_path, "--out", tmp_path / page)
+        assert done.code == 2 and "change --out" in done.err
+
+
+# --- text of a user's, with brackets and colons that mean something to Rich
+
+NAME = "my[bold]model[/bold] :smile: [attack]"
+
+
+def test_progress_prints_brackets_as_they_are(capfd):
+    with TerminalProgress() as progress:
+        progress.start(NAME, 2)
+        progress.advance(note="pip install 'lockkit[attack]'")
+        console.print(progress.bars.get_renderable(), soft_wrap=True)  # what a terminal shows
+        progress.finish("needs 'lockkit[attack]'")
+        progress.say("[red]said")
+    found = capfd.readouterr()
+    assert NAME in found.out and "'lockkit[attack]'" in found.out
+    assert found.err == f"{NAME} ...\n{NAME}: needs 'lockkit[attack]'\n[red]said\n"
+
+
+def test_tables_print_brackets_as_they_are(capfd):
+    shape = {"runtime": "[r]", "batch_size": 1, "prompt_length": 2}
+    figures = {"prefill_tokens_per_second": 1, "decode_tokens_per_second": 1, "time_to_first_token_seconds": 1}
+    _show(
+        BenchResult(
+            ratios=[Ratio(against="a[bold]b", decode=2, prefill=3, **shape)],
+            measurements=[Measurement(model="c[/]", step_seconds={"p50": 1}, **figures, **shape)],
+            models=[Loaded(model=NAME, runtime="[r]", size_bytes=1, load_seconds=1, peak_memory_bytes=1)],
+            config={},
+            versions={},
+            git_hash=None,
+            machine={},
+        )
+    )
+    out = capfd.readouterr().out
+    assert all(text in out for text in ("a[bold]b", "c[/]", f"{NAME} in [r]", "2.000", "3.000"))
+
+
+def test_a_lock_prints_names_with_brackets_as_they_are(cli, originals, tmp_path):
+    model, data, out = tmp_path / "my[bold]model", tmp_path / "my[bold]corpus.txt", tmp_path / "my[red]lock"
+    shutil.copytree(originals("qwen3"), model)
+    data.write_bytes(b"".join(path.read_bytes() for path in sorted(Path(lockkit.__file__).parent.rglob("*.py"))))
+    options = QUICK | {"data": data, "tokens": 512, "end_to_end_tokens": 0, "validation_tokens": 64}
+    done = cli("lock", model, out, *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()))
+    assert done.code == 0, done.err
+    assert "my[bold]model, locked" in done.out and f"wrote {out}" in done.out
+    assert f"text: {data}" in done.err
+    assert str(model) + "x" in cli("plan", f"{model}x").err
+
+
+# --- JSON
+
+
+def test_the_schema_has_one_name_in_python_and_one_in_json():
+    plan = plan_model("demo", [8])
+    manifest = Manifest(
+        versions={}, model_type="llama", locked=False, precision="fp32", provider="cpu", source_sha256={}, files={}
+    )
+    for found, record in (
+        (plan, plan.record()),
+        (environment := describe_environment(), environment.record()),
+        (manifest, manifest.model_dump(by_alias=True)),
+    ):
+        assert next(iter(record)) == "schema" and record["schema"] == found.schema_version
+        assert "schema_version" not in record
+    for model in (Manifest, BenchResult, VerifyResult):
+        assert model.model_fields["schema_version"].alias == "schema"

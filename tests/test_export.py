@@ -397,7 +397,7 @@ def test_exporting_refuses_what_cannot_work(models, tmp_path):
     with pytest.raises(UsageError, match="add --overwrite"):
         export_model(llama, tmp_path / "out")
     with pytest.raises(UsageError, match="not written by lockkit"):
-        export_model(llama, tmp_path / "out", ExportConfig(overwrite=True))
+        export_model(llama, tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dynamic", "out"]
 
 

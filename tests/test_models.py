@@ -16,6 +16,7 @@ from tiny import VOCAB, save_tiny, tiny_config
 from lockkit.errors import UnsupportedModelError, UsageError
 from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig
+from lockkit.lock.plan import plan_model
 from lockkit.lock.run import lock_model
 from lockkit.models.activation_cache import ActivationCache
 from lockkit.models.capture import LayerwiseCapture
@@ -288,13 +289,15 @@ def test_models_that_are_not_there_are_refused_in_one_line(model):
     assert "\n" not in str(error.value) and "change MODEL" in str(error.value)
 
 
-def test_code_of_a_folder_never_runs_unasked(broken, tmp_path):
+def test_code_of_a_folder_never_runs(broken, tmp_path):
     marker = tmp_path / "it-ran"
     config = json.loads((broken / "config.json").read_text())
     config["model_type"] = "unheard_of"
     config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()")
-    with pytest.raises(UsageError, match="--trust-remote-code"):
-        load_config(broken)
+    for use in (lambda: load_config(broken), lambda: load_model(broken), lambda: plan_model(str(broken))):
+        with pytest.raises(UsageError, match="does not run a model's own code: change MODEL") as error:
+            use()
+        assert "\n" not in str(error.value)
     assert not marker.exists()

@@ -59,11 +59,13 @@ class AuditConfig(BaseModel):
     suite: Suite = Field(
         "quick",
         description="`quick` tries every family of attacks once; `standard` every attack, several learning rates, and "
-        "what was cheapest on a second task and with five seeds; `full` everything on both tasks, with sweeps.",
+        "what was cheapest on a second task and with five seeds; `full` everything on both tasks, with sweeps. "
+        "Other options override what the suite sets.",
     )
     tasks: list[str] = Field(
         min_length=1,
-        description="What to fine-tune on: `signatures`, `docstrings`, a text file, a chat-format .jsonl, or a Hub dataset.",
+        description="What to fine-tune on: `signatures`, `docstrings`, a chat-format .jsonl, or a text file, folder or Hub "
+        "dataset (10 % of its passages). Default: the suite's.",
     )
     steps: int = Field(ge=8, description="Steps of each fine-tuning run.")
     batch_rows: int = Field(ge=1, description="Rows in a step.")
@@ -74,11 +76,12 @@ class AuditConfig(BaseModel):
     redistill_tokens: int = Field(ge=256, description="Tokens of a re-distillation, at most.")
     redistill_budgets: list[float] = Field(
         default=[],
-        description="Tokens of re-distillations, in multiples of what the lock took; by default `redistill_tokens` are "
-        "spent. Text is read up to 8 times.",
+        description="Tokens of a re-distillation, in multiples of what the lock took; text is read up to 8 times. "
+        "Default: --redistill-tokens.",
     )
     learning_rates: list[float] = Field(
-        min_length=1, description="Learning rates that every gradient attack tries, on the original as on the lock."
+        min_length=1,
+        description="Learning rate that every gradient attack tries, on the original as on the lock. Default: the suite's.",
     )
     seeds: int = Field(ge=1, description="Seeds of headline rows: what was cheapest on a task, and the baseline.")
     exhaustive: bool = Field(
@@ -100,7 +103,7 @@ class AuditConfig(BaseModel):
     effective_depth_kl: float = Field(
         0.01,
         gt=0,
-        description="Effective depth: the fewest stages whose collapse stays within this KL to the lock, nats a token.",
+        description="Effective depth: the fewest stages whose collapse stays within this KL to the lock, nats per token.",
     )
     data: str = Field(
         "auto", description="Unlabelled text for unlocks and for measuring; `auto` is what the lock was distilled on."

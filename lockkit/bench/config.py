@@ -26,13 +26,11 @@ class BenchConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     runtimes: list[Runtime] = Field(
-        [Runtime.onnxruntime, Runtime.genai], min_length=1, description="What runs the exports; may be given twice."
+        [Runtime.onnxruntime, Runtime.genai], min_length=1, description="What runs the exports."
     )
     provider: Provider = Field(Provider.cpu, description="Where exports run; PyTorch models run there too.")
-    batch_sizes: list[Positive] = Field([1], min_length=1, description="Rows run together; may be given several times.")
-    prompt_lengths: list[Positive] = Field(
-        [128], min_length=1, description="Tokens of each row's prompt; may be given several times."
-    )
+    batch_sizes: list[Positive] = Field([1], min_length=1, description="Rows run together.")
+    prompt_lengths: list[Positive] = Field([128], min_length=1, description="Tokens of each row's prompt.")
     new_tokens: int = Field(32, ge=2, description="Tokens made after each prompt, one at a time.")
     rounds: int = Field(7, ge=1, description="How often every model is measured, in turns.")
     threads: int | None = Field(None, ge=1, description="CPU threads of each runtime; by default its own choice.")

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from lockkit.bench.run import BenchResult
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, first_line
+from lockkit.files import write_bytes
+
+
+def picture_suffixes() -> list[str]:
+    """What the name of a picture may end in: the formats matplotlib writes.
+
+    Raises:
+        UsageError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise UsageError("a plot needs matplotlib: pip install 'lockkit[report]', or leave out --plot") from error
+    return [f".{kind}" for kind in FigureCanvasBase.filetypes]
 
 
 def plot(result: BenchResult, path: Path) -> None:
     """Draw every ratio as a bar, decode and prefill side by side, with a line at 1.
 
     Raises:
-        UsageError: nothing to compare, matplotlib is missing, or it does not know the file's kind.
+        UsageError: nothing to compare, or the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("a plot needs matplotlib: install lockkit[report], or leave out --plot") from error
+    from matplotlib.figure import Figure
+
     if not result.ratios:
         raise UsageError("there is nothing to compare: give --against, or leave out --plot")
     labels = [f"{r.runtime}, over {r.against}\nbatch {r.batch_size}, prompt {r.prompt_length}" for r in result.ratios]
@@ -31,7 +44,9 @@ def plot(result: BenchResult, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"speed of {result.models[0].model} over the other's (above 1: faster)")
     axes.legend()
+    picture = io.BytesIO()
     try:
-        figure.savefig(path)
+        figure.savefig(picture, format=path.suffix.removeprefix("."))
+        write_bytes(path, picture.getvalue())
     except (ValueError, OSError) as error:
-        raise UsageError(f"cannot write {path} ({str(error).splitlines()[0]}): change --plot") from error
+        raise UsageError(f"cannot write {path} ({first_line(error)}): change --plot") from error

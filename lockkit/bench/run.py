@@ -74,7 +74,7 @@ class BenchResult(BaseModel):
     """What `bench` found; the JSON is this class."""
 
     model_config = ConfigDict(populate_by_name=True)
-    schema_name: Literal["lockkit-bench/1"] = Field(SCHEMA, alias="schema")
+    schema_version: Literal["lockkit-bench/1"] = Field(SCHEMA, alias="schema")
     ratios: list[Ratio]
     measurements: list[Measurement]
     models: list[Loaded]

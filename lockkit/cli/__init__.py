@@ -1,6 +1,6 @@
 """The command line: `lockkit COMMAND ...`.
 
-One file a command, holding arguments and printing only; what a command does lives in the
-package of the same name. Heavy libraries are imported inside the commands, so that `--help`
-answers at once.
+One file per command: a plain function with its arguments, and the printing of its result. What a command does lives
+in the package of the same name. Options come from the config classes (options.py); app.py has the table of commands.
+Heavy libraries are imported inside the functions, so that `--help` answers at once.
 """

@@ -13,17 +13,23 @@ from typing import Annotated
 
 import typer
 
+from lockkit.cli.attack import attack
+from lockkit.cli.bench import bench
+from lockkit.cli.env import env
+from lockkit.cli.export import export
+from lockkit.cli.generate import generate
+from lockkit.cli.kernel import kernel
+from lockkit.cli.lock import lock
+from lockkit.cli.options import typer_command
+from lockkit.cli.plan import plan
+from lockkit.cli.report import report
+from lockkit.cli.serve import serve
+from lockkit.cli.verify import verify
 from lockkit.errors import GateFailed, LockkitError
 
-app = typer.Typer(
-    name="lockkit",
-    help="Lock a pretrained language model, export it to ONNX, and prove it is the same model.\n\n"
-    "A model flows one way: plan, lock, export, verify, serve.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    add_completion=False,
-)
+# All commands, in the order `lockkit --help` lists them; a command has its function's name.
+COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, env)
+
 _debug = False
 
 
@@ -35,8 +41,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def options(
+def _common_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
@@ -46,6 +51,26 @@ def options(
     _debug = debug
     if not debug:
         quiet_libraries()
+
+
+def make_app() -> typer.Typer:
+    """The program with all its commands.
+
+    The help is plain text: Typer's panels print `<bool>` for a flag, and cut a long option at 80 columns.
+    """
+    app = typer.Typer(
+        name="lockkit",
+        help="Lock a pretrained language model, export it to ONNX, and prove it is the same model.\n\n"
+        "A model flows one way: plan, lock, export, verify, serve.",
+        callback=_common_options,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        add_completion=False,
+    )
+    for command in COMMANDS:
+        app.command()(typer_command(command))
+    return app
 
 
 def quiet_libraries() -> None:
@@ -71,18 +96,16 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def main() -> None:
     """Run the program; the only place that turns errors into exit codes."""
-    from lockkit.cli import commands  # noqa: F401  (registers the commands)
-
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        code = make_app()(standalone_mode=False)
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
         _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), 2)
     except _Interrupted as error:
-        _fail(f"{error}: nothing half-written is left; run the same command again to go on", 2)
+        _fail(f"{error}: nothing half-written is left; run the same command again to resume", 2)
     except Exception as error:
         if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type, ...
             _bad_use(error)
@@ -97,13 +120,13 @@ def main() -> None:
 
 
 def _bad_use(error: Exception) -> None:
-    """Typer's complaint in one line; without any argument, the help it stands for."""
-    message = error.format_message()
-    if not message:
+    """Typer's complaint in one line; without any argument, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # Typer exports no name for it
         error.show()
         sys.exit(2)
     context = getattr(error, "ctx", None)
-    _fail(f"{message.rstrip('.')} (see `{context.command_path if context else 'lockkit'} --help`)", 2)
+    program = context.command_path if context else "lockkit"
+    _fail(f"{error.format_message().rstrip('.')} (see `{program} --help`)", 2)
 
 
 def _fail(message: str, code: int) -> None:

@@ -2,75 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lockkit.attack.config import AuditConfig, audit_config
-from lockkit.cli.app import app
-from lockkit.cli.console import TerminalProgress, console, option
+from lockkit.cli.console import TerminalProgress, console
+from lockkit.cli.options import Given
 from lockkit.errors import UsageError
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-@app.command()
+
 def attack(
     locked: Annotated[str | None, typer.Argument(metavar="LOCKED", help="Folder that `lockkit lock` wrote.")] = None,
     original: Annotated[
-        str | None, typer.Option(help="The model it was made from: `demo`, a folder, a Hub id.")
+        str | None, typer.Option("--original", help="The model it was made from: `demo`, a folder, a Hub id.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for rows and summary; an audit that is there goes on.")
+        Path | None, typer.Option("--out", help="Folder for rows and summary; an audit that is there is resumed.")
     ] = None,
-    suite: Annotated[str | None, option(AuditConfig, "suite")] = None,
-    name: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack; may be repeated.")] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What to fine-tune on, in place of the suite's tasks: `docstrings`, `signatures`, a chat-format "
-            ".jsonl, or a text file, folder or Hub dataset (10 % of its passages); may be repeated."
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        list[float] | None, typer.Option(help="Learning rate, in place of the suite's; may be repeated.")
-    ] = None,
-    steps: Annotated[int | None, option(AuditConfig, "steps")] = None,
-    batch_rows: Annotated[int | None, option(AuditConfig, "batch_rows")] = None,
-    block_tokens: Annotated[int | None, option(AuditConfig, "block_tokens")] = None,
-    held_out_tokens: Annotated[int | None, option(AuditConfig, "held_out_tokens")] = None,
-    evaluation_tokens: Annotated[int | None, option(AuditConfig, "evaluation_tokens")] = None,
-    unlock_tokens: Annotated[int | None, option(AuditConfig, "unlock_tokens")] = None,
-    redistill_tokens: Annotated[int | None, option(AuditConfig, "redistill_tokens")] = None,
-    redistill_budget: Annotated[
-        list[float] | None,
-        typer.Option(help="Tokens of a re-distillation, in multiples of the lock's own; may be repeated."),
-    ] = None,
-    seeds: Annotated[int | None, option(AuditConfig, "seeds")] = None,
-    exhaustive: Annotated[bool | None, option(AuditConfig, "exhaustive", "--exhaustive")] = None,
-    sweep: Annotated[int | None, option(AuditConfig, "sweep")] = None,
+    name: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack.")] = None,
     controls: Annotated[
         list[Path] | None,
-        typer.Option(help="Another audit, whose rows of the original are reused where they fit; may be repeated."),
+        typer.Option("--controls", help="Another audit, whose rows of the original are reused where they fit."),
     ] = None,
-    seed: Annotated[int | None, option(AuditConfig, "seed")] = None,
-    target_share: Annotated[float | None, option(AuditConfig, "target_share")] = None,
-    effective_depth_kl: Annotated[float | None, option(AuditConfig, "effective_depth_kl")] = None,
-    data: Annotated[str | None, option(AuditConfig, "data")] = None,
-    device: Annotated[str | None, option(AuditConfig, "device")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print all attacks, and exit.")] = False,
+    *,
+    given: Given[AuditConfig],
 ) -> None:
     """Attack LOCKED, and say what it costs beside the original.
 
     Every attack is tried on the original first. `rows.jsonl` in OUT gets a row for each run,
-    `summary.json` the figures; an interrupted audit goes on when the same command is given again.
+    `summary.json` the figures; an interrupted audit resumes when the same command is given again.
 
     Examples:
 
+    \b
         lockkit attack --list
-
         lockkit attack ./locked --original demo --out audit
-
-        lockkit attack ./locked --original demo --attack stack-solve --attack lora --out audit
+        lockkit attack ./locked --original demo --out audit \\
+            --attack stack-solve --attack lora
     """
     if list_:
         _print_list()
@@ -78,10 +53,7 @@ def attack(
     for value, what in ((locked, "LOCKED"), (original, "--original MODEL"), (out, "--out DIR")):
         if value is None:
             raise UsageError(f"{what} is missing: lockkit attack LOCKED --original MODEL --out DIR")
-    given = {key: value for key, value in locals().items() if key in AuditConfig.model_fields and key != "suite"}
-    config = audit_config(
-        suite or "quick", tasks=task, learning_rates=learning_rate, redistill_budgets=redistill_budget, **given
-    )
+    config = audit_config(**given)
 
     from lockkit.attack.run import run_audit
 
@@ -93,7 +65,6 @@ def attack(
 
 def _print_list() -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from lockkit.attack.base import registry
 
@@ -102,45 +73,51 @@ def _print_list() -> None:
     table.add_column()
     for name, found in registry().items():
         suites = "; in quick" if found.in_quick else ""
-        table.add_row(name, Text(f"{found.description}\n{found.reference}{suites}\n"))
+        table.add_row(name, f"{found.description}\n{found.reference}{suites}\n")
     console.print(table)
 
 
 def _print(summary: dict) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     if summary["first_line"]:
         console.print(summary["first_line"])
     for task, figures in summary["tasks"].items():
-        title = f"{task}: lowest held-out losses, and least cost to the target {figures['target_loss']:.3f}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-        table.add_column("attack", no_wrap=True)
-        for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("", min_width=7)
-        for row in figures["attacks"]:
-            losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
-            table.add_row(row["attack"].replace(", then", ",\n then"), *losses, *_costs(row), Text(row["says"]))
-        console.print(table)
+        console.print(_table(task, figures))
         for resource, found in figures["amplification"].items():
             if found:
                 best = f" ({found['best_attack']})" if found["best_attack"] else ""
                 console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
+    for line in _lock_lines(summary):
+        console.print(line, soft_wrap=True)
+
+
+def _table(task: str, figures: dict) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    title = f"{task}: lowest held-out losses, and least cost to the target {figures['target_loss']:.3f}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("attack", no_wrap=True)
+    for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", min_width=7)
+    for row in figures["attacks"]:
+        losses = [_number(row[key]) for key in ("best_loss_original", "best_loss_locked")]
+        table.add_row(row["attack"].replace(", then", ",\n then"), *losses, *_costs(row), row["says"])
+    return table
+
+
+def _lock_lines(summary: dict) -> Iterator[str]:
+    """What the audit found about the lock as a whole."""
     for label, unlock in summary["unlocks"].items():
-        console.print(
-            f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}", soft_wrap=True
-        )
+        yield f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}"
     depth = summary["effective_depth"]
-    console.print(
+    yield (
         f"effective depth: {depth['says']} of {depth['depth']} (KL within {depth['kl_limit']}); "
-        f"{depth['says_within_5_percent']} (perplexity within 5 %)",
-        soft_wrap=True,
+        f"{depth['says_within_5_percent']} (perplexity within 5 %)"
     )
     for name, key in (("unlock ratio", "unlock_ratio"), ("owner's advantage", "owner_advantage")):
         caveat = summary[key].get("caveat")
-        console.print(f"{name}: {summary[key]['says']}" + (f" ({caveat})" if caveat else ""), soft_wrap=True)
+        yield f"{name}: {summary[key]['says']}" + (f" ({caveat})" if caveat else "")
 
 
 def _costs(row: dict) -> list[str]:

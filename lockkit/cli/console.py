@@ -1,34 +1,18 @@
-"""What all commands share: the terminal, progress bars, and options taken from a recipe class."""
+"""What all commands share: the terminal and its progress bars.
+
+Text of a user or of an exception may hold brackets and colons (`lockkit[attack]`, `my[bold]corpus.txt`), so the
+consoles read neither markup nor emoji codes. What is to be styled is a `rich.text.Text` with a style.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
-
-
-def option(config: type[BaseModel], field: str, *names: str, **settings: Any) -> Any:
-    """A Typer option for `config.field`: its help is the field's description, its default stays there.
-
-    The parameter itself must default to None, which means "not given".
-    """
-    info = config.model_fields[field]
-    values = info.default if isinstance(info.default, list) else [info.default]
-    default = "" if info.default is None or info.is_required() else f" [default: {', '.join(map(str, values))}]"
-    if get_origin(info.annotation) is Literal:
-        settings.setdefault("metavar", "|".join(map(str, get_args(info.annotation))))
-    return typer.Option(
-        *(names or ("--" + field.replace("_", "-"),)),
-        help=f"{info.description}{default}",
-        show_default=False,
-        **settings,
-    )
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
 class TerminalProgress:
@@ -36,11 +20,11 @@ class TerminalProgress:
 
     def __init__(self) -> None:
         self.bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=errors,
             disable=not errors.is_terminal,
         )

@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
-from lockkit.cli.app import app
 from lockkit.cli.console import console
 
 
-@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Show versions, devices, onnxruntime's providers, and packages that get in each other's way.
+    """Show versions, devices, and packages that shadow each other.
+
+    onnxruntime's providers are tried, not only listed.
 
     Examples:
 
+    \b
         lockkit env
-
         lockkit env --json
     """
     from lockkit.environment import describe_environment

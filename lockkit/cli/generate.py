@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockkit.cli.app import app
-from lockkit.cli.console import console, option
-from lockkit.cli.options import config_from_options
+from lockkit.cli.console import console
 from lockkit.errors import UsageError
 from lockkit.generate import GenerateConfig, Generation, TextModel, open_model, parting
 from lockkit.generate import generate as generate_text
@@ -18,32 +16,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="`demo`, a model folder, an export, or a Hub id.")],
     second: Annotated[
         str | None, typer.Argument(metavar="SECOND", help="Another one, to see both side by side.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")] = "",
-    max_new_tokens: Annotated[int | None, option(GenerateConfig, "max_new_tokens")] = None,
-    temperature: Annotated[float | None, option(GenerateConfig, "temperature")] = None,
-    seed: Annotated[int | None, option(GenerateConfig, "seed")] = None,
-    provider: Annotated[str | None, option(GenerateConfig, "provider")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")] = "",
+    *,
+    config: GenerateConfig,
 ) -> None:
-    """Generate text with a model in PyTorch, or with an export in onnxruntime.
+    """Generate text with one model, or with two side by side.
 
-    With one model the text appears as it is made, without the prompt. With two, both texts are
-    shown side by side, and the first token in which they differ is named.
+    A model runs in PyTorch, an export in onnxruntime. With one, the text appears as it is made,
+    without the prompt. With two, both texts are shown side by side, and the first token in which
+    they differ is named.
 
     Examples:
 
+    \b
         lockkit generate demo --prompt "def read_lines(path):"
-
-        lockkit generate demo locked-onnx --prompt "import os" --max-new-tokens 100
-
-        lockkit generate locked-onnx --prompt - --temperature 0.8 --seed 1 < prompt.txt
+        lockkit generate demo locked-onnx --prompt "import os"
+        lockkit generate locked-onnx --prompt - --temperature 0.8 < prompt.txt
     """
-    config = config_from_options(GenerateConfig, locals())
     text = _standard_input() if prompt == "-" else prompt
     first = open_model(model, config.provider, "MODEL")
     if second is None:

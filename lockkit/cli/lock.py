@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockkit.cli.app import app
-from lockkit.cli.console import TerminalProgress, console, option
+from lockkit.cli.console import TerminalProgress, console
+from lockkit.cli.options import Given
 from lockkit.lock.config import LockConfig, make_config
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-@app.command()
+
 def lock(
     model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
-    depth: Annotated[int | None, option(LockConfig, "depth")] = None,
-    init: Annotated[str | None, option(LockConfig, "init")] = None,
-    coupling: Annotated[float | None, option(LockConfig, "coupling")] = None,
-    gain: Annotated[float | None, option(LockConfig, "gain")] = None,
-    data: Annotated[str | None, option(LockConfig, "data")] = None,
-    tokens: Annotated[int | None, option(LockConfig, "tokens")] = None,
-    end_to_end_tokens: Annotated[int | None, option(LockConfig, "end_to_end_tokens")] = None,
-    block_tokens: Annotated[int | None, option(LockConfig, "block_tokens")] = None,
-    batch_tokens: Annotated[int | None, option(LockConfig, "batch_tokens")] = None,
-    end_to_end_batch_tokens: Annotated[int | None, option(LockConfig, "end_to_end_batch_tokens")] = None,
-    validation_tokens: Annotated[int | None, option(LockConfig, "validation_tokens")] = None,
-    learning_rate: Annotated[float | None, option(LockConfig, "learning_rate")] = None,
-    end_to_end_learning_rate: Annotated[float | None, option(LockConfig, "end_to_end_learning_rate")] = None,
-    ramp_share: Annotated[float | None, option(LockConfig, "ramp_share")] = None,
-    seed: Annotated[int | None, option(LockConfig, "seed")] = None,
-    dtype: Annotated[str | None, option(LockConfig, "dtype")] = None,
-    compute_dtype: Annotated[str | None, option(LockConfig, "compute_dtype")] = None,
-    layers_together: Annotated[int | None, option(LockConfig, "layers_together")] = None,
-    device: Annotated[str | None, option(LockConfig, "device")] = None,
-    offload: Annotated[str | None, option(LockConfig, "offload")] = None,
-    cache_gigabytes: Annotated[float | None, option(LockConfig, "cache_gigabytes")] = None,
-    work: Annotated[str | None, option(LockConfig, "work")] = None,
-    config: Annotated[
+    given: Given[LockConfig],
+    recipe: Annotated[
         Path | None, typer.Option("--config", help="A recipe in YAML: the same settings; options override it.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote it.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL. Read it first.")
-    ] = False,
 ) -> None:
     """Distil MODEL into its locked form and write it to OUT.
 
@@ -53,20 +31,16 @@ def lock(
 
     Examples:
 
+    \b
         lockkit lock demo locked
-
         lockkit lock ./my-model ./my-model-locked --depth 32 --data corpus.txt
-
         lockkit lock Qwen/Qwen3-0.6B qwen-locked --config recipe.yaml
     """
-    settings = {name: value for name, value in locals().items() if name in LockConfig.model_fields}
-    recipe = make_config(config, **settings)
+    config = make_config(recipe, **given)
     from lockkit.lock.run import lock_model
 
     with TerminalProgress() as progress:
-        result = lock_model(
-            model, out, recipe, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
-        )
+        result = lock_model(model, out, config, overwrite=overwrite, progress=progress)
     if result is None:  # not the first of several workers
         return
     console.print(_table(result.record))
@@ -82,7 +56,7 @@ def _memory(memory: dict) -> str:
     )
 
 
-def _table(record: dict):
+def _table(record: dict) -> Table:
     from rich.table import Table
 
     fidelity, dlr = record["fidelity"], record["dlr"]

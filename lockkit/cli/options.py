@@ -1,17 +1,124 @@
-"""From options to a configuration: one truth for defaults and ranges, the pydantic class."""
+"""From a plain function to a Typer command, with an option for every field of a config class.
+
+A setting is written once, as a pydantic field: its name, type, default and description make the option.
+A command takes the class in one of two forms:
+
+    def bench(export: ..., config: BenchConfig): ...     # the validated configuration
+    def lock(model: ..., given: Given[LockConfig]): ...  # a dictionary of the options that were given, by field name,
+                                                         # for a class that is built from other sources as well
+
+All its other parameters are Typer's own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import enum
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Generic, Literal, get_args, get_origin, get_type_hints
 
-from lockkit.settings import Config, validated
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from typer.models import OptionInfo
+
+from lockkit.settings import Config, is_list, option_of, validated, without_none
+
+REPEATED = " May be repeated."
 
 
-def config_from_options(config_class: type[Config], options: dict[str, Any]) -> Config:
-    """Build a configuration; options that are None, or no field of it, are left out.
+class Given(dict[str, Any], Generic[Config]):
+    """The options of a config class that were given, by field name."""
+
+
+def typer_command(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command in a function whose signature Typer can read.
+
+    The wrapper collects the options of a config class, builds the configuration and calls the command.
 
     Raises:
-        UsageError: naming the option that is out of range.
+        UsageError: when the command runs, naming the option that is out of range.
     """
-    given = {name: value for name, value in options.items() if name in config_class.model_fields and value is not None}
-    return validated(config_class, given)
+    hints = get_type_hints(command, include_extras=True)
+    configs = {name: config for name, hint in hints.items() if (config := config_class_of(hint))}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in configs:
+            parameters += _options(configs[name])
+        elif name in hints:
+            annotation = _with_metavar(hints[name])
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, config in configs.items():
+            options = {field: values.pop(field) for field in config.model_fields}
+            given = Given({field: value for field, value in options.items() if value not in (None, [])})
+            values[name] = given if get_origin(hints[name]) is Given else validated(config, given)
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def config_class_of(hint: Any) -> type[BaseModel] | None:
+    """The config class that a command's parameter stands for, if it does."""
+    hint = get_args(hint)[0] if get_origin(hint) is Given else hint
+    return hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else None
+
+
+def _options(config_class: type[BaseModel]) -> Iterator[inspect.Parameter]:
+    """One parameter per field; None, the default of each, means that the option was not given."""
+    for name, field in config_class.model_fields.items():
+        option = typer.Option(option_of(config_class, name), help=_help(field), metavar=_metavar(field.annotation))
+        annotation = Annotated[_value_type(field.annotation) | None, option]
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(field: FieldInfo) -> str:
+    """The field's description, and its default where it has one that can be typed."""
+    text = f"{field.description}{REPEATED if is_list(field.annotation) else ''}"
+    default = None if field.is_required() else field.default
+    if default in (None, []) or default is False:
+        return text
+    values = default if isinstance(default, list) else [default]
+    return f"{text} [default: {', '.join(map(str, values))}]"
+
+
+def _with_metavar(hint: Any) -> Any:
+    """A command's own option with the same marks as those of a config class."""
+    if get_origin(hint) is not Annotated:
+        return hint
+    annotation, info = get_args(hint)
+    if isinstance(info, OptionInfo):
+        info = copy.copy(info)
+        info.metavar = _metavar(annotation)
+        info.help = f"{info.help}{REPEATED if is_list(annotation) else ''}"
+    return Annotated[annotation, info]
+
+
+def _value_type(annotation: Any) -> Any:
+    """The type that Typer turns a word into. A choice stays what it is typed as: pydantic checks it."""
+    annotation = without_none(annotation)
+    if get_origin(annotation) is Annotated:
+        return _value_type(get_args(annotation)[0])
+    if is_list(annotation):
+        return list[_value_type(get_args(annotation)[0])]  # type: ignore[misc]
+    if get_origin(annotation) is Literal:
+        return type(get_args(annotation)[0])
+    return str if issubclass(annotation, enum.Enum) else annotation
+
+
+def _metavar(annotation: Any) -> str:
+    """What stands for an option's value in the help: `<int>`, `<cpu|cuda>`."""
+    annotation = without_none(annotation)
+    if is_list(annotation):
+        return _metavar(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return f"<{'|'.join(map(str, get_args(annotation)))}>"
+    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
+        return f"<{'|'.join(str(choice.value) for choice in annotation)}>"
+    return f"<{_value_type(annotation).__name__.lower()}>"

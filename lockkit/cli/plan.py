@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockkit.cli.app import app
 from lockkit.cli.console import console
 
+if TYPE_CHECKING:
+    from rich.table import Table
 
-@app.command()
+    from lockkit.lock.plan import Plan
+
+
 def plan(
     model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
-    depth: Annotated[
-        list[int] | None, typer.Option("--depth", help="A depth to show; repeat for more. Default: 8 to 128.")
-    ] = None,
+    depth: Annotated[list[int] | None, typer.Option("--depth", help="A depth to show. Default: 8 to 128.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL. Read it first.")
-    ] = False,
 ) -> None:
     """Show, for each depth, what locking MODEL would cost. Reads no weights.
 
@@ -29,16 +27,30 @@ def plan(
 
     Examples:
 
+    \b
         lockkit plan demo
-
         lockkit plan ./my-model --depth 16 --depth 48 --json
     """
     from lockkit.lock.plan import plan_model
 
-    result = plan_model(model, depth, trust_remote_code)
+    result = plan_model(model, depth)
     if as_json:
         typer.echo(json.dumps(result.record(), indent=2))
         return
+    console.print(_table(model, result))
+    console.print(
+        "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
+        "The last column is an estimate for one token on a CPU, not a measurement."
+    )
+    deepest = result.rows[-1]
+    console.print(
+        f"Making a lock of depth {deepest.depth} needs about {deepest.lock_memory_bytes / 1e9:,.1f} GB of memory with "
+        f"one layer at a time, {deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in "
+        "phase 2, beyond the libraries' own (--data self needs the whole model in memory besides)."
+    )
+
+
+def _table(model: str, result: Plan) -> Table:
     from rich.table import Table
 
     table = Table(
@@ -49,7 +61,7 @@ def plan(
     table.add_column("depth\n(blocks\na layer)", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("MLP\nparameters", justify="right")
-    table.add_column("saved bytes\na token", justify="right")
+    table.add_column("saved bytes\nper token", justify="right")
     table.add_column("over\noriginal", justify="right")
     table.add_column("decoding\ntime,\nexpected", justify="right")
     table.add_row(
@@ -65,14 +77,4 @@ def plan(
             f"{row.saved_bytes_ratio:.1f}x",
             f"{row.expected_decode_slowdown:.2f}x",
         )
-    console.print(table)
-    console.print(
-        "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
-        "The last column is an estimate for one token on a CPU, not a measurement."
-    )
-    deepest = result.rows[-1]
-    console.print(
-        f"Making a lock of depth {deepest.depth} needs about {deepest.lock_memory_bytes / 1e9:,.1f} GB of memory with "
-        f"one layer at a time, {deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in "
-        "phase 2, beyond the libraries' own (--data self needs the whole model in memory besides)."
-    )
+    return table

@@ -7,31 +7,33 @@ from typing import Annotated
 
 import typer
 
-from lockkit.cli.app import app
 from lockkit.cli.console import console
 
 
-@app.command()
 def report(
     folder: Annotated[
         Path,
         typer.Argument(help="What `lock`, `verify --json` or `attack` wrote, or a folder of these.", metavar="DIR"),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The page to write. Default: report.html in DIR.", metavar="FILE.html")
+        Path | None, typer.Option("--out", help="The page to write, an .html file. Default: report.html in DIR.")
     ] = None,
 ) -> None:
-    """Turn results into one HTML page that opens offline, with Markdown and JSON beside it.
+    """Turn results into one HTML page that opens offline.
 
+    Markdown and JSON of the same content are written beside it.
     Needs matplotlib: pip install 'lockkit[report]'.
 
     Examples:
 
+    \b
         lockkit report demo-locked
-
         lockkit report results --out audit.html
     """
     from lockkit.report.run import write_report
 
     written = write_report(folder, out)
-    console.print(f"{written.page}, {written.markdown.name} and {written.record.name}: {written.sections} sections")
+    console.print(
+        f"{written.page}, {written.markdown.name} and {written.record.name}: {written.sections} sections",
+        soft_wrap=True,
+    )

@@ -56,4 +56,3 @@ class ExportConfig(BaseModel):
     block_size: Literal[16, 32, 64, 128, 256] = Field(
         32, description="Weights that share a scale, along a matrix's input; for int8 and int4."
     )
-    overwrite: bool = Field(False, description="Replace OUT if lockkit wrote it.")

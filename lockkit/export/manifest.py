@@ -47,7 +47,7 @@ class Manifest(BaseModel):
     """The content of `lockkit_manifest.json`."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
-    schema_name: Annotated[Literal["lockkit-export-manifest/1"], Field(alias="schema")] = SCHEMA
+    schema_version: Annotated[Literal["lockkit-export-manifest/1"], Field(alias="schema")] = SCHEMA
     versions: dict[str, str]  # of lockkit and the libraries that shape a result
     git_hash: str | None = None  # the commit lockkit ran from
     model_type: str  # the family, see lockkit/models/families.py

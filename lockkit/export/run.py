@@ -54,6 +54,8 @@ def export_model(
     model: str,
     out: Path,
     config: ExportConfig | None = None,
+    *,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export a locked or an original model to an ONNX folder.
@@ -62,6 +64,7 @@ def export_model(
         model: `demo`, a local folder, or a Hub id.
         out: the folder to write; it appears when everything has succeeded.
         config: see `ExportConfig`.
+        overwrite: replace `out` if lockkit wrote it.
         progress: told of the graph's layers and of the writing.
 
     Raises:
@@ -75,7 +78,7 @@ def export_model(
     config = config or ExportConfig()
     if config.precision is Precision.bf16 and config.provider is Provider.cpu:
         raise UsageError("onnxruntime has no bf16 arithmetic on the CPU: change --precision, or give --provider cuda")
-    check_output_folder(Path(out), config.overwrite)
+    check_output_folder(Path(out), overwrite)
     source = resolve_model(model)
     check_apart(Path(out), source)
     load_tokenizer(source)
@@ -83,7 +86,7 @@ def export_model(
     base = base_config(network.config, family)
     base.use_cache = True
     manifest = _manifest(network.config, family, source, config)
-    with new_folder(Path(out), config.overwrite) as folder:
+    with new_folder(Path(out), overwrite) as folder:
         _write_description(network, base, source, folder)
         _builders().build_graph(network, base, family, folder, config, progress)
         _finish_graph(folder, chain_config(network.config))

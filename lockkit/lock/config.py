@@ -95,7 +95,7 @@ class LockConfig(BaseModel):
     )
     work: str | None = Field(
         None,
-        description="Folder for finished layers and activations, from which a killed lock goes on. "
+        description="Folder for finished layers and activations, from which an interrupted lock resumes. "
         "Default: a hidden folder beside OUT, deleted at the end.",
     )
 

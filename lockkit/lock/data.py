@@ -105,7 +105,6 @@ def sample_from_model(
     config: LockConfig,
     model_config: PreTrainedConfig,
     device: str,
-    trust_remote_code: bool,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
     """All three sets of rows, written by the model in `folder` itself.
@@ -115,7 +114,7 @@ def sample_from_model(
     block, wanted = _sizes(config, model_config)
     held_out = math.ceil(config.validation_tokens / block)
     sizes = {"train": math.ceil(wanted / block), "validation": held_out, "evaluation": held_out}
-    model, _ = load_model(folder, torch.float32, device, trust_remote_code)
+    model, _ = load_model(folder, torch.float32, device)
     return {
         # no two locks share a seed by accident
         name: sample_rows(model, block, rows, 3 * config.seed + number, progress)

@@ -5,7 +5,7 @@ No weights are read, so a plan is instant for a model of any size.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lockkit.dlr.cost import (
@@ -18,6 +18,7 @@ from lockkit.dlr.cost import (
 from lockkit.dlr.mlp import MLPShape
 from lockkit.dlr.net import block_ranks
 from lockkit.errors import UsageError
+from lockkit.files import schema_record
 from lockkit.lock.config import LockConfig
 from lockkit.models.families import Family, require_unlocked
 from lockkit.models.load import load_config, resolve_model
@@ -52,7 +53,7 @@ class PlanRow:
 class Plan:
     """A model's sizes, and a row for every depth."""
 
-    schema: str
+    schema_version: str
     model_type: str
     layers: int
     hidden_size: int
@@ -63,17 +64,18 @@ class Plan:
     rows: list[PlanRow]
 
     def record(self) -> dict:
-        return asdict(self)
+        """The plan as JSON's values."""
+        return schema_record(self)
 
 
-def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: bool = False) -> Plan:
+def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     """Tabulate the costs of locking `model` at each of `depths`.
 
     Raises:
         UsageError: there is no such model, or a depth is larger than the MLP's width.
         UnsupportedModelError: the model cannot be locked.
     """
-    config = load_config(resolve_model(model), trust_remote_code)
+    config = load_config(resolve_model(model))
     family = require_unlocked(config, model)
     from lockkit.lock.memory import predict
     from lockkit.models.layered import empty_model
@@ -119,7 +121,7 @@ def plan_model(model: str, depths: list[int] | None = None, trust_remote_code: b
             )
         )
     return Plan(
-        schema=SCHEMA,
+        schema_version=SCHEMA,
         model_type=family.model_type,
         layers=layers,
         hidden_size=shape.hidden_size,

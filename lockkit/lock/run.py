@@ -67,7 +67,6 @@ def lock_model(
     config: LockConfig | None = None,
     *,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> LockResult | None:
     """Lock a pretrained causal language model (arXiv 2605.10777) and save it to `out`.
@@ -78,6 +77,7 @@ def lock_model(
     Args:
         model: `demo`, a local folder, or a Hub id.
         out: the folder to write; it appears only once it is complete.
+        overwrite: replace `out` if lockkit wrote it.
 
     Returns:
         The result; None on workers other than the first.
@@ -87,15 +87,13 @@ def lock_model(
         UnsupportedModelError: the model is of a kind that cannot be locked.
         DistillationError: distillation diverged; nothing was written.
     """
-    return _Lock(model, out, config or LockConfig(), overwrite, trust_remote_code, progress or NoProgress()).run()
+    return _Lock(model, out, config or LockConfig(), overwrite, progress or NoProgress()).run()
 
 
 class _Lock:
     """One run of `lock_model`; the methods are its steps."""
 
-    def __init__(
-        self, model: str, out: Path, config: LockConfig, overwrite: bool, trust_remote_code: bool, progress: Progress
-    ):
+    def __init__(self, model: str, out: Path, config: LockConfig, overwrite: bool, progress: Progress):
         self.started = time.perf_counter()
         self.model, self.out, self.config, self.overwrite = model, Path(out), config, overwrite
         self.workers = Workers.from_environment()
@@ -103,8 +101,7 @@ class _Lock:
         check_output_folder(self.out, overwrite)
         self.original = resolve_model(model)
         check_apart(self.out, self.original)
-        self.trust_remote_code = trust_remote_code
-        self.raw_config = load_config(self.original, trust_remote_code)
+        self.raw_config = load_config(self.original)
         self.family: Family = require_unlocked(self.raw_config, model)
         import_model_class(self.family)
         self.device = choose_device(config.device, self.workers)
@@ -186,9 +183,7 @@ class _Lock:
             return load_data(self.config, source, self.stream.config, self.tokenizer)
         if self.workers.first and not self.work.has_rows():
             self.work.save_rows(
-                sample_from_model(
-                    self.original, self.config, self.stream.config, self.device, self.trust_remote_code, self.progress
-                )
+                sample_from_model(self.original, self.config, self.stream.config, self.device, self.progress)
             )
         self.workers.wait()
         return DistillationData(source, **self.work.load_rows())

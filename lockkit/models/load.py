@@ -1,7 +1,7 @@
 """Loading models and tokenizers: the bundled `demo`, a local folder, or the Hub.
 
-Only safetensors are read, never pickles. Locked checkpoints are built from lockkit's own
-classes, so no code from their folder runs; code from an original's folder runs only if asked.
+Only safetensors are read, never pickles. Models are built from the classes of transformers, locked ones from
+lockkit's own, so no code that comes with a model ever runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo"
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,11 +74,11 @@ def _download(repository: str, option: str) -> Path:
         ) from error
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(folder: Path) -> PreTrainedConfig:
     """Load a configuration; a locked one as lockkit's own class.
 
     Raises:
-        UsageError: the configuration is broken.
+        UsageError: the configuration is broken, or needs code of the model's own.
         UnsupportedModelError: no family of lockkit's.
     """
     from transformers import AutoConfig
@@ -91,11 +91,11 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             config = locked_classes(family)[0].from_pretrained(folder)
             chain_config(config)  # refuses a broken description of the chains
             return config
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
-                f"{folder} needs code of its own to load: read it, then add --trust-remote-code"
+                f"{folder} needs code of its own, and lockkit does not run a model's own code: change MODEL"
             ) from error
         raise UsageError(f"{folder}/config.json cannot be used ({first_line(error)}): change MODEL") from error
 
@@ -114,7 +114,6 @@ def load_model(
     folder: Path,
     dtype: torch.dtype | str = "auto",
     device: str = "cpu",
-    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Family]:
     """Load an original or a locked model, in evaluation mode.
 
@@ -126,7 +125,7 @@ def load_model(
     """
     import transformers
 
-    config = load_config(folder, trust_remote_code)
+    config = load_config(folder)
     family = family_of(config)
     check_safetensors(folder)
     model_class = locked_classes(family)[1] if is_locked(config) else getattr(transformers, family.model_class)
@@ -138,6 +137,7 @@ def load_model(
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except Exception as error:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lockkit.errors import UsageError
+from lockkit.files import check_output_file, readable_disk_errors, write_text
 from lockkit.report.render import html_page, markdown
 from lockkit.report.sections import sections
 from lockkit.version import __version__, git_hash
@@ -47,8 +47,9 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}: change DIR")
     out = out or folder / "report.html"
-    if out.suffix.lower() not in (".html", ".htm") or out.is_dir() or not out.absolute().parent.is_dir():
-        raise UsageError(f"{out} is not the name of an HTML file in a folder that exists: change --out")
+    check_output_file(out, "--out", (".html", ".htm"))
+    for suffix in (".md", ".json"):
+        check_output_file(out.with_suffix(suffix), "--out")
     results = find_results(folder)
     try:
         parts = sections(results)
@@ -63,8 +64,9 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         out.with_suffix(".md"): markdown(parts),
         out.with_suffix(".json"): json.dumps(record, indent=2, ensure_ascii=False) + "\n",
     }
-    for path, text in texts.items():
-        _write(path, text)
+    with readable_disk_errors(out, "--out"):
+        for path, text in texts.items():
+            write_text(path, text)
     return Report(*texts, sections=len(parts))
 
 
@@ -108,14 +110,3 @@ def _with_rows(summary: dict, path: Path) -> dict:
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{file}, line {number}, is not a row ({error}): remove it, or change DIR") from error
     return summary | {"rows": [rows[key] for key in summary.get("row_keys", []) if key in rows]}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror}): change --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
