@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lockkit.attack.config import AuditConfig, audit_config
+from lockkit.attack.target import NOT_FINITE
 from lockkit.cli.app import app
 from lockkit.cli.console import TerminalProgress, console, option
 from lockkit.errors import UsageError
@@ -128,9 +129,18 @@ def _print(summary: dict) -> None:
             if found:
                 best = f" ({found['best_attack']})" if found["best_attack"] else ""
                 console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
+        bounds = {key: found for key, found in figures["attention_only_bound"].items() if found and found["value"]}
+        if bounds:
+            said = ", ".join(f"{found['says']} in {key.replace('_', ' ')}" for key, found in bounds.items())
+            console.print(
+                f"  bound for every lock of this shape (all but the chains fine-tuned, `frozen-dlr`): {said}",
+                soft_wrap=True,
+            )
     for label, unlock in summary["unlocks"].items():
         console.print(
-            f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}", soft_wrap=True
+            f"{label}: perplexity {_number(unlock['perplexity'], missing=NOT_FINITE)}, "
+            f"KL to the lock {_number(unlock['kl_to_lock'], '.5f', NOT_FINITE)}",
+            soft_wrap=True,
         )
     depth = summary["effective_depth"]
     console.print(
@@ -147,8 +157,13 @@ def _costs(row: dict) -> list[str]:
     cost = row["locked"]
     if cost is None:
         return ["> budget" if row["trials_locked"] else "not run", "", ""]
-    return [f"{cost['tokens']:,.0f}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['peak_tensor_bytes'] / 1e6:,.0f}"]
+    flops = cost["flops"] and cost["flops"] / 1e9
+    return [
+        f"{cost['tokens']:,.0f}",
+        _number(flops, ",.0f", NOT_FINITE),
+        f"{cost['peak_tensor_bytes'] / 1e6:,.0f}",
+    ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _number(value: float | None, form: str = ".3f", missing: str = "") -> str:
+    return missing if value is None else format(value, form)
