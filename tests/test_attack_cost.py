@@ -62,14 +62,6 @@ def test_what_is_saved_inside_a_backward_pass_is_not_counted():
     assert saved.bytes == 4 * 5 * 8
 
 
-def test_logits_are_counted_apart():
-    model, x = toy()
-    with SavedTensors(model.parameters(), vocab_size=4) as saved:
-        model(x).exp().sum().backward()
-    assert saved.logits_bytes == 4 * 5 * 4
-    assert saved.bytes == 4 * (5 * 8 + 5 * 16 + 5 * 4)
-
-
 def test_peak_of_live_tensors_is_that_counted_by_hand():
     a = torch.zeros(100)  # 400 bytes
     with LiveTensors(CPU, [a]) as live:

@@ -85,7 +85,7 @@ def test_every_variant_trains_the_lock(name, bench):
 
 
 def test_our_loop_and_the_trainers_agree(bench):
-    config = FinetuneConfig(steps=12, batch_rows=2, warm_up=3, evaluations=3, weight_decay=0.1)
+    config = FinetuneConfig(steps=12, batch_rows=2, warm_up=3, evaluations=3)
     models, results = [bench.load("locked"), bench.load("locked")], []
     for name, model in zip(("full-ft", "trainer"), models, strict=True):
         results.append(GRADIENT[name](config).run(model, bench, bench.tasks["signatures"]))
@@ -133,7 +133,7 @@ def test_badam_trains_one_block_at_a_time(bench):
 
 def test_kinds_of_steps_are_charged_apart():
     training = Training(nn.Linear(1, 1), [], None, kind=lambda step: step // 4, before=Cost(tokens=7, flops=5.0))
-    charges = Charges(training, {0: StepCost(10.0, 3, 2, 1), 1: StepCost(20.0, 4, 1, 0)}, 100, 0.5)
+    charges = Charges(training, {0: StepCost(10.0, 3, 2), 1: StepCost(20.0, 4, 1)}, 100, 0.5)
     assert charges.point(6, 1.0).flops == 5 + 4 * 10 + 2 * 20
     assert charges.point(6, 1.0).tokens == 7 + 600
     assert charges.point(12, 1.0).flops == 5 + 4 * 10 + 8 * 20  # the third kind is not known: the most of the others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,15 +17,20 @@ import pytest
 import safetensors.torch
 from test_attack import SMALL
 
-from lockkit.attack.base import attack_class, registry
+from lockkit.attack.attacks.full_ft import FullFinetune
+from lockkit.attack.base import NoSettings, UnlockAttack, Unlocked, attack_class, registry
 from lockkit.attack.bench import Bench
+from lockkit.attack.closed_form import as_they_stand
 from lockkit.attack.config import audit_config
+from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneConfig
+from lockkit.attack.rebuild import ordinary_model
 from lockkit.attack.run import run_audit
 from lockkit.attack.selection import groups, takes_baseline_steps, unlocks_and_finetunes
 from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, run_name, valid_runs
 from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio
 from lockkit.errors import UsageError
+from lockkit.models.families import decoder_layers
 
 TINY = SMALL | {"held_out_tokens": 128, "evaluation_tokens": 128, "tasks": ["signatures"]}
 
@@ -230,6 +236,97 @@ def test_what_goes_wrong_in_one_attack_stays_in_its_row(originals, locks, tmp_pa
     assert not again["runs"]["not_finished"]
 
 
+class NaNControl(UnlockAttack):
+    """An unlock whose control gives a model of NaN."""
+
+    name, description, reference, Config = "nan-control", "", "", NoSettings
+
+    @classmethod
+    def trials(cls, audit):
+        return [NoSettings()]
+
+    def unlock(self, locked, bench):
+        model = ordinary_model(locked, bench.family, [as_they_stand(layer.mlp) for layer in decoder_layers(locked)])
+        if locked is not bench.frozen("locked"):
+            model.get_input_embeddings().weight.detach().fill_(math.nan)
+        return Unlocked(model, 1, Cost(), {"error": math.inf})
+
+
+class Uncounted(FullFinetune):
+    """The baseline, with operations that were not counted, and nothing saved for the backward pass."""
+
+    name = "uncounted"
+
+    def run(self, model, bench, task):
+        result = super().run(model, bench, task)
+        curve = [dataclasses.replace(point, flops=math.nan) for point in result.curve]
+        cost = dataclasses.replace(result.cost, flops=math.nan, saved_bytes=0)
+        return dataclasses.replace(result, curve=curve, cost=cost)
+
+
+def strict_json(text: str):
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_a_nan_in_a_control_leaves_the_audit_readable_and_a_rerun_too(cli, originals, locks, tmp_path, monkeypatch):
+    for attack in (NaNControl, Uncounted):
+        monkeypatch.setitem(registry(), attack.name, attack)
+    out = tmp_path / "audit"
+    options = [
+        f"--{key.replace('_', '-')}={value}" for key, value in (TINY | {"task": "signatures"}).items() if key != "tasks"
+    ]
+    chosen = [part for name in ("full-ft", NaNControl.name, Uncounted.name) for part in ("--attack", name)]
+    written = []
+    for _ in range(2):
+        outcome = cli("attack", locks("qwen3"), "--original", originals("qwen3"), "--out", out, *options, *chosen)
+        assert outcome.code == 0, outcome.err
+        written.append((out / "rows.jsonl").read_text())
+        summary = strict_json((out / "summary.json").read_text())
+    assert written[0] == written[1]
+    rows = [strict_json(line) for line in written[0].splitlines()]
+    assert {r["status"] for r in rows} == {"finished"}
+    control = next(r for r in rows if r["attack"] == NaNControl.name and r["model"] == "original")
+    assert (control["control_kl"], control["won_back"], control["control_passed"]) == (None, None, False)
+    assert next(iter(summary["unlocks"].values()))["notes"] == {"error": None}
+    figures = summary["tasks"]["signatures"]
+    lines = {line["attack"]: line for line in figures["attacks"]}
+    assert lines[NaNControl.name]["says"] == "attack invalid"
+    assert lines[Uncounted.name]["original"]["flops"] is None and lines[Uncounted.name]["original"]["tokens"] > 0
+    # Not counted is not free: the baseline's operations are compared. Nothing saved cannot be divided by.
+    assert figures["amplification"]["flops"]["best_attack_original"] == "full-ft"
+    assert figures["amplification"]["saved_bytes"]["says"] == "not finite"
+    assert "saved bytes: not finite" in outcome.out
+    assert figures["attention_only_bound"]["tokens"]["says"] == "not measured: needs the attack frozen-dlr"
+    assert "bound" not in outcome.out
+    assert cli("report", out).code == 0
+    assert "not finite" in (out / "report.md").read_text()
+
+
+def test_attention_only_fine_tuning_bounds_what_a_lock_can_cost(cli, originals, locks, tmp_path):
+    config = TINY | {"target_share": 0.2, "task": "signatures"}
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in config.items() if key != "tasks"]
+    command = ["attack", locks("qwen3"), "--original", originals("qwen3"), "--out", tmp_path, *options]
+    outcome = cli(*command, "--attack", "full-ft", "--attack", "frozen-dlr")
+    assert outcome.code == 0, outcome.err
+    figures = json.loads((tmp_path / "summary.json").read_text())["tasks"]["signatures"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    for resource in ("tokens", "flops", "saved_bytes"):
+        spent = {}
+        for r in rows:
+            if cost := cost_to_target(r, figures["target_loss"]):
+                spent.setdefault((r["model"], r["attack"]), []).append(cost[resource])
+        least = min(min(costs) for (model, _), costs in spent.items() if model == "original")
+        bound = figures["attention_only_bound"][resource]
+        assert bound["value"] == pytest.approx(min(spent["locked", "frozen-dlr"]) / least)
+        assert bound["value_on_original"] == pytest.approx(min(spent["original", "frozen-dlr"]) / least)
+        assert figures["amplification"][resource]["value"] <= bound["value"]
+        assert f"at most {bound['value']:.2f} times as much in {resource.replace('_', ' ')}" in " ".join(
+            outcome.out.split()
+        )
+    assert cli("report", tmp_path).code == 0
+    assert f"{figures['attention_only_bound']['tokens']['value']:.2f} in tokens" in (tmp_path / "report.md").read_text()
+
+
 def test_settings_out_of_range_name_their_option():
     with pytest.raises(UsageError, match="--sweep"):
         audit_config("quick", sweep=-1)
@@ -269,6 +366,20 @@ def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
     assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06, 0)["says"]
     # Near enough in perplexity (10 * exp(0.05) here) counts, too.
     assert unlock_ratio(unlocks, kl_limit=0.01, perplexity_limit=10.6)["tokens"]["unlock"] == "good"
+
+
+def test_figures_of_unlocks_that_are_not_finite_say_so(bench):
+    broken = {key: unlock(0.01, 10) | {key: None} for key in ("kl_to_lock", "perplexity")}
+    curve = [(1000, None)]
+    nowhere = unlock(0.5, 8000, scratch=True, steps=8, curve=curve)
+    assert effective_depth(bench, broken)["says"] == "not finite"
+    assert unlock_ratio(broken | {"redistill": SCRATCH}, 0.06, 0)["says"] == "not finite"
+    assert unlock_ratio({"good": unlock(0.05, 1000), "redistill": nowhere}, 0.06, 0)["says"] == "not finite"
+    assert owner_advantage(400, {"r": nowhere}, kl_of_lock=0.1)["says"] == "not finite"
+    assert owner_advantage(400, {"r": SCRATCH}, kl_of_lock=math.nan)["says"] == "not finite"
+    # One broken unlock beside a good one changes nothing.
+    good = {"good": unlock(0.05, 1000), "redistill": SCRATCH}
+    assert unlock_ratio(good | broken, kl_limit=0.06, perplexity_limit=0) == unlock_ratio(good, 0.06, 0)
 
 
 def test_owner_advantage_is_tokens_from_scratch_over_the_locks():

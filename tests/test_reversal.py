@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB
 from torch import nn
 
+from lockkit.attack.cost import SavedTensors
+from lockkit.dlr.cost import MLPShape, dlr_saved_values
 from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.dlr.reversal import reversal, reversible_chain
 
@@ -239,6 +244,24 @@ def test_whole_models_train_alike_and_are_put_back(locks):
         raise RuntimeError("stop")
     assert not any("forward" in vars(layer.mlp) for layer in model.model.layers)
     assert relative_error(step(), want) == 0
+
+
+def test_what_the_readme_says_saves_the_bytes_it_says(locks):
+    from lockkit.models.load import load_model
+
+    model, _ = load_model(locks("qwen3"), torch.float32)
+    model.requires_grad_(True)
+    ids = torch.randint(1, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (statement,) = re.findall(r"`(with reversal\(model\): [^`]+)`", readme)
+    saved = []
+    for code in ("model(...).loss.backward()", statement):
+        with SavedTensors(model.parameters()) as counter:
+            exec(code.replace("...", "ids, labels=ids"), {"model": model, "ids": ids, "reversal": reversal})
+        saved.append(counter.bytes)
+    sizes = MLPShape(model.config.hidden_size, model.config.intermediate_size)
+    values = dlr_saved_values(sizes, QUICK["depth"]) - (sizes.hidden_size + 2 * sizes.intermediate_size)
+    assert saved[0] - saved[1] == 4 * values * ids.numel() * model.config.num_hidden_layers
 
 
 def test_a_model_without_chains_is_left_alone(originals):

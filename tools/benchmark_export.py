@@ -7,8 +7,9 @@
 fidelity) and exports both in each precision. With `--optimum PYTHON`, the Python of an environment
 with optimum (tests/consumers/requirements.txt), the original is also exported by optimum.
 
-`measure` runs `lockkit bench` once for each precision, with and without the fused kernel: locked
-over original through the same builder, over optimum's export, and over PyTorch eager.
+`measure` runs `lockkit bench` once for each precision, with and without the fused kernel (`--no-kernel`: without
+only, which needs no C++ compiler): locked over original through the same builder, over optimum's export, and over
+PyTorch eager.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def measure(arguments: argparse.Namespace) -> None:
         against = [str(folder / f"original-{precision}")]
         if precision == "fp32" and arguments.everything:
             against += [str(path) for path in (folder / "original-optimum", folder / "original") if path.is_dir()]
-        for kernel in (True, False):
+        for kernel in (True, False) if arguments.kernel else (False,):
             config = BenchConfig(
                 runtimes=[Runtime.onnxruntime],
                 batch_sizes=arguments.batch_sizes,
@@ -126,6 +127,7 @@ def main() -> None:
     command.add_argument("--new-tokens", type=int, default=32)
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int)
+    command.add_argument("--no-kernel", dest="kernel", action="store_false", help="only without the fused kernel")
     command.add_argument("--everything", action="store_true", help="also over optimum's export and PyTorch, in fp32")
     command.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()

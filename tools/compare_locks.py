@@ -24,7 +24,7 @@ from lockkit.errors import DistillationError
 from lockkit.files import write_json
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
-from lockkit.report.audit import RESOURCES
+from lockkit.report.sections.audit import RESOURCES
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-locks-compared/1"
@@ -167,7 +167,7 @@ def _cell(found: dict | None) -> str:
     if found is None:
         return "–"
     if found["value"] is None:
-        return "> budget"
+        return found["says"].removeprefix("target not reached: ")
     seeds = found.get("seeds")
     spread = f"; {seeds['mean']:.2f}, {seeds['lowest']:.2f} to {seeds['highest']:.2f}" if seeds else ""
     return f"{found['value']:.2f} ({found['best_attack']}{spread})"

@@ -86,9 +86,9 @@ class Stage:
 
 
 def _percentiles(values: list[float]) -> dict[str, float] | None:
-    if len(values) < 2:
+    if not values:
         return None
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {
         "p50": round(cuts[49], 4),
         "p90": round(cuts[89], 4),

@@ -6,16 +6,15 @@
 For one MLP, and for a stack of decoder layers (attention, norms, MLP; no embeddings, no head), of random
 weights, since none of these figures depends on the weights:
 
-(With few tokens the peak is not activations but one matrix's gradient, on its way to its sum.)
-
 1. Build the original, and for one depth after the other its locked form.
 2. Measure the original and that lock in turns, `--rounds` times, after a warm-up: seconds forward without
    gradients, and seconds forward and backward (all weights and the input need gradients). Take medians.
 3. Once each: bytes autograd saves for the backward pass (each storage once, weights left out), and the
    peak of memory during forward and backward beyond weights, gradients and input: what the allocator
-   reports on a GPU, bytes of live tensors on the CPU.
-4. Repeat with the ways around it: reversal (lockkit/dlr/reversal.py) without and with anchors, and
-   checkpointing of the MLP or of each decoder layer, of the original as well.
+   reports on a GPU, bytes of live tensors on the CPU. With few tokens this peak is not activations but one
+   matrix's gradient before it is added to the sum.
+4. Repeat with the ways around it, the audit's own (lockkit/attack/savers.py): reversal without and with anchors,
+   and checkpointing of the MLP or of each decoder layer, of the original as well.
 5. Print ratios to the plain original *of the same turn*; write JSON, a table and a plot.
 
 Results: `asymmetry-cpu.{json,md,svg}` or `asymmetry-cuda.*` in tools/results/.
@@ -33,23 +32,20 @@ import shlex
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import checkpoint
 
+from lockkit.attack import savers
+from lockkit.attack.cost import LiveTensors, ProcessMemory, SavedTensors
+from lockkit.devices import synchronise
 from lockkit.dlr.net import DLRNet, block_ranks
-from lockkit.dlr.reversal import reversal
 from lockkit.version import git_hash
 
 SCHEMA = "lockkit-asymmetry/1"
-ANCHOR_EVERY = 6
 GAIN = 0.1  # keeps a chain of random weights from growing without bound
 # hidden size, MLP width, attention heads, key and value heads, head size
 SHAPES = {
@@ -58,7 +54,12 @@ SHAPES = {
     "qwen3-8b": (4096, 12288, 32, 8, 128),
 }
 SUBJECTS = ("mlp", "layers")
-SAVERS = ("plain", "reversal", "reversal, anchors", "checkpointing")
+SAVERS = {  # by their names in the audit
+    "plain": "none",
+    "reversal": "reversal",
+    "reversal, anchors": "reversal-anchored",
+    "checkpointing": "checkpoint-layers",
+}
 METRICS = {
     "forward_seconds": "forward time",
     "training_seconds": "forward and backward time",
@@ -83,32 +84,31 @@ class Row:
     ratios: dict[str, float] | None = None
 
 
-class LivePeak(TorchDispatchMode):
-    """Peak bytes of the tensors made inside, on the CPU, where no allocator keeps count."""
+class Stack(nn.Module):
+    """Layers where the audit's savers look for those of a causal language model: under `model.layers`."""
 
-    def __init__(self):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.live: set[int] = set()
-        self.bytes = self.peak = 0
+        self.model = model
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {value.untyped_storage()._cdata for value in tree_iter((args, kwargs)) if torch.is_tensor(value)}
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if torch.is_tensor(value) and value.untyped_storage()._cdata not in given | self.live:
-                storage = value.untyped_storage()
-                self.live.add(storage._cdata)
-                self.bytes += storage.nbytes()
-                self.peak = max(self.peak, self.bytes)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self.live.discard(key)
-        self.bytes -= size
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From `[batch, seq, hidden]` to the same shape."""
+        return self.model(x) if isinstance(self.model, OneLayer) else self.model(inputs_embeds=x, use_cache=False)[0]
 
 
-def build(subject: str, shape: str, depth: int | None, options: argparse.Namespace) -> nn.Module:
+class OneLayer(nn.Module):
+    """An MLP, or a chain, as the only layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList([layer])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From `[batch, seq, hidden]` to the same shape."""
+        return self.layers[0](x)
+
+
+def build(subject: str, shape: str, depth: int | None, options: argparse.Namespace) -> Stack:
     """A subject of random weights; with a depth, its MLPs replaced by chains."""
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model
@@ -126,49 +126,24 @@ def build(subject: str, shape: str, depth: int | None, options: argparse.Namespa
     torch.manual_seed(0)
     with torch.device(options.device):
         if subject == "mlp":
-            model = Qwen3MLP(config) if depth is None else chain()
+            model = OneLayer(Qwen3MLP(config) if depth is None else chain())
         else:
             model = Qwen3Model(config)
             model.embed_tokens = None
             for layer in model.layers if depth is not None else []:
                 layer.mlp = chain()
-    return model.to(getattr(torch, options.dtype)).train()
-
-
-@contextlib.contextmanager
-def using(saver: str, model: nn.Module):
-    """Put one way of saving memory in place."""
-    if saver == "checkpointing":
-        parts = list(model.layers) if hasattr(model, "layers") else [model]
-        for part in parts:
-            part.forward = _checkpointed(part.forward)
-        try:
-            yield
-        finally:
-            for part in parts:
-                del part.forward
-    elif saver == "plain":
-        yield
-    else:
-        with reversal(model, ANCHOR_EVERY if saver == "reversal, anchors" else None):
-            yield
-
-
-def _checkpointed(forward: Callable) -> Callable:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return Stack(model).to(getattr(torch, options.dtype)).train()
 
 
 class Runner:
     """Passes through one model, timed or counted."""
 
-    def __init__(self, model: nn.Module, options: argparse.Namespace, hidden: int):
-        self.model, self.cuda = model, options.device.startswith("cuda")
+    def __init__(self, model: Stack, options: argparse.Namespace, hidden: int):
+        self.model, self.device = model, torch.device(options.device)
         shape = (1, options.tokens, hidden)
         self.x = torch.randn(shape, device=options.device, dtype=getattr(torch, options.dtype), requires_grad=True)
 
     def output(self) -> torch.Tensor:
-        if hasattr(self.model, "layers"):
-            return self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state
         return self.model(self.x)
 
     def train(self) -> None:
@@ -176,42 +151,33 @@ class Runner:
         out.backward(torch.ones_like(out))
 
     def seconds(self, action: Callable[[], object]) -> float:
-        self._wait()
+        synchronise(self.device)
         started = time.perf_counter()
         action()
-        self._wait()
+        synchronise(self.device)
         return time.perf_counter() - started
 
-    def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-
     def saved_bytes(self) -> int:
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = self.output()
-        del out
-        return sum(storage.nbytes() for storage in kept.values())
+        """Bytes that autograd saves in a forward pass."""
+        with SavedTensors(self.model.parameters()) as saved:
+            self.output()
+        return saved.bytes
 
     def peak_bytes(self) -> int:
+        """Peak of memory during forward and backward, in bytes beyond what is there before."""
         self.train()  # gradients exist from here on, as they do in all steps but the first
         gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        if self.device.type == "cuda":
+            before = torch.cuda.memory_allocated(self.device)
+            with ProcessMemory(self.device) as memory:
+                self.train()
+            return memory.allocated - before
+        existing = [self.x, *self.model.parameters(), *self.model.buffers()]
+        live = LiveTensors(self.device, [*existing, *(t.grad for t in existing if t.grad is not None)])
+        before = live.bytes
+        with live:
             self.train()
-            return torch.cuda.max_memory_allocated() - before
-        with LivePeak() as meter:
-            self.train()
-        return meter.peak
+        return live.peak - before
 
 
 def measure(shape: str, subject: str, depth: int, options: argparse.Namespace) -> list[Row]:
@@ -229,7 +195,7 @@ def measure(shape: str, subject: str, depth: int, options: argparse.Namespace) -
     for turn in range(options.warm_up + options.rounds):
         for index, (kind, saver, _) in enumerate(variants):
             runner = runners[kind]
-            with using(saver, runner.model):
+            with savers.saver(SAVERS[saver], runner.model):
                 seconds = runner.seconds(runner.train)
             if turn >= options.warm_up:
                 training[index].append(seconds)
@@ -240,7 +206,7 @@ def measure(shape: str, subject: str, depth: int, options: argparse.Namespace) -
                     forward[index].append(seconds)
     rows = []
     for index, (kind, saver, row) in enumerate(variants):
-        with using(saver, runners[kind].model):
+        with savers.saver(SAVERS[saver], runners[kind].model):
             row = replace(
                 row,
                 forward_seconds=statistics.median(forward[index]) if forward[index] else None,

@@ -44,10 +44,7 @@ def measure(layers: int, hidden: int, offload: str) -> dict:
     """Lock a model of `layers`; return what its `lockkit.json` says of memory, and bytes beyond idle."""
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "locked"
-        subprocess.run(
-            [sys.executable, __file__, "--make", str(model), "--layers", str(layers), "--hidden", str(hidden)],
-            check=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        random_model(model, layers, hidden)
         command = f"-m lockkit lock {model} {out} {OPTIONS} --offload {offload}"
         subprocess.run([sys.executable, *shlex.split(command)], check=True, capture_output=True)
         memory = read_json(out / LOCK_RECORD, "--out")["memory"]
@@ -67,11 +64,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--offload", nargs="+", default=["disk", "none"])
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.make:
-        random_model(arguments.make, arguments.layers[0], arguments.hidden)
-        return
     rows = [measure(layers, arguments.hidden, o) for o in arguments.offload for layers in arguments.layers]
     print("| offload | layers | weights, MB | peak beyond the libraries, MB | predicted, MB | over the smallest |")
     print("|---|---|---|---|---|---|")

@@ -8,7 +8,7 @@ since all steps of a run have the same shape:
 2. Peak bytes of live tensors, by watching every tensor the step makes (weights, gradients and
    optimiser state included). Unlike resident memory this does not depend on the allocator or
    on what ran before, and it is what CUDA's `max_memory_allocated` counts but for kernels' scratch.
-3. Bytes that autograd saves for the backward pass, by `saved_tensors_hooks`; those of logits apart.
+3. Bytes that autograd saves for the backward pass, by `saved_tensors_hooks`.
 
 Peak process memory (allocated and reserved on CUDA, else resident) and seconds are taken over the
 whole run, the first step left out of the seconds (warm-up).
@@ -47,7 +47,6 @@ class Cost:
     seconds: float = 0.0
     peak_tensor_bytes: int = 0  # live tensors, on the device that trains
     saved_bytes: int = 0  # kept by autograd for one backward pass
-    saved_logits_bytes: int = 0  # the part of it whose last dimension is the vocabulary
     peak_memory_bytes: int = 0  # CUDA: allocated; else growth of resident memory
     peak_reserved_bytes: int = 0  # CUDA only
 
@@ -75,7 +74,6 @@ class StepCost:
     flops: float
     peak_tensor_bytes: int
     saved_bytes: int
-    saved_logits_bytes: int
 
 
 def flop_counter() -> FlopCounterMode:
@@ -147,11 +145,10 @@ class SavedTensors:
     saved while a backward pass runs (a part run again) is gone before it ends, and not counted either.
     """
 
-    def __init__(self, parameters: Iterable[torch.Tensor], vocab_size: int | None = None):
+    def __init__(self, parameters: Iterable[torch.Tensor]):
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self.vocab_size = vocab_size
         self.seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
-        self.bytes = self.logits_bytes = 0
+        self.bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -161,8 +158,6 @@ class SavedTensors:
         if not in_backward and address not in self.weights and address not in self.seen:
             self.seen[address] = storage
             self.bytes += storage.nbytes()
-            if self.vocab_size and tensor.shape[-1:] == (self.vocab_size,):
-                self.logits_bytes += storage.nbytes()
         return tensor
 
     def __enter__(self) -> SavedTensors:
@@ -178,7 +173,6 @@ def measure_step(
     step: Callable[[], object],
     parameters: Iterable[torch.Tensor],
     device: torch.device,
-    vocab_size: int | None = None,
     state: Iterable[torch.Tensor] = (),
 ) -> StepCost:
     """Run `step` three times and count: operations, live tensors, saved tensors.
@@ -192,9 +186,9 @@ def measure_step(
     live = LiveTensors(device, [*parameters, *state])
     with live:
         step()
-    with SavedTensors(parameters, vocab_size) as saved:
+    with SavedTensors(parameters) as saved:
         step()
-    return StepCost(float(flops.get_total_flops()), live.peak, saved.bytes, saved.logits_bytes)
+    return StepCost(float(flops.get_total_flops()), live.peak, saved.bytes)
 
 
 class ProcessMemory:

@@ -43,8 +43,11 @@ class FinetuneConfig(BaseModel):
     batch_rows: int = Field(8, ge=1, description="Rows in a step.")
     warm_up: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Course of the learning rate after warm-up.")
-    weight_decay: float = Field(0.0, ge=0)
-    max_gradient_norm: float = Field(1.0, gt=0)
+    max_gradient_norm: float = Field(
+        1.0,
+        gt=0,
+        description="Norm of all gradients together above which they are scaled down to it, before each step.",
+    )
     saver: str = Field("none", description="Memory saver, see savers.py.")
     evaluations: int = Field(8, ge=1, description="Points of the held-out curve after the first.")
     seed: int = Field(0, ge=0, description="Seed of the order of rows and of anything random in the attack.")
@@ -99,10 +102,6 @@ class FinetuneResult:
     @property
     def best(self) -> float:
         return min(point.loss for point in self.curve)
-
-    def first_at(self, target: float) -> Point | None:
-        """The first point at or below `target`."""
-        return next((point for point in self.curve if point.loss <= target), None)
 
     def mean_over_log_budget(self) -> float:
         """Area under the loss on a logarithmic axis of steps, over that axis' length."""
@@ -177,7 +176,6 @@ def finetune(
         FloatingPointError: the model was broken before the first step.
     """
     model, device = training.model, next(training.model.parameters()).device
-    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
     rates = [group["lr"] for group in training.optimiser.param_groups] if training.optimiser else []
     source = batches(task.train, config.batch_rows, config.steps, config.seed)
     tokens_a_step = config.batch_rows * task.train.ids.shape[1]
@@ -211,7 +209,7 @@ def finetune(
         while steps_done < config.steps and all(math.isfinite(loss) for loss in losses[-1:]):
             kind, before = training.kind(steps_done), steps_done
             if kind not in counted and 1 <= steps_done <= config.steps - COUNTED_STEPS:
-                counted[kind] = measure_step(one_step, training.parameters, device, vocab_size, tensors_of(training))
+                counted[kind] = measure_step(one_step, training.parameters, device, tensors_of(training))
             else:
                 started = time.perf_counter()
                 one_step()
@@ -264,7 +262,6 @@ class Charges:
             seconds=steps * self.seconds_a_step,
             peak_tensor_bytes=max((cost.peak_tensor_bytes for cost in costs), default=0),
             saved_bytes=max((cost.saved_bytes for cost in costs), default=0),
-            saved_logits_bytes=max((cost.saved_logits_bytes for cost in costs), default=0),
             peak_memory_bytes=memory.allocated,
             peak_reserved_bytes=memory.reserved,
         )

@@ -1,7 +1,7 @@
-"""Optimisers by name, for the attacks that try several.
+"""Optimisers by name, for the attacks that try several. None of them uses weight decay.
 
-Matrices of hidden layers and everything else are told apart where an optimiser is for matrices
-only (Muon): embeddings, head, norms and biases then go to AdamW.
+An optimiser that is for matrices only (Muon) gets the matrices of the hidden layers. Embeddings,
+head, norms and biases then go to AdamW.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -17,14 +18,15 @@ from torch import nn
 from lockkit.attack.base import CannotRun
 
 BETAS = (0.9, 0.95)
-# Where bitsandbytes is installed, other packages load it, and it warns of kernels that nobody asked for.
+Named = list[tuple[str, nn.Parameter]]
+# Where bitsandbytes is installed, other packages import it, and it warns about kernels that are not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Together(torch.optim.Optimizer):
-    """Two optimisers that step as one; each group keeps its own learning rate."""
+    """Several optimisers that step as one; each group keeps its own learning rate. None among them is left out."""
 
-    def __init__(self, *optimisers: torch.optim.Optimizer):
+    def __init__(self, *optimisers: torch.optim.Optimizer | None):
         self.optimisers = [o for o in optimisers if o is not None]
 
     @property
@@ -35,7 +37,7 @@ class Together(torch.optim.Optimizer):
     def state(self) -> dict:
         return {key: value for optimiser in self.optimisers for key, value in optimiser.state.items()}
 
-    def step(self, closure=None) -> None:
+    def step(self, closure: None = None) -> None:
         for optimiser in self.optimisers:
             optimiser.step()
 
@@ -44,43 +46,43 @@ class Together(torch.optim.Optimizer):
             optimiser.zero_grad(set_to_none)
 
 
-def _adamw(named, rate, decay):
-    return torch.optim.AdamW([p for _, p in named], lr=rate, betas=BETAS, weight_decay=decay)
+def _adamw(named: Named, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for _, p in named], lr=rate, betas=BETAS, weight_decay=0.0)
 
 
-def _sgd(named, rate, decay):
-    return torch.optim.SGD([p for _, p in named], lr=rate, weight_decay=decay)
+def _sgd(named: Named, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for _, p in named], lr=rate, weight_decay=0.0)
 
 
-def _nesterov(named, rate, decay):
-    return torch.optim.SGD([p for _, p in named], lr=rate, momentum=0.9, nesterov=True, weight_decay=decay)
+def _nesterov(named: Named, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for _, p in named], lr=rate, momentum=0.9, nesterov=True, weight_decay=0.0)
 
 
-def _adafactor(named, rate, decay):
-    return torch.optim.Adafactor([p for _, p in named], lr=rate, weight_decay=decay)
+def _adafactor(named: Named, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor([p for _, p in named], lr=rate, weight_decay=0.0)
 
 
-def _muon(named, rate, decay):
+def _muon(named: Named, rate: float) -> torch.optim.Optimizer:
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     chosen = {id(p) for p in matrices}
     others = [(name, p) for name, p in named if id(p) not in chosen]
     first = (
-        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
         if matrices
         else None
     )
-    return Together(first, _adamw(others, rate, decay) if others else None)
+    return Together(first, _adamw(others, rate) if others else None)
 
 
-def _soap(named, rate, decay):
+def _soap(named: Named, rate: float) -> torch.optim.Optimizer:
     soap = optional_package("pytorch_optimizer").SOAP
     # A side as long as a vocabulary is left without preconditioner: the paper's limit is 10,000.
-    return soap([p for _, p in named], lr=rate, weight_decay=decay, max_precondition_dim=2048)
+    return soap([p for _, p in named], lr=rate, weight_decay=0.0, max_precondition_dim=2048)
 
 
-def _schedule_free(named, rate, decay):
+def _schedule_free(named: Named, rate: float) -> torch.optim.Optimizer:
     optimiser = optional_package("schedulefree").AdamWScheduleFree(
-        [p for _, p in named], lr=rate, betas=BETAS, weight_decay=decay
+        [p for _, p in named], lr=rate, betas=BETAS, weight_decay=0.0
     )
     optimiser.train()
     return optimiser
@@ -90,7 +92,7 @@ def _schedule_free(named, rate, decay):
 class Choice:
     """An optimiser, and the factor from AdamW's learning rates to those it is used with."""
 
-    make: Callable[[list[tuple[str, nn.Parameter]], float, float], torch.optim.Optimizer]
+    make: Callable[[Named, float], torch.optim.Optimizer]  # named parameters, learning rate
     rate_factor: float = 1.0
 
 
@@ -105,7 +107,7 @@ OPTIMISERS = {
 }
 
 
-def optional_package(module: str):
+def optional_package(module: str) -> ModuleType:
     """A package of the extra `attack`.
 
     Raises:
@@ -118,14 +120,19 @@ def optional_package(module: str):
         raise CannotRun(f"the package {name} is not installed: pip install 'lockkit[attack]'") from error
 
 
-def make_optimiser(
-    name: str, named: Iterable[tuple[str, nn.Parameter]], rate: float, weight_decay: float = 0.0
-) -> torch.optim.Optimizer:
-    """Build the optimiser called `name` for named parameters; each tensor once, however often it is tied."""
+def make_optimiser(name: str, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> torch.optim.Optimizer:
+    """Build the optimiser called `name` for the trainable ones of named parameters; tied ones are taken once.
+
+    Args:
+        rate: peak learning rate.
+
+    Raises:
+        CannotRun: its package is not installed.
+    """
     seen: set[int] = set()
     unique = []
     for key, parameter in named:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
             unique.append((key, parameter))
-    return OPTIMISERS[name].make(unique, rate, weight_decay)
+    return OPTIMISERS[name].make(unique, rate)

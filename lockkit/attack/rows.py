@@ -1,17 +1,19 @@
-"""Rows of an audit: what was run, under which settings, and what it gave.
+"""Rows of an audit: one run each, with its settings and its figures.
 
-A row's key is a hash of everything it depends on. Rows of the original do not depend on the lock,
-but for what attacks that know the lock need of it (its depth): another audit's can be reused.
-`rows.jsonl` only ever grows, a line at a time, so several processes may write to it.
+A row's key is a hash of everything it depends on. A row of the original depends on the lock only
+where its attack uses something known of the lock (its depth, say). All other rows of the original
+can be reused by other audits. `rows.jsonl` is only appended to, one line at a time, so several processes may
+write to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
     from lockkit.attack.base import Attack
     from lockkit.attack.bench import Bench
 
-SCHEMA = "lockkit-attack/2"
+SCHEMA = "lockkit-attack/3"
 ROWS = "rows.jsonl"
 # What PyTorch says on CUDA, on Windows and on Linux; its class of error is a plain RuntimeError on the last two.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-AGAIN = ("out-of-memory", "failed", "unavailable")  # worth another try: elsewhere, mended, installed
+AGAIN = ("out-of-memory", "failed", "unavailable")  # run again: on another machine, mended, or installed
 
 
 class RowStore:
@@ -49,7 +51,11 @@ class RowStore:
     def row(self, head: dict, depends_on: list, work: Callable[[], dict]) -> dict:
         """The row of `depends_on`: read, taken from another audit, or made by `work`.
 
-        Whatever goes wrong in `work` stays in its row; `head` comes first in it.
+        An error in `work` is recorded in the row. Figures that are not finite are None in it.
+
+        Args:
+            head: what the row says of its run; its first entries.
+            depends_on: everything that the figures depend on, as JSON can hold it.
         """
         key = key_of([SCHEMA, *depends_on])
         if key not in self.used:
@@ -59,7 +65,7 @@ class RowStore:
                 if key in self._controls:
                     row = self._controls[key] | {"reused": True}
                 else:
-                    row = {"schema": SCHEMA, "key": key, **head, **guarded(work), "reused": False}
+                    row = finite({"schema": SCHEMA, "key": key, **head, **guarded(work), "reused": False})
                 if row != self._known.get(key):  # tried again to the same end
                     self._append(row)
             self.used[key] = self._known[key]
@@ -84,10 +90,10 @@ def head_of(attack: type[Attack], config: dict, task: str | None, subject: str) 
 
 
 def depends_on(bench: Bench, attack: type[Attack], config: dict, task: str | None, subject: str) -> list:
-    """Everything that a row's figures depend on, settings and hashes.
+    """Everything that a row's figures depend on: settings and hashes.
 
-    A row of the original knows no lock, but those of attacks that use what is known of it: they work
-    on the original in the lock's shape, may read unlabelled text, and spend as many tokens as it took.
+    A row of the original does not depend on the lock, except for attacks that know it: they work on the
+    original in the lock's shape, may read unlabelled text, and may spend as many tokens as the lock took.
     """
     identity = bench.identity()
     if subject == "original":
@@ -100,18 +106,23 @@ def depends_on(bench: Bench, attack: type[Attack], config: dict, task: str | Non
 
 
 def check_controls(controls: Iterable[Path]) -> None:
-    """Raise UsageError unless all are audits."""
+    """Check that all folders are audits.
+
+    Raises:
+        UsageError: one is not.
+    """
     for folder in controls:
         if not (folder / ROWS).is_file():
             raise UsageError(f"{folder} is not an audit (it has no {ROWS}): change --controls")
 
 
 def key_of(parts: list) -> str:
+    """SHA-256 of `parts` as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def guarded(work: Callable[[], dict]) -> dict:
-    """Run; tell apart finished, diverged, not possible here, out of memory, failed."""
+    """Run `work` and record how it ended: finished, diverged, unavailable, out-of-memory or failed."""
     try:
         found = work()
         return {"status": "diverged" if found.get("diverged") else "finished", "note": "", **found}
@@ -129,8 +140,17 @@ def guarded(work: Callable[[], dict]) -> dict:
             torch.cuda.empty_cache()
 
 
+def finite(value: Any) -> Any:
+    """`value` with None for every number that is not finite, at any depth: JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_rows(path: Path) -> dict[str, dict]:
-    """Rows of this schema by key, the last of each; lines that are none (cut short, older) are passed over."""
+    """Rows of this schema by key, the last of each. Lines that are no such row (cut short, older) are ignored."""
     found: dict[str, dict] = {}
     if not path.is_file():
         return found
@@ -149,7 +169,7 @@ def _is_done(row: dict | None) -> bool:
 
 
 def _mend(path: Path) -> None:
-    """Take off a last line that was cut short, so that the next row starts on one of its own."""
+    """Remove a last line that was cut short, so that the next row starts on a new line."""
     text = path.read_text(encoding="utf-8")
     if text and not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

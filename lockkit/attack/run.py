@@ -1,18 +1,19 @@
 """The audit, from two folders to rows and a summary.
 
 1. Load and match the models, tasks and text (bench.py).
-2. References: fine-tune the original with the baseline at every learning rate; the best of these
+2. References: fine-tune the original with the baseline at every learning rate. The best of these
    sets a task's target loss.
-3. Every attack on the first task, on the original (positive control) as on the lock (plan.py says
-   at which settings). An unlock is first run on a chain that *is* the original, then on the lock;
-   what it makes is fine-tuned with all weights, and what the cheapest unlocks make also with what was
-   cheapest on the original; both are charged (unlocking.py).
-4. With `sweep`, a search over each gradient attack's settings on that task, as long for both (sweep.py).
-5. What was cheapest on the first task is tried on the others.
-6. What was cheapest, in any resource, is repeated with more seeds.
-7. `summary.json`: targets, headline, figures of the lock, what was not tried (summary.py).
+3. Run every attack on the first task, on the original (positive control) and on the lock (selection.py says
+   at which settings). Each unlock first runs on the original rewritten as a chain (positive control), then on
+   the lock (unlocking.py). The unlocked model is fine-tuned with all weights; the models of the cheapest unlocks
+   also with the attacks that were cheapest on the original. Unlock and fine-tune are both charged.
+4. With `sweep`, search over each gradient attack's settings on that task, for as many trials on both models
+   (sweep.py).
+5. Run the cheapest attacks of the first task on the other tasks.
+6. Repeat the cheapest attacks, in any resource, with more seeds.
+7. Write `summary.json`: targets, headline, figures of the lock, what was not tried (summary.py).
 
-Each run is a row (rows.py), written when it is done: an interrupted audit goes on where it stopped.
+Each run is a row (rows.py), written when it is done: an interrupted audit resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lockkit.attack.bench import Bench
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneResult
-from lockkit.attack.rows import ROWS, SCHEMA, RowStore, check_controls, depends_on, head_of
+from lockkit.attack.rows import ROWS, RowStore, check_controls, depends_on, finite, head_of
 from lockkit.attack.selection import (
     BASELINE,
     SUBJECTS,
@@ -40,7 +41,7 @@ from lockkit.attack.selection import (
 )
 from lockkit.attack.summary import summarise
 from lockkit.attack.sweep import Sweep
-from lockkit.attack.target import Target, reference_target, run_name
+from lockkit.attack.target import NOT_FINITE, Target, reference_target, run_name
 from lockkit.attack.unlocking import control, unlock
 from lockkit.errors import UsageError
 from lockkit.files import readable_disk_errors, write_json
@@ -58,9 +59,11 @@ def run_audit(
     controls: list[Path] | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """Attack a lock; return the summary that is written to `out`.
+    """Attack a lock; return the summary that is written to `out`. Figures that are not finite are None in it.
 
     Args:
+        locked: folder of the lock.
+        original: the model it was made from: a folder, a Hub id, `demo`.
         attacks: names; the suite's by default.
         controls: folders of other audits, whose rows of the original are reused where they fit.
 
@@ -71,7 +74,7 @@ def run_audit(
     chosen.sort(key=lambda attack: attack.name != BASELINE)  # others go by its learning rates
     check_controls(controls or [])
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ROWS).is_file())):
-        raise UsageError(f"{out} exists and is not an audit to go on with: change --out")
+        raise UsageError(f"{out} exists and is not an audit that can be resumed: change --out")
     bench = Bench(locked, original, config)
     with readable_disk_errors(out):
         try:
@@ -80,7 +83,7 @@ def run_audit(
             raise UsageError(f"cannot make the folder {out} ({error.strerror}): change --out") from error
         audit = Audit(bench, out, controls or [], progress or NoProgress())
         audit.run(chosen)
-        summary = summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps)
+        summary = finite(summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps))
         temporary = out / f".{SUMMARY}.partial"
         write_json(temporary, summary)
         temporary.replace(out / SUMMARY)
@@ -92,7 +95,7 @@ def _of_suite(config: AuditConfig) -> list[type[Attack]]:
 
 
 class Audit:
-    """One audit: the rows it has, and how it makes more."""
+    """One audit: its rows, and the order in which they are made."""
 
     def __init__(self, bench: Bench, out: Path, controls: list[Path], progress: Progress):
         self.bench, self.config, self.out, self.progress = bench, bench.config, out, progress
@@ -121,7 +124,7 @@ class Audit:
             self._repeat(task)
 
     def _reference(self, task: str) -> None:
-        """Fine-tune the original; set the task's target."""
+        """Fine-tune the original with the baseline; set the task's target."""
         baseline = attack_class(BASELINE)
         rows = [self._gradient(baseline, config, task, "original") for config in baseline.trials(self.config)]
         target = reference_target(rows, self.config.target_share)
@@ -135,7 +138,7 @@ class Audit:
         self.progress.say(f"{task}: held-out loss of the original {target.start:.3f}, target {target.loss:.3f}")
 
     def _attack(self, attack: type[Attack], task: str) -> None:
-        """The suite's trials of one attack on one task; control first."""
+        """The suite's trials of one attack on one task: on the original first."""
         if issubclass(attack, Probe):
             for config in attack.trials(self.config):
                 self._row(attack, config, None, "locked", lambda c=config: attack(c).probe(self.bench))
@@ -148,7 +151,7 @@ class Audit:
                     self._gradient(attack, config, task, subject)
 
     def _gradient_trials(self, attack: type[GradientAttack], task: str, subject: str) -> Iterator[BaseModel]:
-        """Settings of an attack, one after the other: later ones go by what earlier ones found."""
+        """Settings of an attack, one after the other: later ones depend on the results of earlier ones."""
         grid = groups(attack.trials(self.config))
         if self.config.exhaustive:
             yield from (config for group in grid for config in group)
@@ -173,7 +176,7 @@ class Audit:
         return best_position(self._rows_of(baseline, baseline.trials(self.config), task, on))
 
     def _unlock(self, attack: type[UnlockAttack], config: BaseModel, task: str) -> None:
-        """Control, unlock, and the fine-tune of what it made, at the rates that serve the original."""
+        """Control, unlock, and the fine-tune of the unlocked model, at the rates that are best for the original."""
         found = self._row(attack, config, None, "original", lambda: control(attack, config, self.bench))
         if found["status"] != "finished":
             return
@@ -184,7 +187,7 @@ class Audit:
             self._unlocked(attack, config, finetuning, task)
 
     def _unlocked_with_winners(self, task: str) -> None:
-        """What the cheapest unlocks made, fine-tuned with what was cheapest on the original."""
+        """The models of the cheapest unlocks, fine-tuned with the attacks that were cheapest on the original."""
         rows = list(self.rows.used.values())
         for unlock_row, row in unlocks_and_finetunes(rows, task, self.targets[task], self.config.seed):
             attack, with_attack = attack_class(unlock_row["attack"]), attack_class(row["attack"])
@@ -217,7 +220,7 @@ class Audit:
         return self._row(attack, config, task, subject, work)
 
     def _sweep(self, attacks: list[type[GradientAttack]], task: str) -> None:
-        """As many trials of every attack that has something to search, on the original as on the lock."""
+        """As many trials on the original as on the lock, of every attack that has settings to search."""
         for attack in attacks:
             if takes_baseline_steps(attack.trials(self.config)[0]):
                 continue
@@ -226,7 +229,7 @@ class Audit:
                 self.sweeps.append(sweep.run(lambda c, a=attack, s=subject: self._gradient(a, c, task, s)))
 
     def _attack_with_winners(self, first: str, task: str) -> None:
-        """The baseline, and what was cheapest on the first task, on another one."""
+        """Run the baseline, and the cheapest attacks of the first task, on another one."""
         self._attack(attack_class(BASELINE), task)
         for row in self._winners(first):
             attack = attack_class(row["attack"])
@@ -242,7 +245,7 @@ class Audit:
         return winners(list(self.rows.used.values()), task, self.targets[task], self.config.seed)
 
     def _repeat(self, task: str) -> None:
-        """More seeds for what was cheapest on a task, and for the baseline."""
+        """Repeat the cheapest attacks on a task, and the baseline, with more seeds."""
         for row in self._winners(task):
             attack = attack_class(row["attack"])
             for seed in range(self.config.seed + 1, self.config.seed + self.config.seeds):
@@ -254,7 +257,7 @@ class Audit:
                     self._gradient(attack, attack.Config(**row["config"] | {"seed": seed}), task, row["model"])
 
     def _row(self, attack: type[Attack], config: BaseModel | dict, task: str | None, subject: str, work) -> dict:
-        """Run `work`, unless its row is there."""
+        """The row of a run: read if it is there, else made by `work`."""
         settings = config if isinstance(config, dict) else config.model_dump()
         made = False
 
@@ -276,11 +279,14 @@ class Audit:
 def _short(row: dict) -> str:
     if "best_loss" in row:
         return f"held-out loss {row['start_loss']:.3f} -> {row['best_loss']:.3f}"
-    return "" if "won_back" not in row else f"control wins back {row['won_back']:.1%}"
+    if "won_back" not in row:
+        return ""
+    won_back = row["won_back"]
+    return f"control wins back {NOT_FINITE if won_back is None else format(won_back, '.1%')}"
 
 
 def run_record(result: FinetuneResult, before: Cost | None = None) -> dict:
-    """A run's figures; the cost of what came `before` is in every point and in the total."""
+    """A run's figures. The cost of what came `before` (an unlock) is added to every point and to the total."""
     before = before or Cost()
     work = ("tokens", "flops", "seconds")
     curve = [
@@ -296,6 +302,3 @@ def run_record(result: FinetuneResult, before: Cost | None = None) -> dict:
         "finetune_cost": result.cost.record(),
         "notes": result.notes,
     }
-
-
-__all__ = ["ROWS", "SCHEMA", "SUMMARY", "Audit", "run_audit"]

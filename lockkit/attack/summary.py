@@ -1,8 +1,12 @@
-"""From rows to the figures a lock carries.
+"""From rows to the figures of a lock.
 
-Cost to target and what counts as valid: target.py. Amplification: the cost to target on the lock over
-that on the original, each the cheapest of all valid attacks under the same trial budget. Effective
-depth, unlock ratio and owner's advantage: unlock_figures.py.
+- Cost to target, and which runs are valid: target.py.
+- *Amplification*: the cost to target on the lock over that on the original, each the cheapest of all valid
+  attacks under the same trial budget.
+- *Attention-only bound*: the cost of fine-tuning everything but the chains (attack `frozen-dlr`) on the lock,
+  over the cheapest attack on the original. It bounds the amplification of every lock of this shape: as long as
+  the chains compute the same function, their weights cannot make this attack dearer.
+- Effective depth, unlock ratio and owner's advantage: unlock_figures.py.
 """
 
 from __future__ import annotations
@@ -15,12 +19,14 @@ from lockkit.attack.base import registry
 from lockkit.attack.selection import BASELINE, SUBJECTS
 from lockkit.attack.target import (
     MEMORY,
+    NOT_FINITE,
     RESOURCES,
     WORK,
     Target,
     cheapest,
     control_passed,
     cost_to_target,
+    ratio,
     reference_target,
     run_name,
     runs_of,
@@ -43,13 +49,20 @@ if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
 
 SCHEMA = "lockkit-attack-summary/2"
+ATTENTION_ONLY = "frozen-dlr"
 NO_LOCK_AWARE = "This audit has no attack that knows the lock: its figures say little."
 ADVERSARY = "has all weights of the lock, knows the method, has unlabelled text and the task's data; not the original"
 FALSIFIED_BY = "any attack that reaches a target at a lower cost than the cheapest here"
 
 
 def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]], sweeps: list[dict]) -> dict:
-    """The summary, as it is written."""
+    """The summary of an audit. It may hold numbers that are not finite.
+
+    Args:
+        rows: all rows of this audit.
+        attacks: the attacks that were chosen.
+        sweeps: records of its searches (sweep.py).
+    """
     unlocks = unlocks_of(rows)
     quality = {subject: bench.quality_of(subject).record() for subject in SUBJECTS}
     return {
@@ -101,13 +114,13 @@ def _budget(bench: Bench) -> str:
 
 
 def _probe(row: dict) -> dict:
-    """What a row measured, without what all rows have."""
+    """A row's own figures, without the entries that all rows have."""
     common = ("schema", "key", "family", "lock_aware", "model", "task", "reused")
     return {key: value for key, value in row.items() if key not in common}
 
 
 def _runs(rows: list[dict]) -> dict:
-    """How rows ended, and those that did not end well."""
+    """How many rows ended how, and those that did not finish."""
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["status"]] = counts.get(row["status"], 0) + 1
@@ -154,6 +167,7 @@ def _task_figures(bench: Bench, rows: list[dict], task: str) -> dict:
         "target_loss": target.loss,
         "attacks": _attack_table(rows, task, target),
         "amplification": {key: _amplification(valid, target, key, config.seed) for key in ("step", *RESOURCES)},
+        "attention_only_bound": {key: _attention_only(valid, target, key) for key in RESOURCES},
     }
 
 
@@ -194,34 +208,37 @@ def _attack_table(rows: list[dict], task: str, target: Target) -> list[dict]:
 
 
 def _control_did_not_run(row: dict) -> bool:
-    """An unlock that never came to the lock: unavailable here, out of memory, failed."""
+    """Whether this is the control of an unlock that did not finish, so that the lock was not tried."""
     return row["model"] == "original" and row["task"] is None and row["status"] != "finished"
 
 
-def _least(rows: list[dict], target: float) -> dict[str, float] | None:
+def _least(rows: list[dict], target: float) -> dict[str, float | None] | None:
+    """The least of each resource that any of `rows` spent to the target; None if none reached it."""
     costs = [cost for row in rows if (cost := cost_to_target(row, target))]
-    return {key: min(cost[key] for cost in costs) for key in (*WORK, *MEMORY)} if costs else None
+
+    def least(key: str) -> float | None:
+        return min((cost[key] for cost in costs if cost[key] is not None), default=None)
+
+    return {key: least(key) for key in (*WORK, *MEMORY)} if costs else None
 
 
 def _amplification(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
-    """Cheapest on the lock over cheapest on the original, and what other seeds of both give."""
-    best = {
-        subject: cheapest([row for row in valid if row["model"] == subject], target.loss, resource)
-        for subject in SUBJECTS
-    }
+    """Cheapest on the lock over cheapest on the original, and the same over other seeds of both."""
+    own = {subject: [row for row in valid if row["model"] == subject] for subject in SUBJECTS}
+    best = {subject: cheapest(own[subject], target.loss, resource) for subject in SUBJECTS}
     if best["original"] is None:
         return None
     original, base = best["original"]
     if best["locked"] is None:
         return {
-            "value": None, "says": "target not reached: > budget", "best_attack": None, "original": original,
+            "value": None, "says": _not_reached(own["locked"], target), "best_attack": None, "original": original,
             "best_attack_original": base["attack"],
         }  # fmt: skip
     locked, row = best["locked"]
-    value = locked / original
+    value = ratio(locked, original)
     return {
         "value": value,
-        "says": f"costs {value:.2f} times as much against these attacks",
+        "says": NOT_FINITE if value is None else f"costs {value:.2f} times as much against these attacks",
         "best_attack": run_name(row),
         "best_attack_original": base["attack"],
         "locked": locked,
@@ -230,10 +247,45 @@ def _amplification(valid: list[dict], target: Target, resource: str, first_seed:
     }
 
 
-def _over_seeds(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
-    """The winners of the first seed, repeated: ratio of means, and its spread over pairs of seeds.
+def _not_reached(rows: list[dict], target: Target) -> str:
+    """Why there is no cost to target: none of `rows` reached it, or the cost of those that did was not counted."""
+    return NOT_FINITE if any(cost_to_target(row, target.loss) for row in rows) else "target not reached: > budget"
 
-    None if there is one seed only. `reached` counts the seeds that came to the target.
+
+def _attention_only(valid: list[dict], target: Target, resource: str) -> dict | None:
+    """Cheapest attention-only fine-tune of the lock over the cheapest attack on the original: a bound for every lock.
+
+    `value_on_original` is the same with the attention-only fine-tune of the original.
+    """
+    best = cheapest([row for row in valid if row["model"] == "original"], target.loss, resource)
+    if best is None:
+        return None
+    base, row = best
+    own = {s: [r for r in valid if r["attack"] == ATTENTION_ONLY and r["model"] == s] for s in SUBJECTS}
+    found = {subject: cheapest(own[subject], target.loss, resource) for subject in SUBJECTS}
+    values = {subject: cost and ratio(cost[0], base) for subject, cost in found.items()}
+    if not own["locked"]:
+        says = f"not measured: needs the attack {ATTENTION_ONLY}"
+    elif found["locked"] is None:
+        says = _not_reached(own["locked"], target)
+    elif values["locked"] is None:
+        says = NOT_FINITE
+    else:
+        says = f"at most {values['locked']:.2f} times as much"
+    return {
+        "value": values["locked"],
+        "says": says,
+        "value_on_original": values["original"],
+        "locked": found["locked"] and found["locked"][0],
+        "original": base,
+        "best_attack_original": row["attack"],
+    }
+
+
+def _over_seeds(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
+    """The cheapest runs of the first seed, repeated with other seeds: ratio of means, and the spread of the lock's.
+
+    None if there is one seed only. `reached` counts the seeds that reached the target.
     """
     costs: dict[str, list[float]] = {}
     seeds = 0
@@ -244,10 +296,13 @@ def _over_seeds(valid: list[dict], target: Target, resource: str, first_seed: in
             return None
         repeats = [r for r in own if r["attack"] == first[1]["attack"] and without_seed(r) == without_seed(first[1])]
         seeds = max(seeds, len(repeats))
-        costs[subject] = [cost[resource] for row in repeats if (cost := cost_to_target(row, target.loss))]
+        reached = [cost[resource] for row in repeats if (cost := cost_to_target(row, target.loss))]
+        costs[subject] = [cost for cost in reached if cost is not None]
     if seeds < 2 or not all(costs.values()):
         return None
     mean = {subject: statistics.fmean(found) for subject, found in costs.items()}
+    if not mean["original"]:
+        return None
     ratios = [cost / mean["original"] for cost in costs["locked"]]
     return {
         "seeds": seeds,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 WORK = ("step", "tokens", "flops", "seconds")
 MEMORY = ("peak_tensor_bytes", "saved_bytes")
 RESOURCES = (*WORK[1:], *MEMORY)  # steps say little where batches differ
+NOT_FINITE = "not finite"  # says a figure whose measurements hold a NaN or an infinity (None in rows), or a cost of 0
 CONTROL_SHARE = 0.25  # of the reference's improvement, that a gradient attack must reach on the original
 
 
@@ -40,8 +41,11 @@ def reference_target(references: list[dict], share: float) -> Target | None:
     return Target(start, best, start - share * (start - best)) if best < start else None
 
 
-def cost_to_target(row: dict, target: float) -> dict[str, float] | None:
-    """What `row` spent to reach a loss of `target`, by resource; None if it never did."""
+def cost_to_target(row: dict, target: float) -> dict[str, float | None] | None:
+    """What `row` spent to reach a loss of `target`, by resource; None if it never did.
+
+    A resource that was not counted (a run that diverged at once) is None.
+    """
     curve = row.get("curve", [])
     if not curve:
         return None
@@ -51,8 +55,17 @@ def cost_to_target(row: dict, target: float) -> dict[str, float] | None:
     for before, point in itertools.pairwise(curve):
         if point["loss"] <= target:
             share = (before["loss"] - target) / (before["loss"] - point["loss"])
-            return {key: before[key] + share * (point[key] - before[key]) for key in WORK} | memory
+            return {key: _between(before[key], point[key], share) for key in WORK} | memory
     return None
+
+
+def ratio(cost: float, base: float) -> float | None:
+    """`cost` over `base`; None where `base` is 0 (MeZO saves nothing for a backward pass)."""
+    return cost / base if base else None
+
+
+def _between(before: float | None, after: float | None, share: float) -> float | None:
+    return None if before is None or after is None else before + share * (after - before)
 
 
 def seed_of(row: dict) -> int:
@@ -109,5 +122,6 @@ def valid_runs(rows: list[dict], task: str, target: Target) -> list[dict]:
 
 def cheapest(runs: Iterable[dict], target: float, resource: str) -> tuple[float, dict] | None:
     """The least of a resource at which any of `runs` reached the target, and that run; the first of equals."""
-    found = [(cost[resource], row) for row in runs if (cost := cost_to_target(row, target))]
+    costs = [(cost[resource], row) for row in runs if (cost := cost_to_target(row, target))]
+    found = [(cost, row) for cost, row in costs if cost is not None]
     return min(found, key=lambda pair: pair[0]) if found else None

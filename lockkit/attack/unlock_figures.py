@@ -1,14 +1,15 @@
-"""Three figures of a lock, from the models that valid unlocks made of it.
+"""Three figures of a lock, from the unlocked models of valid unlocks.
 
 - *Effective depth*: the fewest stages of a closed-form unlock that stay near the lock: within a KL
   divergence, and within a rise in perplexity of 5 %.
-- *Unlock ratio*: what the cheapest unlock that is near in either sense cost, over what a re-distillation from
-  scratch (one that knows nothing of the lock's weights) needs to come as close to the lock. 1 is ideal for the
+- *Unlock ratio*: the cost of the cheapest unlock that is near in either sense, over that of a re-distillation from
+  scratch (one that uses none of the lock's weights) that comes as close to the lock. 1 is ideal for the
   owner: knowing the lock saves nothing.
 - *Owner's advantage*: tokens that a re-distillation from scratch needs to be as close to the lock as
   the lock is to the original, over the tokens the lock took.
 
-What was not reached within the budget gives a bound, and says so.
+A figure that was not reached within the budget is a bound, and says so. Unlocked models whose figures are not
+finite do not count; a figure for which only such models are left says "not finite".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lockkit.attack.target import unlock_control
+from lockkit.attack.target import NOT_FINITE, unlock_control
 
 if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
@@ -26,7 +27,7 @@ NOT_TOLD = ("points", "seed")  # of an unlock's settings: the same in all of its
 
 
 def unlocks_of(rows: list[dict]) -> dict[str, dict]:
-    """What unlocks made, by name and settings; `valid` is whether the control passed."""
+    """Records of unlocked models, by name and settings; `valid` is whether the control passed."""
     found = {}
     for row in rows:
         if row.get("unlock"):
@@ -41,7 +42,7 @@ def unlocks_of(rows: list[dict]) -> dict[str, dict]:
 
 
 def _knows_weights(row: dict) -> bool:
-    """Whether an unlock starts from the lock's weights, and not from its inputs and outputs alone."""
+    """Whether an unlock uses the lock's weights, and not its inputs and outputs alone."""
     return row["attack"] != "random-features" and row["config"]["unlock"].get("start") not in ("scratch", "features")
 
 
@@ -50,25 +51,34 @@ def _label(row: dict) -> str:
     return " ".join([row["attack"], *(f"{key}={value}" for key, value in settings.items() if key not in NOT_TOLD)])
 
 
+def _is_finite(unlock: dict) -> bool:
+    """Whether an unlocked model has all figures that others are derived from."""
+    figures = (unlock["kl_to_lock"], unlock["perplexity"], unlock["cost"]["tokens"], unlock["cost"]["flops"])
+    return all(figure is not None and math.isfinite(figure) for figure in figures)
+
+
 def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
-    """The fewest stages of a closed-form unlock within the stated KL, and within 5 % of the perplexity."""
+    """The fewest stages of a closed-form unlock within the stated KL, and within 5 % of the perplexity.
+
+    KL divergences are in nats per token.
+    """
     best: dict[int, dict] = {}
-    for unlock in unlocks.values():
-        closed_form = not unlock["cost"]["steps"]
+    counted = [u for u in unlocks.values() if u["valid"] and u["from_weights"] and not u["cost"]["steps"]]
+    for unlock in filter(_is_finite, counted):
         stages = unlock["blocks"]
-        counts = unlock["valid"] and unlock["from_weights"] and closed_form
-        if counts and unlock["kl_to_lock"] < best.get(stages, {}).get("kl_to_lock", math.inf):
+        if unlock["kl_to_lock"] < best.get(stages, {}).get("kl_to_lock", math.inf):
             best[stages] = unlock
+    not_tried = NOT_FINITE if counted else "not measured"
     limit = bench.config.effective_depth_kl
     most = perplexity_limit(bench)
     by_kl = [stages for stages in sorted(best) if best[stages]["kl_to_lock"] <= limit]
     by_perplexity = [stages for stages in sorted(best) if best[stages]["perplexity"] <= most]
     return {
         "stages": by_kl[0] if by_kl else None,
-        "says": _stages(by_kl, best),
+        "says": _stages(by_kl, best, not_tried),
         "kl_limit": limit,
         "stages_within_5_percent": by_perplexity[0] if by_perplexity else None,
-        "says_within_5_percent": _stages(by_perplexity, best),
+        "says_within_5_percent": _stages(by_perplexity, best, not_tried),
         "depth": bench.depth,
         "kl_by_stages": {str(stages): best[stages]["kl_to_lock"] for stages in sorted(best)},
         "perplexity_by_stages": {str(stages): best[stages]["perplexity"] for stages in sorted(best)},
@@ -80,20 +90,21 @@ def perplexity_limit(bench: Bench) -> float:
     return PERPLEXITY_RISE * bench.quality_of("locked").perplexity
 
 
-def _stages(within: list[int], tried: dict[int, dict]) -> str:
+def _stages(within: list[int], tried: dict[int, dict], not_tried: str) -> str:
     if within:
         return str(within[0])
-    return f"more than {max(tried)}" if tried else "not measured"
+    return f"more than {max(tried)}" if tried else not_tried
 
 
-def _scratch_curve(unlocks: dict[str, dict]) -> tuple[list[dict], bool]:
-    """Points (tokens, flops, kl_to_lock) of all re-distillations that know nothing of the lock's weights.
+def _scratch(unlocks: dict[str, dict]) -> list[dict]:
+    """All re-distillations that use none of the lock's weights."""
+    return [u for u in unlocks.values() if not u["from_weights"] and u["notes"].get("curve")]
 
-    Beside them, whether any of these passed its control.
-    """
-    scratch = [u for u in unlocks.values() if not u["from_weights"] and u["notes"].get("curve")]
+
+def _curve(scratch: list[dict]) -> list[dict]:
+    """Points (tokens, flops, kl_to_lock) of re-distillations; those that are not finite are left out."""
     points = [point for unlock in scratch for point in unlock["notes"]["curve"]]
-    return points, any(unlock["valid"] for unlock in scratch)
+    return [point for point in points if None not in (point["kl_to_lock"], point["tokens"], point["flops"])]
 
 
 def _caveat(valid: bool) -> str:
@@ -103,13 +114,23 @@ def _caveat(valid: bool) -> str:
 def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: float) -> dict:
     """Cost of the cheapest valid unlock over that of a re-distillation from scratch as close to the lock.
 
-    Unlocks within either limit compete (KL to the lock, or perplexity), or the closest alone if none is. Only
-    ordinary models count. Where no re-distillation came as close, the ratio is below what the budget's end gives.
+    The cheapest of all unlocks within either limit is taken (KL to the lock, or perplexity), or the closest one if
+    none is within. Only ordinary models count. Where no re-distillation came as close, the ratio is an upper bound,
+    taken at the end of the budget.
+
+    Args:
+        unlocks: as `unlocks_of` gives them.
+        kl_limit: KL(lock || unlocked model), nats per token.
+        perplexity_limit: as `perplexity_limit` gives it.
     """
-    curve, scratch_valid = _scratch_curve(unlocks)
-    ordinary = {k: u for k, u in unlocks.items() if u["valid"] and u["blocks"] == 1 and u["from_weights"]}
-    if not ordinary or not curve:
+    scratch = _scratch(unlocks)
+    curve, scratch_valid = _curve(scratch), any(unlock["valid"] for unlock in scratch)
+    candidates = {k: u for k, u in unlocks.items() if u["valid"] and u["blocks"] == 1 and u["from_weights"]}
+    ordinary = {k: u for k, u in candidates.items() if _is_finite(u)}
+    if not candidates or not scratch:
         return {"says": "not measured: needs a valid closed-form unlock, and redistill"}
+    if not ordinary or not curve:
+        return {"says": NOT_FINITE}
     near = {
         label: u for label, u in ordinary.items() if u["kl_to_lock"] <= kl_limit or u["perplexity"] <= perplexity_limit
     }
@@ -120,7 +141,7 @@ def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: fl
     for key, unit in (("tokens", "tokens"), ("flops", "operations")):
         ratios = {label: (*_over_scratch(u, curve, key), label) for label, u in near.items()}
         value, reached, label = min(ratios.values())
-        reached = reached or not value  # nothing is below an unlock for nothing
+        reached = reached or not value  # a zero-cost unlock is exact, not a bound
         depends_on_scratch = depends_on_scratch or value > 0
         found[key] = {"value": value, "reached": reached, "unlock": label, "kl_to_lock": near[label]["kl_to_lock"]}
         says.append(f"{'' if reached else 'below '}{value:.3g} in {unit}")
@@ -128,7 +149,7 @@ def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: fl
 
 
 def _over_scratch(unlock: dict, curve: list[dict], key: str) -> tuple[float, bool]:
-    """The ratio, and whether a re-distillation from scratch came as close to the lock at all."""
+    """The ratio of costs, and whether a re-distillation from scratch came as close to the lock at all."""
     reached = [point[key] for point in curve if point["kl_to_lock"] <= unlock["kl_to_lock"]]
     return unlock["cost"][key] / (min(reached) if reached else max(point[key] for point in curve)), bool(reached)
 
@@ -137,12 +158,16 @@ def owner_advantage(lock_tokens: int, unlocks: dict[str, dict], kl_of_lock: floa
     """Tokens of a re-distillation from scratch to the lock's own fidelity, over the tokens the lock took.
 
     Args:
-        lock_tokens: what the lock took; 0 if that is not known.
-        kl_of_lock: KL(original || lock), nats a token.
+        lock_tokens: tokens that the lock took; 0 if that is not known.
+        unlocks: as `unlocks_of` gives them.
+        kl_of_lock: KL(original || lock), nats per token.
     """
-    curve, valid = _scratch_curve(unlocks)
-    if not curve or not lock_tokens:
+    scratch = _scratch(unlocks)
+    curve, valid = _curve(scratch), any(unlock["valid"] for unlock in scratch)
+    if not scratch or not lock_tokens:
         return {"says": "not measured: needs redistill, and the lock's lockkit.json"}
+    if not curve or not math.isfinite(kl_of_lock):
+        return {"says": NOT_FINITE}
     reached = [point["tokens"] for point in curve if point["kl_to_lock"] <= kl_of_lock]
     value = (min(reached) if reached else max(point["tokens"] for point in curve)) / lock_tokens
     return {

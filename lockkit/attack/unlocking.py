@@ -1,12 +1,14 @@
-"""Unlocks in an audit: their positive control, and what they made, saved once and loaded again.
+"""Unlocks in an audit: their positive control, and the unlocked models, saved once and loaded again.
 
-The control: an unlock undoes a chain that *is* the original (its own units in blocks that do not
-depend on each other). Of the KL divergence that an original without its MLPs has, it must win back a share.
+The control: each unlock first runs on the original rewritten as a chain (its own units in blocks that do not
+depend on each other). An original without its MLPs has some KL divergence from the original. The unlock must
+win back a share of it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from pydantic import BaseModel
 
 from lockkit.attack.base import UnlockAttack, Unlocked
 from lockkit.attack.cost import Cost
-from lockkit.attack.rows import key_of
+from lockkit.attack.rows import SCHEMA, finite, key_of
 from lockkit.dlr.view import load_side_by_side
 from lockkit.files import new_folder, write_json
 from lockkit.models.families import decoder_layers, mlp_weights
@@ -32,7 +34,7 @@ FOLDER, RECORD = "unlocked", "unlock.json"
 
 
 def original_as_chain(bench: Bench) -> PreTrainedModel:
-    """The original in the lock's architecture: its own units in blocks that do not depend on each other."""
+    """The original in the lock's architecture: its own units in blocks that do not depend on each other (gain 0)."""
     original, config = bench.frozen("original"), bench.frozen("locked").config
     model = locked_classes(bench.family)[1](config).to(bench.device, torch.float32)
     rest = {key: value for key, value in original.state_dict().items() if ".mlp." not in key}
@@ -45,10 +47,13 @@ def original_as_chain(bench: Bench) -> PreTrainedModel:
 
 
 def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict:
-    """Run an unlock on the original in the lock's shape; whether it passed, and the figures."""
+    """Run an unlock on the original rewritten as a chain; return whether it passed, and the figures.
+
+    KL divergences are in nats per token; `won_back` is a share of `kl_without_mlps`.
+    """
     unlocked = attack(config).unlock(original_as_chain(bench), bench)
     worst, left = bench.kl_without_mlps, bench.kl(unlocked.model, "original")
-    share = 1 - left / worst
+    share = 1 - left / worst if math.isfinite(worst) else math.nan
     return {
         "control_passed": share >= attack.control_share,
         "control_kl": left,
@@ -59,10 +64,13 @@ def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict
 
 
 def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Path) -> tuple[Unlocked, dict]:
-    """The unlocked model and its record: made and saved in `out` once, by one process, then loaded."""
+    """The unlocked model and its record: made and saved in `out` once, by one process, then loaded.
+
+    Figures that are not finite are None in the record.
+    """
     from lockkit.models.load import load_model, no_progress_bars
 
-    key = key_of([attack.name, config.model_dump(), bench.identity()])
+    key = key_of([SCHEMA, attack.name, config.model_dump(), bench.identity()])
     folder = out / FOLDER / f"{attack.name}-{key[:12]}"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -83,7 +91,7 @@ def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Pat
                 if made.blocks > 1:
                     file = temporary / "modeling_dlr_lock.py"
                     file.write_text(render_modeling_file(bench.family), encoding="utf-8")
-                write_json(temporary / RECORD, record)
+                write_json(temporary / RECORD, finite(record))
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     model, _ = load_model(folder, torch.float32, str(bench.device))
     return Unlocked(model, record["blocks"], Cost(**record["cost"]), record["notes"]), record

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockkit.attack.config import AuditConfig, audit_config
+from lockkit.attack.target import NOT_FINITE
 from lockkit.cli.console import TerminalProgress, console
 from lockkit.cli.options import Given
 from lockkit.errors import UsageError
@@ -86,6 +87,13 @@ def _print(summary: dict) -> None:
             if found:
                 best = f" ({found['best_attack']})" if found["best_attack"] else ""
                 console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
+        bounds = {key: found for key, found in figures["attention_only_bound"].items() if found and found["value"]}
+        if bounds:
+            said = ", ".join(f"{found['says']} in {key.replace('_', ' ')}" for key, found in bounds.items())
+            console.print(
+                f"  bound for every lock of this shape (all but the chains fine-tuned, `frozen-dlr`): {said}",
+                soft_wrap=True,
+            )
     for line in _lock_lines(summary):
         console.print(line, soft_wrap=True)
 
@@ -109,7 +117,10 @@ def _table(task: str, figures: dict) -> Table:
 def _lock_lines(summary: dict) -> Iterator[str]:
     """What the audit found about the lock as a whole."""
     for label, unlock in summary["unlocks"].items():
-        yield f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}"
+        yield (
+            f"{label}: perplexity {_number(unlock['perplexity'], missing=NOT_FINITE)}, "
+            f"KL to the lock {_number(unlock['kl_to_lock'], '.5f', NOT_FINITE)}"
+        )
     depth = summary["effective_depth"]
     yield (
         f"effective depth: {depth['says']} of {depth['depth']} (KL within {depth['kl_limit']}); "
@@ -124,8 +135,13 @@ def _costs(row: dict) -> list[str]:
     cost = row["locked"]
     if cost is None:
         return ["> budget" if row["trials_locked"] else "not run", "", ""]
-    return [f"{cost['tokens']:,.0f}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['peak_tensor_bytes'] / 1e6:,.0f}"]
+    flops = cost["flops"] and cost["flops"] / 1e9
+    return [
+        f"{cost['tokens']:,.0f}",
+        _number(flops, ",.0f", NOT_FINITE),
+        f"{cost['peak_tensor_bytes'] / 1e6:,.0f}",
+    ]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _number(value: float | None, form: str = ".3f", missing: str = "") -> str:
+    return missing if value is None else format(value, form)

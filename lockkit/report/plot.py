@@ -7,7 +7,7 @@ import io
 import re
 from typing import TYPE_CHECKING
 
-from lockkit.report.sections import Curve
+from lockkit.report.page import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

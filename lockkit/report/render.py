@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import re
 
+from lockkit.report.page import Section, Table
 from lockkit.report.plot import svg
-from lockkit.report.sections import Section, Table
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2430;--soft:#56606e;--line:#d7dce3;--page:#fff;--card:#f6f8fa;--warn:#8a3b00;

@@ -1,8 +1,8 @@
 """Writing a report.
 
-1. Find results in a folder: JSON files, at most one folder down, whose `schema` is one lockkit reports on.
-2. Turn them into sections (`sections.py`).
-3. Write the page, and Markdown and JSON beside it; each file is whole, or as it was before.
+1. Find results in a folder: JSON files, at most one folder down, whose `schema` has sections.
+2. Turn them into sections (`sections/`).
+3. Write the page, and Markdown and JSON beside it. Each file is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 from lockkit.errors import UsageError
 from lockkit.files import check_output_file, readable_disk_errors, write_text
 from lockkit.report.render import html_page, markdown
-from lockkit.report.sections import sections
+from lockkit.report.sections import builders, sections
 from lockkit.version import __version__, git_hash
 
 SCHEMA = "lockkit-report/2"
-REPORTED = ("lockkit-lock/2", "lockkit-verify/1", "lockkit-attack-summary/2", "lockkit-asymmetry/1")
 
 
 @dataclass(frozen=True)
@@ -70,43 +69,25 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
     return Report(*texts, sections=len(parts))
 
 
-def find_results(folder: Path) -> list[dict]:
-    """All results in a folder, audits with their rows.
+def find_results(folder: Path) -> list[tuple[dict, Path]]:
+    """All results in a folder, each with its file. Other files are ignored.
 
     Raises:
-        UsageError: there is nothing to report in it, or rows are broken.
+        UsageError: there is nothing to report in it.
     """
+    known = builders()
     found = []
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            continue  # not one of ours, or not readable: other programs' files are nobody's business here
-        if isinstance(value, dict) and value.get("schema") in REPORTED:
-            if value["schema"].startswith("lockkit-attack-summary/"):
-                value = _with_rows(value, path)
-            found.append(value)
+            continue  # not JSON, or not readable: another program's file
+        if isinstance(value, dict) and isinstance(value.get("schema"), str) and value["schema"] in known:
+            found.append((value, path))
     if not found:
         raise UsageError(
-            f"{folder} has no results (JSON of {', '.join(REPORTED)}): change DIR to what lock, "
+            f"{folder} has no results (JSON of {', '.join(known)}): change DIR to what lock, "
             "verify --json or attack wrote"
         )
     return found
 
-
-def _with_rows(summary: dict, path: Path) -> dict:
-    """The summary with the rows it was made from: rows.jsonl may hold others, of other settings.
-
-    A last line without its end is a row that an audit is writing, or was stopped at: it counts for nothing yet.
-    """
-    file = path.parent / "rows.jsonl"
-    rows: dict[str, dict] = {}
-    if file.is_file():
-        text = file.read_text(encoding="utf-8")
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-            try:
-                row = json.loads(line)
-                rows[row["key"]] = row
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{file}, line {number}, is not a row ({error}): remove it, or change DIR") from error
-    return summary | {"rows": [rows[key] for key in summary.get("row_keys", []) if key in rows]}

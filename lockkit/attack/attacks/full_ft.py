@@ -22,7 +22,7 @@ class FullFinetune(GradientAttack):
 
     def prepare(self, model, bench) -> Training:
         named = list(model.named_parameters())
-        optimiser = make_optimiser("adamw", named, self.config.learning_rate, self.config.weight_decay)
+        optimiser = make_optimiser("adamw", named, self.config.learning_rate)
         return Training(model, [p for _, p in named], optimiser)
 
 
@@ -53,5 +53,5 @@ class Optimizers(GradientAttack):
         return Training(
             model,
             [p for _, p in named],
-            make_optimiser(config.optimiser, named, config.learning_rate, config.weight_decay),
+            make_optimiser(config.optimiser, named, config.learning_rate),
         )

@@ -61,7 +61,7 @@ class Reparametrise(GradientAttack):
         rate = self.config.learning_rate
         groups = [{"params": [p for p in model.parameters() if id(p) not in own]}]
         groups += [{"params": [p], "lr": rate * share.item()} for p, share in zip(matrices, shares, strict=True)]
-        optimiser = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=self.config.weight_decay)
+        optimiser = torch.optim.AdamW(groups, lr=rate, betas=BETAS, weight_decay=0.0)
         return Training(model, list(model.parameters()), optimiser)
 
 

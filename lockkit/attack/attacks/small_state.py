@@ -44,7 +44,7 @@ class Galore(GradientAttack):
         }
         others = {"params": [p for p in parameters if id(p) not in inside], "lr": config.learning_rate * config.scale}
         optimiser = optional_package("pytorch_optimizer").GaLore(
-            [projected, others], lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay
+            [projected, others], lr=config.learning_rate, betas=BETAS, weight_decay=0.0
         )
 
         def projections() -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ class Lomo(GradientAttack):
     def prepare(self, model, bench) -> Training:
         config, library = self.config, optional_package("pytorch_optimizer")
         if config.form == "adalomo":
-            optimiser = library.AdaLOMO(model, lr=config.learning_rate, weight_decay=config.weight_decay)
+            optimiser = library.AdaLOMO(model, lr=config.learning_rate, weight_decay=0.0)
         else:
             optimiser = library.LOMO(model, lr=config.learning_rate, clip_grad_norm=config.max_gradient_norm)
 
@@ -122,16 +122,16 @@ class BAdam(GradientAttack):
         inside = {id(p) for layer in layers for p in layer}
         blocks = [[p for p in model.parameters() if id(p) not in inside], *layers]
         every = config.switch_every or max(1, config.steps // len(blocks))
-        optimiser = BlockAdam(blocks, every, config.learning_rate, config.weight_decay)
+        optimiser = BlockAdam(blocks, every, config.learning_rate)
         return Training(model, list(model.parameters()), optimiser, kind=optimiser.block_at)
 
 
 class BlockAdam(torch.optim.Optimizer):
     """AdamW whose weights and state are one block's, the next one's after `every` steps, in turns."""
 
-    def __init__(self, blocks: list[list[nn.Parameter]], every: int, rate: float, weight_decay: float):
+    def __init__(self, blocks: list[list[nn.Parameter]], every: int, rate: float):
         self.blocks, self.every, self.taken = blocks, every, 0
-        self.make: Callable = lambda block: torch.optim.AdamW(block, lr=rate, betas=BETAS, weight_decay=weight_decay)
+        self.make: Callable = lambda block: torch.optim.AdamW(block, lr=rate, betas=BETAS, weight_decay=0.0)
         self._turn_to(0)
 
     def block_at(self, step: int) -> int:

@@ -60,7 +60,7 @@ class SurrogateBackward(GradientAttack):
         training = Training(
             model,
             [p for _, p in named],
-            make_optimiser("adamw", named, config.learning_rate, config.weight_decay),
+            make_optimiser("adamw", named, config.learning_rate),
         )
         surrogates = [Surrogate(mlp, bench.family) for mlp in mlps]
         if isinstance(mlps[0], DLRNet):

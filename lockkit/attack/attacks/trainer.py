@@ -43,9 +43,7 @@ class TrainerFinetune(GradientAttack):
 
     def prepare(self, model, bench) -> Training:
         named, config = list(model.named_parameters()), self.config
-        return Training(
-            model, [p for _, p in named], make_optimiser("adamw", named, config.learning_rate, config.weight_decay)
-        )
+        return Training(model, [p for _, p in named], make_optimiser("adamw", named, config.learning_rate))
 
     def run(self, model, bench, task) -> FinetuneResult:
         import transformers
@@ -110,7 +108,7 @@ def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch
             makers = {
                 FLOPS_STEP: flop_counter,
                 LIVE_STEP: lambda: LiveTensors(device, tensors_of(training)),
-                SAVED_STEP: lambda: SavedTensors(training.parameters, training.model.config.vocab_size),
+                SAVED_STEP: lambda: SavedTensors(training.parameters),
             }
             self.counter = makers.get(self.steps, contextlib.nullcontext)()
             self.counter.__enter__()
@@ -126,7 +124,6 @@ def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch
                 self.figures["peak_tensor_bytes"] = self.counter.peak
             elif self.steps == SAVED_STEP:
                 self.figures["saved_bytes"] = self.counter.bytes
-                self.figures["saved_logits_bytes"] = self.counter.logits_bytes
             elif self.steps > 0:  # the first is the warm-up
                 self.timed, self.seconds = self.timed + 1, self.seconds + seconds
             self.steps += 1

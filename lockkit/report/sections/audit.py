@@ -1,13 +1,18 @@
-"""An audit in a report: headline beside the lock's quality, attacks, ways back, searches, limits.
+"""An audit in a report: headline beside the lock's quality, attacks, unlocks, searches, limits.
 
-It follows the summary (lockkit/attack/summary.py): nothing is decided here, only shown. Curves are
-each attack's best run, from the rows.
+All figures come from the summary (lockkit/attack/summary.py); nothing is computed here. Curves show each
+attack's best run, from rows.jsonl beside the summary.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from lockkit.attack.target import run_name
-from lockkit.report.sections import Curve, Section, Table, number
+from lockkit.errors import UsageError
+from lockkit.report.page import Curve, Section, Table, number
+from lockkit.report.sections import reports
 
 RESOURCES = {
     "tokens": "tokens",
@@ -23,14 +28,36 @@ CONSEQUENCE = (
 )
 
 
-def audit_sections(summary: dict) -> list[Section]:
-    """From a summary with its rows under `rows`."""
-    found = [_headline(summary)]
+@reports("lockkit-attack-summary/2", place=0)
+def audit_sections(summary: dict, path: Path) -> list[Section]:
+    """From summary.json and the rows beside it. What is missing in it is left out.
+
+    Raises:
+        UsageError: the rows are broken.
+    """
+    found, rows = [_headline(summary)], _rows(summary, path.with_name("rows.jsonl"))
     for task, figures in summary["tasks"].items():
-        runs = [row for row in summary["rows"] if row["task"] == task and row.get("curve")]
+        runs = [row for row in rows if row["task"] == task and row.get("curve")]
         found.append(_task(task, figures, runs))
     found += [_unlocks(summary), _layers(summary), _searches(summary), _limits(summary)]
     return [section for section in found if section is not None]
+
+
+def _rows(summary: dict, file: Path) -> list[dict]:
+    """The rows that the summary was made from: the file may hold others, of other settings.
+
+    A last line without its end is ignored: an audit is writing it, or was stopped while it did.
+    """
+    rows: dict[str, dict] = {}
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        for count, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                rows[row["key"]] = row
+            except (KeyError, TypeError, ValueError) as error:
+                raise UsageError(f"{file}, line {count}, is not a row ({error}): remove it, or change DIR") from error
+    return [rows[key] for key in summary.get("row_keys", []) if key in rows]
 
 
 def _headline(summary: dict) -> Section:
@@ -71,9 +98,8 @@ def _best(summary: dict, resource: str) -> tuple[str, str] | None:
             f"{RESOURCES[resource]} ({task}), against {best['best_attack']}",
             f"costs {best['value']:.2f} times as much",
         )
-    if any(found.values()):
-        return RESOURCES[resource], "target not reached: > budget"
-    return None
+    missed = next((value for value in found.values() if value), None)
+    return (RESOURCES[resource], missed["says"]) if missed else None
 
 
 def _figures_of_the_lock(summary: dict) -> list[tuple[str, str]]:
@@ -113,6 +139,7 @@ def _task(task: str, figures: dict, runs: list[dict]) -> Section:
             f"Two loops: the baseline reached {losses['full-ft']:.4f} on the lock, the same through Hugging Face's "
             f"Trainer {losses['trainer']:.4f}."
         )
+    section.text += _attention_only(figures)
     head = [
         *("attack", "control", "runs: original, lock", "best loss: original", "lock"),
         *("tokens", "GFLOP", "seconds", "peak MB", "saved MB"),
@@ -121,6 +148,23 @@ def _task(task: str, figures: dict, runs: list[dict]) -> Section:
     for resource in ("tokens", "flops", "seconds"):
         section.curves.append(_loss_curve(resource, figures, runs))
     return section
+
+
+def _attention_only(figures: dict) -> list[str]:
+    """The bound that attention-only fine-tuning sets; nothing where it was not measured."""
+    bounds = figures.get("attention_only_bound") or {}
+    said = [
+        f"{bound['value']:.2f} in {name}"
+        for key, name in RESOURCES.items()
+        if (bound := bounds.get(key)) and bound["value"] is not None
+    ]
+    if not said:
+        return []
+    return [
+        "A bound for every lock of this shape: fine-tuning everything but the chains (frozen-dlr), over the cheapest "
+        f"attack on the original, costs {', '.join(said)}. As long as the chains compute the same function, their "
+        "weights cannot make this attack dearer."
+    ]
 
 
 def _attack_cells(line: dict) -> list[str]:
@@ -135,9 +179,13 @@ def _attack_cells(line: dict) -> list[str]:
     if cost is None:
         return cells + (["> budget", *["–"] * 4] if line["trials_locked"] else ["–"] * 5)
     return [
-        *cells, f"{cost['tokens']:,.0f}", f"{cost['flops'] / 1e9:,.0f}", f"{cost['seconds']:,.1f}",
+        *cells, number(cost["tokens"], ",.0f"), _giga(cost["flops"]), number(cost["seconds"], ",.1f"),
         f"{cost['peak_tensor_bytes'] / 1e6:,.0f}", f"{cost['saved_bytes'] / 1e6:,.1f}",
     ]  # fmt: skip
+
+
+def _giga(operations: float | None) -> str:
+    return number(operations and operations / 1e9, ",.0f")
 
 
 def _loss_curve(resource: str, figures: dict, runs: list[dict]) -> Curve:
@@ -180,7 +228,7 @@ def _unlocks(summary: dict) -> Section | None:
         [
             label, "valid" if found["valid"] else "attack invalid", str(found["blocks"]),
             number(found["perplexity"], ".3f"), number(found["kl_to_lock"], ".5f"),
-            f"{found['cost']['tokens']:,}", f"{found['cost']['flops'] / 1e9:,.0f}", f"{found['cost']['seconds']:,.1f}",
+            number(found["cost"]["tokens"]), _giga(found["cost"]["flops"]), number(found["cost"]["seconds"], ",.1f"),
         ]
         for label, found in unlocks.items()
     ]  # fmt: skip
@@ -201,14 +249,15 @@ def _redistillation(unlocks: dict[str, dict]) -> list[Curve]:
     lines = {}
     for label, found in unlocks.items():
         curve = found["notes"].get("curve") or []
-        if curve:
-            lines[label] = [(point["tokens"], point["kl_to_lock"]) for point in curve]
+        finite = [(point["tokens"], point["kl_to_lock"]) for point in curve if point["kl_to_lock"] is not None]
+        if finite:
+            lines[label] = finite
     if not lines:
         return []
     points: dict[str, list[tuple[float, float]]] = {}
     for found in unlocks.values():
         one_shot = found["blocks"] == 1 and found["valid"] and not found["notes"].get("curve")
-        if one_shot and found["cost"]["tokens"]:  # none at all has no place on a logarithmic axis
+        if one_shot and found["cost"]["tokens"] and found["kl_to_lock"] is not None:  # the axes are logarithmic
             points.setdefault(found["attack"], []).append((found["cost"]["tokens"], found["kl_to_lock"]))
     ends = sorted(lines, key=lambda label: lines[label][-1][1])
     shown = {label: lines[label] for label in ends[: SHOWN_LINES - len(points)]}
@@ -275,8 +324,8 @@ def _outcome(row: dict) -> str:
         return f"{row['status']}: {row['note']}"
     if "held_out" in row:
         return "; ".join(
-            f"{task}: loss {found['original']:.3f} (original), {found['locked']:.3f} (lock)"
+            f"{task}: loss {number(found['original'], '.3f')} (original), {number(found['locked'], '.3f')} (lock)"
             for task, found in row["held_out"].items()
         )
     verdict = {True: "the weights were recovered", False: "not recovered"}.get(row.get("passed"), "measured")
-    return verdict + (f" (NMSE of logits {row['logits_nmse']:.1e})" if "logits_nmse" in row else "")
+    return verdict + (f" (NMSE of logits {number(row['logits_nmse'], '.1e')})" if "logits_nmse" in row else "")

@@ -1,0 +1,35 @@
+"""A lock in a report: fidelity, and the error of each layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lockkit.report.page import Curve, Section, Table, number
+from lockkit.report.sections import reports
+
+
+@reports("lockkit-lock/2", place=1)
+def lock_sections(record: dict, path: Path) -> list[Section]:
+    """From `lockkit.json`. What is missing in it is left out."""
+    fidelity, dlr, layers = record.get("fidelity", {}), record.get("dlr", {}), record.get("layers", [])
+    section = Section(f"Lock of {record.get('model', 'a model')}")
+    section.figures = [
+        ("perplexity, locked over original", number(fidelity.get("perplexity_ratio"), ".4f")),
+        ("perplexity, locked", number(fidelity.get("perplexity"), ".3f")),
+        ("perplexity, original", number(fidelity.get("original_perplexity"), ".3f")),
+        ("KL to the original, nats a token", number(fidelity.get("kl_divergence"), ".5f")),
+        ("same most likely token", number(fidelity.get("top1_agreement"), ".2%")),
+        ("depth", number(dlr.get("depth"))),
+    ]
+    data = record.get("data", {})
+    section.text.append(
+        f"Distilled on {data.get('source', 'unknown text')} ({number(data.get('train_tokens'))} tokens) and measured on "
+        f"{number(data.get('evaluation_tokens'))} others; {number(record.get('seconds'), '.0f')} seconds."
+    )
+    rows = [
+        [str(layer["layer"]), number(layer.get("nmse"), ".5f"), number(layer.get("gain"), ".4g")] for layer in layers
+    ]
+    section.tables.append(Table(["layer", "NMSE after phase 1", "gain"], rows))
+    points = [(layer["layer"], layer["nmse"]) for layer in layers if isinstance(layer.get("nmse"), int | float)]
+    section.curves.append(Curve("Error of each layer's chain", "layer", "NMSE", {"NMSE": points}, bars=True))
+    return [section]
