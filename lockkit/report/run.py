@@ -90,4 +90,3 @@ def find_results(folder: Path) -> list[tuple[dict, Path]]:
             "verify --json or attack wrote"
         )
     return found
-
