@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lockkit.attack.attacks.closed_form import CollapseConfig, LinearisedStack, PartialCollapse, StackSolve
 from lockkit.attack.attacks.full_ft import FullFinetune
+from lockkit.attack.attacks.trainer import TrainerFinetune
 from lockkit.attack.base import registry
 from lockkit.attack.bench import Bench
 from lockkit.attack.closed_form import Ridge
@@ -101,13 +102,14 @@ def test_the_loop_takes_the_steps_that_plain_pytorch_takes(bench):
     assert result.cost.tokens == 8 * 2 * 32
 
 
-def test_a_model_that_is_broken_from_the_start_is_said_to_be(bench):
+@pytest.mark.parametrize("attack", [FullFinetune, TrainerFinetune])
+def test_a_model_that_is_broken_from_the_start_is_said_to_be(bench, attack):
     model, task = bench.load("locked"), bench.tasks["signatures"]
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(math.nan)
     config = FinetuneConfig(steps=8, batch_rows=2)
     with pytest.raises(FloatingPointError, match="before the first step"):
-        finetune(FullFinetune(config).prepare(model, bench), task, config)
+        attack(config).run(model, bench, task)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

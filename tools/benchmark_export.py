@@ -3,7 +3,7 @@
     python tools/benchmark_export.py prepare --hidden-size 512 --out models-512
     python tools/benchmark_export.py measure models-512 --out tools/results/export-speed-512.json
 
-`prepare` makes an original and its locked form (depth 32, random chains: speed does not ask for
+`prepare` makes an original and its locked form (depth 32, random chains: speed does not depend on
 fidelity) and exports both in each precision. With `--optimum PYTHON`, the Python of an environment
 with optimum (tests/consumers/requirements.txt), the original is also exported by optimum.
 
@@ -32,6 +32,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 
 def prepare(arguments: argparse.Namespace) -> None:
+    """Make an original and a lock of random weights, and export both in every precision."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -74,6 +75,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    """Run `lockkit bench` on each precision; print ratios, and write them to `--out`."""
     from lockkit.bench import BenchConfig, Runtime, bench
 
     results, folder = {}, arguments.folder
@@ -108,6 +110,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Parse the command line and run one of the two commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("prepare")

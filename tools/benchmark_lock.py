@@ -50,6 +50,7 @@ class Setting:
         self.y = torch.randn(size, generator=generator).to(device)
 
     def chains(self, count: int) -> list:
+        """`count` chains of random weights, the same at every call."""
         torch.manual_seed(0)
         chains = self.shape.chain_config(self.depth, "silu")
         sizes = self.shape.hidden_size, self.shape.intermediate_size
@@ -61,6 +62,7 @@ class Setting:
 
 
 def plain(setting: Setting) -> Callable[[], None]:
+    """A step of all layers, one after the other: modules, autograd, AdamW."""
     chains = setting.chains(setting.layers)
     optimisers = [torch.optim.AdamW(chain.parameters(), lr=1e-4, weight_decay=0.0) for chain in chains]
 
@@ -74,6 +76,7 @@ def plain(setting: Setting) -> Callable[[], None]:
 
 
 def packed(setting: Setting, together: int, dtype: torch.dtype | None = None, compiled: bool = False) -> Callable:
+    """A step of all layers, `together` of them in one computation; `dtype` is that of the products."""
     groups = [PackedChains(setting.chains(together)) for _ in range(setting.layers // together)]
     optimisers = [torch.optim.AdamW(group.parameters(), lr=1e-4, weight_decay=0.0, fused=True) for group in groups]
     runs = [torch.compile(group) if compiled else group for group in groups]
@@ -89,6 +92,7 @@ def packed(setting: Setting, together: int, dtype: torch.dtype | None = None, co
 
 
 def seconds_of(step: Callable, device: str) -> float:
+    """Wall-clock seconds of one call of `step`."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -106,6 +110,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
+    """Time all ways in turns; print the table, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--depth", type=int, default=32)

@@ -1,4 +1,4 @@
-"""What locks of one model are worth beside each other: depth and start compared, in one table.
+"""Locks of one model compared in one table: depths, starts and couplings.
 
     python tools/compare_locks.py --out tools/results/locks --work /somewhere/with/space
 
@@ -7,8 +7,8 @@
 3. Writes OUT.json and OUT.md: quality, effective depth, unlock ratio, owner's advantage, and the
    amplification of each resource with the attack that reached it, mean and spread over seeds.
 
-Locks and audits stay in --work: run the same command again, and it goes on where it was interrupted.
-`--quick` is for trying the tool itself: locks of a few thousand tokens, and the suite `quick`.
+Locks and audits stay in --work: the same command resumes an interrupted run.
+`--quick` is for a trial of the tool itself: locks of a few thousand tokens, and the suite `quick`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ QUICK_LOCK = {"tokens": 8_192, "end_to_end_tokens": 0, "validation_tokens": 1_02
 
 
 def main() -> None:
+    """Lock, audit and compare; the table is written after every lock."""
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows, controls = [], list(arguments.controls)
@@ -39,7 +40,7 @@ def main() -> None:
         name = f"{init}-{depth}" if coupling is None else f"{init}-{depth}-coupling-{coupling:g}"
         try:
             lock = _lock(arguments, name, {"depth": depth, "init": init, "coupling": coupling})
-        except DistillationError as error:  # the others are still worth their rows
+        except DistillationError as error:  # the other locks are compared all the same
             rows.append({"lock": name, "failed": str(error)})
             _write(arguments, rows)
             continue
@@ -50,7 +51,7 @@ def main() -> None:
             summary = run_audit(str(lock), arguments.model, audit, config, arguments.attack, controls, progress)
         controls.append(audit)
         rows.append(_row(name, summary))
-        _write(arguments, rows)  # a table of what is there, so far
+        _write(arguments, rows)
 
 
 def _arguments() -> argparse.Namespace:
@@ -63,10 +64,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--coupling", type=float, nargs="+", help="couplings to compare; by default lock's own default")
     parser.add_argument("--suite", default="standard", choices=["quick", "standard", "full"])
     parser.add_argument("--attack", action="append", help="only this attack; may be repeated")
-    parser.add_argument("--controls", type=Path, nargs="+", default=[], help="audits whose rows serve")
+    parser.add_argument(
+        "--controls", type=Path, nargs="+", default=[], help="other audits, whose rows of the original are reused"
+    )
     parser.add_argument("--data", help="text of the locks, as for `lockkit lock`")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--quick", action="store_true", help="small locks and the suite quick: to try the tool")
+    parser.add_argument("--quick", action="store_true", help="small locks and the suite `quick`: a trial of the tool")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.suite = "quick"

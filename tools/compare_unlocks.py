@@ -1,4 +1,4 @@
-"""What unlocks make of locks, without the fine-tuning that follows: locks beside each other.
+"""Unlocks of several locks compared, without the fine-tuning that follows.
 
     lockkit lock demo plain --depth 16
     lockkit lock demo coupled --depth 16 --coupling 1
@@ -7,10 +7,11 @@
 For every lock:
 
 1. Its fidelity: perplexity over the original's, and KL to it.
-2. Closed-form unlocks (side by side as the blocks stand and corrected from few tokens, stacked, linearised, K stages) and, of what knows nothing of the lock's weights, random
-   features: KL of the result to the lock and to the original, and its perplexity over the original's.
-3. Re-distillations of `--tokens` tokens: from the linearised stack (warm), and from random features, which know
-   nothing of the lock's weights; the best of a few learning rates.
+2. Closed-form unlocks: the blocks side by side (unchanged, and corrected from few tokens), stacked, linearised, K
+   stages; and random features, which use none of the lock's weights. For each, KL of the result to the lock and to
+   the original, and its perplexity over the original's.
+3. Re-distillations of `--tokens` tokens: from the linearised stack (warm), and from random features; the best of
+   a few learning rates.
 4. How near the rows still are to the teacher's: for each up row, the largest correlation of its pre-activation
    with one of the teacher's, on the lock's own activations; mean over rows and layers.
 
@@ -37,7 +38,7 @@ from lockkit.attack.attacks.closed_form import (
     mlp_inputs,
 )
 from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
-from lockkit.attack.base import CannotRun
+from lockkit.attack.base import CannotRun, Unlocked
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.files import read_json, write_json
@@ -51,6 +52,7 @@ REDISTILLED = {"warm": (1e-4, 3e-4, 1e-3), "features": (1e-3, 3e-3)}  # learning
 
 
 def main() -> None:
+    """Measure all locks; table, plot and JSON are written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("locked", nargs="+", help="locked models")
     parser.add_argument("--original", default="demo")
@@ -78,7 +80,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
     bench = Bench(locked, original, config)
     base = bench.quality_of("original").perplexity
 
-    def figures(unlocked) -> dict:
+    def figures(unlocked: Unlocked) -> dict:
         quality = bench.quality(unlocked.model)
         return {
             "kl_to_lock": quality.kl_to_lock,
@@ -136,7 +138,7 @@ def row_correlation(bench: Bench) -> float:
     return sum(means) / len(means)
 
 
-def _keep_output(into: list[torch.Tensor], _module, _args, output: torch.Tensor) -> None:
+def _keep_output(into: list[torch.Tensor], _module: object, _args: tuple, output: torch.Tensor) -> None:
     into.append(output)
 
 

@@ -1,4 +1,4 @@
-"""Load on `lockkit serve`: throughput, latency, memory, and whether every answer is the right one.
+"""Load on `lockkit serve`: throughput, latency, memory, and whether every answer is correct.
 
     lockkit lock demo locked && lockkit export locked locked-onnx
     python tools/load_test.py locked-onnx --out tools/results/serve-load-cpu.json
@@ -46,7 +46,7 @@ SCHEMA = "lockkit-serve-load/1"
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and how."""
+    """One request."""
 
     prompt: str
     max_tokens: int
@@ -55,7 +55,7 @@ class Question:
 
 @dataclass
 class Stage:
-    """What happened under one number of clients."""
+    """Measurements under one number of clients."""
 
     clients: int
     seconds: float = 0.0
@@ -68,6 +68,11 @@ class Stage:
     memory_bytes: list[int] = field(default_factory=list)
 
     def record(self, warm_up: int) -> dict:
+        """Figures of the stage as JSON holds them.
+
+        Args:
+            warm_up: samples of memory, one per second, that are left out of its growth.
+        """
         later = self.memory_bytes[warm_up:]
         return {
             "clients": self.clients,
@@ -203,6 +208,7 @@ async def measure(arguments: argparse.Namespace, url: str, server: psutil.Proces
 
 
 def main() -> None:
+    """Start the server, run the three stages, and exit with 1 if one of the conditions above was not met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path)
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -1,4 +1,4 @@
-"""The three mechanisms of a lock, measured: what depth does to forward, to backward, and to memory.
+"""Forward time, training time and memory of a lock against its depth.
 
     python tools/measure_asymmetry.py                          # a GPU if there is one, else the CPU
     python tools/measure_asymmetry.py --device cpu --shape qwen3-0.6b --depth 8 --depth 32 --tokens 128
@@ -144,13 +144,16 @@ class Runner:
         self.x = torch.randn(shape, device=options.device, dtype=getattr(torch, options.dtype), requires_grad=True)
 
     def output(self) -> torch.Tensor:
+        """One forward pass, `[1, tokens, hidden]`."""
         return self.model(self.x)
 
     def train(self) -> None:
+        """One forward and one backward pass; gradients are added up."""
         out = self.output()
         out.backward(torch.ones_like(out))
 
     def seconds(self, action: Callable[[], object]) -> float:
+        """Wall-clock seconds of `action`."""
         synchronise(self.device)
         started = time.perf_counter()
         action()
@@ -317,6 +320,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -355,6 +359,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
+    """Measure, and write JSON, table and plot."""
     options = parse(arguments)
     rows: list[Row] = []
     for shape in options.shape:

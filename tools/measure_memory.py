@@ -41,7 +41,7 @@ def random_model(folder: Path, layers: int, hidden: int) -> None:
 
 
 def measure(layers: int, hidden: int, offload: str) -> dict:
-    """Lock a model of `layers`; return what its `lockkit.json` says of memory, and bytes beyond idle."""
+    """Lock a model of `layers` layers; return the memory figures of its `lockkit.json`, in bytes."""
     with tempfile.TemporaryDirectory() as scratch:
         model, out = Path(scratch) / "model", Path(scratch) / "locked"
         random_model(model, layers, hidden)
@@ -59,6 +59,7 @@ def measure(layers: int, hidden: int, offload: str) -> dict:
 
 
 def main() -> None:
+    """Lock all models, print the table, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--hidden", type=int, default=512)

@@ -10,8 +10,8 @@
    baseline, sample a function, and write weights (bfloat16), tokenizer and model card.
 
 Splits are made by a hash of the module's name (lockkit/text.py): what is scored, and
-what lockkit later distils from, was never trained on. A run that was stopped goes on
-from `--work`.
+what lockkit later distils from, was never trained on. The same command resumes an
+interrupted run from `--work`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +33,23 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lockkit.text import documents, split_of, token_blocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 END_OF_TEXT = "<|endoftext|>"
 PROMPT = 'def find_files(path, pattern):\n    """'
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path(".cache/demo-model"), help="where a stopped run goes on")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(".cache/demo-model"),
+        help="folder of the tokenizer and of the state of an interrupted run",
+    )
     parser.add_argument("--family", default="qwen3", help="model type, as transformers names it")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
@@ -57,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_tokenizer(folder: Path, vocab_size: int):
+def make_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE tokenizer with Qwen2's pre-tokenization; load it if it is there."""
     from tokenizers import trainers
     from transformers import AutoTokenizer, Qwen2Tokenizer
@@ -83,7 +94,8 @@ def make_tokenizer(folder: Path, vocab_size: int):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def make_model(args: argparse.Namespace, tokenizer):
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model of random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -113,11 +125,14 @@ class Muon(torch.optim.Optimizer):
     without bfloat16 units; this one works in float32, matrices of one shape together.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:
+        """One step of all matrices; those of one shape together."""
         for group in self.param_groups:
             by_shape = collections.defaultdict(list)
             for p in group["params"]:
@@ -144,7 +159,8 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def make_optimizers(model, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the decoder layers, AdamW for all else."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
     return [
@@ -154,6 +170,7 @@ def make_optimizers(model, args: argparse.Namespace) -> list[torch.optim.Optimiz
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
+    """Share of the peak learning rate at a step: warm-up, constant, linear decay."""
     warm_up = 40
     decay_start = args.steps * (1 - args.decay)
     if step < warm_up:
@@ -161,7 +178,7 @@ def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
     return 1.0 if step < decay_start else max(0.0, (args.steps - step) / (args.steps - decay_start))
 
 
-def train(model, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+def train(model: PreTrainedModel, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
     """Train in place; every 100 steps the state goes to `--work`."""
     optimizers = make_optimizers(model, args)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
@@ -172,7 +189,7 @@ def train(model, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Name
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-        print(f"going on from step {step}", flush=True)
+        print(f"resuming from step {step}", flush=True)
     started, first = time.perf_counter(), step
     order = epoch_order(len(rows), args)
     while step < args.steps:
@@ -202,13 +219,15 @@ def train(model, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Name
 
 
 def epoch_order(rows: int, args: argparse.Namespace) -> torch.Tensor:
+    """Indices of rows, `[epochs * rows]`, in a random order for each epoch."""
     generator = torch.Generator().manual_seed(args.seed)
     epochs = math.ceil(args.steps * args.batch / rows)
     return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
 
 
 @torch.no_grad()
-def perplexity(model, rows: torch.Tensor) -> float:
+def perplexity(model: PreTrainedModel, rows: torch.Tensor) -> float:
+    """Perplexity on token ids, `[rows, block]`."""
     model.eval()
     total = count = 0
     for chunk in rows.to(next(model.parameters()).device).split(4):
@@ -245,7 +264,8 @@ def tidy(folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-def write_card(args, model, tokenizer, figures: dict, sample: str) -> None:
+def write_card(args: argparse.Namespace, model: PreTrainedModel, figures: dict, sample: str) -> None:
+    """Write the model card, with the figures and a sample."""
     parameters = sum(p.numel() for p in model.parameters())
     c = model.config
     title, purpose = f"{args.out.name}: made as lockkit's demo was", "lockkit has a second model to be measured on"
@@ -288,6 +308,7 @@ A sample (temperature 0.6, seed {args.seed}), given the first two lines:
 
 
 def main() -> None:
+    """Train, score, and write the model and its card."""
     args = parse_arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.work, args.vocab)
@@ -320,7 +341,7 @@ def main() -> None:
         "machine": f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch {torch.__version__}",
         "command": "python " + " ".join(sys.argv),
     }
-    write_card(args, model, tokenizer, figures, sample)
+    write_card(args, model, figures, sample)
     print(json.dumps(figures, indent=1), sample, sep="\n")
 
 

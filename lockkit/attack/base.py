@@ -5,9 +5,9 @@ one. The registry imports every module of that package and collects the classes.
 
 - A *gradient attack* says how to train: it turns a model into a `Training` (finetune.py). The
   runner fine-tunes the original with it first (positive control), then the lock.
-- An *unlock* turns the lock into a model that is cheaper to train. The runner first lets it
-  undo a chain that is the original itself (positive control), then fine-tunes what it made of the
-  lock with all weights (plan.py says where with what else) and charges both.
+- An *unlock* turns the lock into a model that is cheaper to train. The runner first applies it to the original
+  rewritten as a chain (positive control), then to the lock. The unlocked model is fine-tuned with all weights
+  (selection.py says where with what else). Unlock and fine-tune are both charged.
 - A *probe* measures something and trains nothing (controls; whether an export can be undone).
 """
 
@@ -41,7 +41,7 @@ class CannotRun(Exception):
 
 
 class Attack(ABC):
-    """Common to all attacks."""
+    """Common to all attacks. `config` holds the settings of one run."""
 
     name: ClassVar[str]
     description: ClassVar[str]  # one line
@@ -57,7 +57,7 @@ class Attack(ABC):
     @classmethod
     @abstractmethod
     def trials(cls, audit: AuditConfig) -> list[BaseModel]:
-        """The settings that the suite tries, the same for lock and original."""
+        """The settings that the suite tries, the same for the lock as for the original."""
 
     @classmethod
     def suggest(cls, trial: optuna.Trial, audit: AuditConfig) -> BaseModel | None:
@@ -66,7 +66,7 @@ class Attack(ABC):
 
 
 class GradientAttack(Attack):
-    """Fine-tunes the model it is given."""
+    """Fine-tunes a model."""
 
     Config: ClassVar[type[FinetuneConfig]] = FinetuneConfig
     learning_rate_factor: ClassVar[float] = 1.0  # of the suite's rates, for optimisers that need others
@@ -75,15 +75,18 @@ class GradientAttack(Attack):
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Say what is trained and how. `model` is this run's own, in float32, nothing frozen.
+        """Say what is trained, and how.
+
+        Args:
+            model: a copy for this run alone, in float32, every weight trainable.
 
         Raises:
-            CannotRun: with the reason.
+            CannotRun: a package or a device is missing.
         """
 
     def run(self, model: PreTrainedModel, bench: Bench, task: Task) -> FinetuneResult:
-        """Fine-tune `model` on `task`: through the one loop, unless the attack is another loop."""
-        torch.manual_seed(self.config.seed)  # new weights (adapters, say) are the seed's
+        """Fine-tune `model` on `task`: through `finetune`, unless the attack has a loop of its own."""
+        torch.manual_seed(self.config.seed)  # of new weights, such as adapters
         return finetune(self.prepare(model, bench), task, self.config)
 
     @classmethod
@@ -93,11 +96,18 @@ class GradientAttack(Attack):
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[FinetuneConfig]:
+        """The suite's variants, each at every learning rate of the suite."""
         variants = cls.variants()[: cls.quick_variants if audit.suite == "quick" else None]
         return [cls.configured(audit, variant, rate) for variant in variants for rate in audit.learning_rates]
 
     @classmethod
     def configured(cls, audit: AuditConfig, variant: dict[str, Any], rate: float) -> FinetuneConfig:
+        """Settings of one run.
+
+        Args:
+            variant: settings as `variants` gives them; `learning_rate_factor` among them replaces the attack's.
+            rate: learning rate of the suite, before that factor.
+        """
         budget = {"steps": audit.steps, "batch_rows": audit.batch_rows, "seed": audit.seed}
         factor = variant.get("learning_rate_factor", cls.learning_rate_factor)
         settings = {key: value for key, value in variant.items() if key != "learning_rate_factor"}
@@ -105,6 +115,7 @@ class GradientAttack(Attack):
 
     @classmethod
     def suggest(cls, trial: optuna.Trial, audit: AuditConfig) -> FinetuneConfig:
+        """A variant, a learning rate, a warm-up and a schedule."""
         variants = cls.variants()
         variant = variants[trial.suggest_int("variant", 0, len(variants) - 1) if len(variants) > 1 else 0]
         rate = trial.suggest_float("learning_rate", *cls.learning_rate_range, log=True)
@@ -119,7 +130,7 @@ class GradientAttack(Attack):
 
 @dataclass
 class Unlocked:
-    """What an unlock made, and what it took."""
+    """The unlocked model and its cost."""
 
     model: PreTrainedModel
     blocks: int  # 1: an ordinary model of the original architecture; more: a chain of that many
@@ -128,28 +139,33 @@ class Unlocked:
 
 
 class UnlockAttack(Attack):
-    """Makes a model that is cheaper to train out of the lock."""
+    """Turns the lock into a model that is cheaper to train."""
 
     lock_aware = True
     family = "architecture"
-    # The control: of what an original without its MLPs loses (KL), this share must be won back.
+    # The control must win back this share of the KL divergence that an original without its MLPs has.
     control_share: ClassVar[float] = 0.9
 
     @abstractmethod
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Turn `locked`, frozen and in float32, into another model. Must not look at the original."""
+        """Turn `locked`, frozen and in float32, into another model. Must not use the original.
+
+        Raises:
+            CannotRun: the lock's shape, a package or a device does not allow it.
+        """
 
 
 class Probe(Attack):
-    """Measures; returns figures for its row."""
+    """Measures something, and trains nothing."""
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[BaseModel]:
+        """One measurement, with the default settings."""
         return [cls.Config()]
 
     @abstractmethod
     def probe(self, bench: Bench) -> dict:
-        """Figures; the entry "passed", if there is one, says whether the attack succeeded."""
+        """Figures for its row; the entry "passed", if there is one, says whether the attack succeeded."""
 
 
 class NoSettings(BaseModel):

@@ -27,7 +27,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "learning_rates": [1e-3],
         "seeds": 1,
     },
-    # What a table needs, in the order of plan.py: it spends trials where they can change the result.
+    # What a table needs, in the order of selection.py, which spends trials where they can change the result.
     "standard": {
         "tasks": ["signatures", "docstrings"],
         "steps": 32,

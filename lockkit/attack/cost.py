@@ -1,17 +1,17 @@
 """What an attack costs: operations, memory, time, tokens, steps.
 
-Figures of one training step are taken once, on a step whose optimiser already has its state,
-since all steps of a run have the same shape:
+All steps of a run have the same shape, so the figures of one training step are taken once, after the optimiser
+has made its state:
 
 1. Floating-point operations, by `torch.utils.flop_counter` (matrix products, attention and
    eigenvalue solvers; elementwise work is not counted, as is usual).
 2. Peak bytes of live tensors, by watching every tensor the step makes (weights, gradients and
    optimiser state included). Unlike resident memory this does not depend on the allocator or
-   on what ran before, and it is what CUDA's `max_memory_allocated` counts but for kernels' scratch.
+   on earlier work. CUDA's `max_memory_allocated` counts the same, and the scratch memory of kernels.
 3. Bytes that autograd saves for the backward pass, by `saved_tensors_hooks`.
 
 Peak process memory (allocated and reserved on CUDA, else resident) and seconds are taken over the
-whole run, the first step left out of the seconds (warm-up).
+whole run; the first step, a warm-up, is not timed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,14 +36,15 @@ RSS_INTERVAL_SECONDS = 0.01
 # (Golub and Van Loan, "Matrix Computations", 8.3 and 5.2).
 EIGH_FLOPS = 9
 SVD_FLOPS = 22
+Shape = torch.Size
 
 
 @dataclass
 class Cost:
-    """What something cost. Add two to charge both: work adds up, peaks do not."""
+    """What something cost. The sum of two charges both: work is added, of peaks the larger is taken."""
 
     steps: int = 0
-    tokens: int = 0  # read, forward only or with gradient
+    tokens: int = 0  # read, with or without a backward pass
     flops: float = 0.0
     seconds: float = 0.0
     peak_tensor_bytes: int = 0  # live tensors, on the device that trains
@@ -64,6 +66,7 @@ class Cost:
         )
 
     def record(self) -> dict:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -77,19 +80,22 @@ class StepCost:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, taught the operators it leaves out that attacks spend time in."""
+    """PyTorch's counter, extended by operators that attacks use and that it leaves out."""
     aten = torch.ops.aten
 
-    def cpu_attention(query, key, value, *_args, out_shape=None, **_kwargs) -> int:
+    # The counter passes shapes in place of tensors.
+    def cpu_attention(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    def cpu_attention_backward(grad, query, key, value, *_args, out_shape=None, **_kwargs) -> int:
+    def cpu_attention_backward(
+        grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any
+    ) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
-    def eigh(matrix, *_args, out_shape=None, **_kwargs) -> int:
+    def eigh(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return EIGH_FLOPS * matrix[-1] ** 3
 
-    def svd(matrix, *_args, out_shape=None, **_kwargs) -> int:
+    def svd(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return SVD_FLOPS * matrix[-2] * matrix[-1] * min(matrix[-2:])
 
     mapping = {aten._linalg_eigh: eigh, aten._linalg_svd: svd}
@@ -114,7 +120,9 @@ class LiveTensors(TorchDispatchMode):
         for tensor in existing:
             self._note(tensor)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: tuple[type, ...], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
@@ -140,9 +148,12 @@ class LiveTensors(TorchDispatchMode):
 class SavedTensors:
     """Counts the bytes autograd saves, each storage once; weights are not counted.
 
-    Memory savers that pack tensors in hooks of their own (checkpointing, offloading) keep theirs
-    out of this count, as they keep them out of the device's memory; `LiveTensors` sees everything. What is
-    saved while a backward pass runs (a part run again) is gone before it ends, and not counted either.
+    Memory savers with hooks of their own (checkpointing, offloading) are not counted: autograd does not save their
+    tensors. `LiveTensors` counts them. Tensors that are saved during a backward pass (a part that is run again) are
+    freed before it ends, and not counted either.
+
+    Args:
+        parameters: the weights.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor]):
@@ -164,7 +175,7 @@ class SavedTensors:
         self._hooks.__enter__()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
         self.seen.clear()
 
@@ -177,8 +188,12 @@ def measure_step(
 ) -> StepCost:
     """Run `step` three times and count: operations, live tensors, saved tensors.
 
-    Each run has one counter only, so that none sees what another keeps alive. `step` must leave
-    things as it found them in size: what matters is that all three runs do the same work.
+    Each run has one counter only, so that no counter sees tensors that another keeps alive. All three runs must do
+    the same work on tensors of the same sizes.
+
+    Args:
+        parameters: the model's weights.
+        state: further tensors that are alive between steps, such as the optimiser's state.
     """
     parameters = list(parameters)
     with flop_counter() as flops:
@@ -229,7 +244,7 @@ class ProcessMemory:
 
 
 class Meter:
-    """Adds up the cost of work that is not made of equal steps, such as a closed-form solve.
+    """Counts the cost of work that is not made of equal steps, such as a closed-form solve; tokens are the caller's.
 
     with Meter(device) as meter: ...
     meter.cost.tokens += ...
@@ -247,7 +262,7 @@ class Meter:
         self._started = time.perf_counter()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         synchronise(self.device)
         self.cost.seconds += time.perf_counter() - self._started
         self._flops.__exit__(*error)

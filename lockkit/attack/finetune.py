@@ -1,11 +1,11 @@
-"""The one fine-tuning loop that every gradient attack goes through.
+"""The fine-tuning loop of all gradient attacks.
 
 1. An attack prepares a `Training`: a model, what of it is trained, an optimiser, a memory saver, or
    a step of its own (zeroth order, say).
 2. `finetune` runs it for a number of steps: batches in an order fixed by the seed, warm-up and
    schedule, gradients clipped; held-out loss at even intervals.
-3. Steps 2 to 4 are run under the counters of cost.py; the others are timed. The curve says
-   what each point cost: steps, tokens, operations, seconds. Where steps differ (another part of
+3. Steps 2 to 4 are run under the counters of cost.py; the others are timed. Each point of the curve has
+   its cost: steps, tokens, operations, seconds. Where steps differ (another part of
    the model is trained), the first three of each kind are counted.
 """
 
@@ -31,6 +31,7 @@ from lockkit.devices import synchronise
 
 EVALUATION_ROWS = 16
 COUNTED_STEPS = 3  # after the first, which makes the optimiser's state
+BROKEN = "the held-out loss is not finite before the first step"
 
 
 class FinetuneConfig(BaseModel):
@@ -74,7 +75,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Point:
-    """Held-out loss, and what it took to get there."""
+    """Held-out loss in nats per label, and the cost up to there; `flops` is NaN if no step was counted."""
 
     step: int
     tokens: int
@@ -83,12 +84,13 @@ class Point:
     loss: float
 
     def record(self) -> dict:
+        """As JSON holds it."""
         return dict(vars(self))
 
 
 @dataclass
 class FinetuneResult:
-    """A finished run; `diverged` says that its loss left the finite numbers."""
+    """A finished run; `diverged` says that a loss was not finite. The curve has finite losses only."""
 
     curve: list[Point]
     cost: Cost
@@ -97,10 +99,12 @@ class FinetuneResult:
 
     @property
     def start(self) -> float:
+        """Held-out loss before the first step, in nats per label."""
         return self.curve[0].loss
 
     @property
     def best(self) -> float:
+        """Lowest held-out loss, in nats per label."""
         return min(point.loss for point in self.curve)
 
     def mean_over_log_budget(self) -> float:
@@ -113,19 +117,24 @@ class FinetuneResult:
 
 
 def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Logits `[batch, seq, vocab]` of a Hugging Face model or of one that gives them as they are."""
+    """Logits, `[batch, seq, vocab]`, for `ids`, `[batch, seq]`; the model may return them in an output object."""
     out = model(input_ids=ids, use_cache=False)
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss over the labels that count; logits `[batch, seq, vocab]`."""
+    """Mean next-token loss over the labels that count, in nats.
+
+    Args:
+        logits: `[batch, seq, vocab]`.
+        labels: `[batch, seq]`; `IGNORED` where a token does not count.
+    """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, rows: Rows, device: torch.device) -> float:
-    """Mean loss over all labels of `rows`, in nats."""
+    """Mean loss over all labels of `rows`, in nats per label."""
     was_training = model.training
     model.eval()
     total = count = 0.0
@@ -170,7 +179,10 @@ def finetune(
     config: FinetuneConfig,
     advance: Callable[[str], None] = lambda note: None,
 ) -> FinetuneResult:
-    """Fine-tune on a task; see the top of this file. The model is left as the last step made it.
+    """Fine-tune on a task; see the top of this file. `training.model` is changed in place.
+
+    Args:
+        advance: called with a note after each point of the curve.
 
     Raises:
         FloatingPointError: the model was broken before the first step.
@@ -202,7 +214,7 @@ def finetune(
     timed_steps, timed_seconds = 0, 0.0
     evaluate()
     if not math.isfinite(measured[0][1]):
-        raise FloatingPointError("the held-out loss is not finite before the first step")
+        raise FloatingPointError(BROKEN)
     model.train()
     with ProcessMemory(device) as memory, saver(config.saver, model), torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -275,7 +287,7 @@ def _step(
     share: float,
     rates: list[float],
 ) -> float:
-    """One step; the loss before it."""
+    """Take one step; return the training loss before it."""
     if training.step is not None:
         return float(training.step(ids, labels, share))
     for group, rate in zip(training.optimiser.param_groups, rates, strict=False):

@@ -31,17 +31,21 @@ class Together(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:
+        """Those of all optimisers."""
         return [group for optimiser in self.optimisers for group in optimiser.param_groups]
 
     @property
     def state(self) -> dict:
+        """That of all optimisers, by parameter."""
         return {key: value for optimiser in self.optimisers for key, value in optimiser.state.items()}
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step of each; `closure` is not supported."""
         for optimiser in self.optimisers:
             optimiser.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free all gradients."""
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none)
 

@@ -18,7 +18,7 @@ Each run is a row (rows.py), written when it is done: an interrupted audit resum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -256,7 +256,9 @@ class Audit:
                 else:
                     self._gradient(attack, attack.Config(**row["config"] | {"seed": seed}), task, row["model"])
 
-    def _row(self, attack: type[Attack], config: BaseModel | dict, task: str | None, subject: str, work) -> dict:
+    def _row(
+        self, attack: type[Attack], config: BaseModel | dict, task: str | None, subject: str, work: Callable[[], dict]
+    ) -> dict:
         """The row of a run: read if it is there, else made by `work`."""
         settings = config if isinstance(config, dict) else config.model_dump()
         made = False

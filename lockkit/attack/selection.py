@@ -1,13 +1,13 @@
 """Which settings are tried where, so that a suite stays affordable and both sides get the same trials.
 
-- An attack's first variant is tried at every learning rate of the suite, the others at the rate
-  that served the first best on that model. Attacks that only save memory take the baseline's steps
-  exactly, and are tried at its best rate.
-- What an unlock made is fine-tuned with the baseline; what the cheapest unlocks made, also with what was
-  cheapest on the original: whoever has undone a lock fine-tunes as he would have without it.
-- Tasks besides the first get the baseline and what was cheapest on the first, in any resource; and, as above,
-  the cheapest unlocks there with what was cheapest on the original there.
-- What was cheapest on a task, and the baseline, are repeated with more seeds.
+- An attack's first variant is tried at every learning rate of the suite. The others are tried at the rate
+  that was best for the first on that model. Attacks that only save memory take exactly the baseline's steps,
+  and are tried at its best rate.
+- An unlocked model is fine-tuned with the baseline. The models of the cheapest unlocks are also fine-tuned with the
+  attacks that were cheapest on the original: an attacker who has undone the lock uses whatever is cheapest there.
+- Other tasks than the first get the baseline and the attacks that were cheapest on the first, in any resource; and,
+  as above, the cheapest unlocks on that task with the attacks that were cheapest on the original on that task.
+- The cheapest attacks on a task, and the baseline, are repeated with more seeds.
 
 `exhaustive` tries everything everywhere instead.
 """
@@ -24,7 +24,7 @@ SUBJECTS = ("original", "locked")
 
 
 def without_rate(config: BaseModel) -> dict:
-    """Settings that one variant's trials share."""
+    """Settings that all trials of one variant share."""
     return config.model_dump(exclude={"learning_rate"})
 
 
@@ -42,7 +42,7 @@ def groups(trials: list[BaseModel]) -> list[list[BaseModel]]:
 
 
 def takes_baseline_steps(config: BaseModel) -> bool:
-    """Whether these are the baseline's own settings with a memory saver: the same steps at another cost."""
+    """Whether these are the baseline's settings with a memory saver: the same steps at another cost."""
     return type(config) is FinetuneConfig and config.saver != "none"
 
 

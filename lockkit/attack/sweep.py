@@ -1,9 +1,9 @@
 """A search over an attack's settings: one Optuna study for each attack, task and model, in one file.
 
-1. A study's trials are numbered; those below the budget count, so original and lock get the same,
-   however many processes share the file.
-2. Whoever runs a trial holds a lock on it. A trial whose process died has its lock free, and is
-   taken over with the settings that it had: nothing is lost, nothing is counted twice.
+1. A study's trials are numbered, and those below the budget count. So original and lock get the same number,
+   whatever the number of processes that share the file.
+2. The process that runs a trial holds a file lock on it. If it dies, the lock is free, and another process
+   takes the trial over with the same settings: no trial is lost or counted twice.
 3. The value is the share of the budget spent when the target was reached; if it was not, one plus
    how far the loss stayed above it.
 
@@ -44,7 +44,7 @@ class Sweep:
     def __init__(self, out: Path, attack: type[GradientAttack], task: str, subject: str, bench: Bench, target: Target):
         self.attack, self.task, self.subject, self.target = attack, task, subject, target
         self.config, self.budget = bench.config, bench.config.sweep
-        # Not the budget: a longer sweep goes on with what a shorter one found.
+        # Not the budget: a longer sweep resumes a shorter one.
         settings = self.config.model_dump(include={"steps", "batch_rows", "seed", "target_share"})
         key = key_of(depends_on(bench, attack, settings, task, subject))[:12]
         self.name = f"{attack.name} {task} {subject} {key}"
@@ -135,7 +135,7 @@ class Sweep:
         from optuna.trial import FixedTrial, TrialState
 
         if trial.state == TrialState.COMPLETE:
-            row_of(self.attack.suggest(FixedTrial(trial.params), self.config))  # read, it is there
+            row_of(self.attack.suggest(FixedTrial(trial.params), self.config))  # the row exists and is read
         return {
             "number": trial.number,
             "settings": trial.params,

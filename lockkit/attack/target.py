@@ -1,4 +1,4 @@
-"""Cost to target: what a run spent until its held-out loss was one that the original reaches.
+"""Cost to target: what a run spent until it reached a held-out loss that the original reaches.
 
 The target is the loss at a share of the improvement that the reference (the original, fine-tuned
 with the baseline) reaches. A run's cost there is interpolated between the two measured points
@@ -20,7 +20,7 @@ CONTROL_SHARE = 0.25  # of the reference's improvement, that a gradient attack m
 
 @dataclass(frozen=True)
 class Target:
-    """Of one task; losses in nats a label."""
+    """Of one task; losses in nats per label."""
 
     start: float  # of the original
     best: float  # of the reference
@@ -33,7 +33,7 @@ class Target:
 
 
 def reference_target(references: list[dict], share: float) -> Target | None:
-    """From the reference's rows; None if none of them learned anything."""
+    """From the reference's rows; None if the loss did not fall in any of them."""
     finished = [row for row in references if row["status"] == "finished"]
     if not finished:
         return None
@@ -82,7 +82,7 @@ def without_seed(row: dict) -> dict:
 
 
 def run_name(row: dict) -> str:
-    """The attack, and what fine-tuned what an unlock made, if that was not the baseline."""
+    """The attack; for an unlock, also the attack that fine-tuned the unlocked model, if it was not the baseline."""
     then = row["config"].get("finetune_attack")
     return f"{row['attack']}, then {then}" if then else row["attack"]
 
@@ -107,7 +107,7 @@ def unlock_control(row: dict, rows: Iterable[dict]) -> dict | None:
 
 
 def control_passed(row: dict, rows: list[dict], target: Target) -> bool:
-    """Whether the attack of a row proved itself on the original: this unlock, or this attack at any setting."""
+    """Whether the positive control of a row passed: that of this unlock, or of this attack at any setting."""
     if "unlock" in row["config"]:
         control = unlock_control(row, rows)
         return bool(control and control.get("control_passed"))

@@ -11,6 +11,7 @@ from lockkit.report.page import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 # Stand-ins that matplotlib writes; the page's style says what they look like (render.py: --c0, --c1, ...).
 COLOURS = [f"#c0ffe{index}" for index in range(9)]
@@ -75,7 +76,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _label_decades(axis) -> None:
+def _label_decades(axis: Axis) -> None:
     """Decades, and 2 and 5 between them where there are few: labels of all nine run into each other."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -14,13 +15,25 @@ from lockkit.attack.finetune import FinetuneConfig, Training
 from lockkit.attack.optimisers import make_optimiser, optional_package
 from lockkit.models.families import decoder_layers
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+
 
 class LoraConfig(FinetuneConfig):
+    """Settings of the attacks with adapters."""
+
     rank: int = Field(16, ge=1, description="Rank of the adapters; alpha is twice that.")
 
 
-def adapted(model, rank: int):
-    """The model with adapters on all linear layers but the head, wherever they lie."""
+def adapted(model: PreTrainedModel, rank: int) -> PeftModel:
+    """The model with adapters of `rank` on all linear layers but the head, in chains too.
+
+    Raises:
+        CannotRun: peft is not installed.
+    """
     peft = optional_package("peft")
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings():
@@ -29,6 +42,8 @@ def adapted(model, rank: int):
 
 
 class Lora(GradientAttack):
+    """LoRA: two matrices of low rank beside every linear layer."""
+
     name = "lora"
     description = "Adapters on all linear layers; the weights stay frozen."
     reference = "Hu et al. 2021, arXiv 2106.09685"
@@ -40,26 +55,32 @@ class Lora(GradientAttack):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """Several ranks, and the main one with reversal."""
         return [{"rank": 16}, {"rank": 8}, {"rank": 64}, {"rank": 16, "saver": "reversal"}]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Add adapters to `model`, and train them alone."""
         model = adapted(model, self.config.rank)
         trained = [p for p in model.parameters() if p.requires_grad]
         return Training(model, trained, make_optimiser("adamw", model.named_parameters(), self.config.learning_rate))
 
 
 class LoraFA(Lora):
+    """LoRA whose first matrices stay as they were initialised."""
+
     name = "lora-fa"
-    description = "Adapters of which only the second matrix is trained, so that less must be saved."
+    description = "Adapters of which only the second matrix is trained, so that fewer activations are saved."
     reference = "Zhang et al. 2023, arXiv 2308.03303"
     family = "memory"
     in_quick = False
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """Two ranks."""
         return [{"rank": rank} for rank in (16, 64)]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Add adapters to `model`, and train their second matrices alone."""
         model = adapted(model, self.config.rank)
         from peft.optimizers import create_lorafa_optimizer
 
@@ -69,6 +90,8 @@ class LoraFA(Lora):
 
 
 class QLora(Lora):
+    """LoRA on 4-bit weights."""
+
     name = "qlora"
     description = "Adapters on a base quantised to 4 bits (NF4, double quantisation)."
     reference = "Dettmers et al. 2023, arXiv 2305.14314"
@@ -77,16 +100,22 @@ class QLora(Lora):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """One rank, without and with reversal."""
         return [{"rank": 16}, {"rank": 16, "saver": "reversal"}]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Quantise `model` in place, add adapters, and train them alone.
+
+        Raises:
+            CannotRun: bitsandbytes is missing, or has no kernels for this device.
+        """
         quantise(model)
         training = super().prepare(model, bench)
         training.state = lambda: _scales(training.model)
         return training
 
 
-def quantise(model) -> None:
+def quantise(model: PreTrainedModel) -> None:
     """Replace all linear layers of the decoder by 4-bit ones of bitsandbytes, in place.
 
     Raises:
@@ -102,10 +131,10 @@ def quantise(model) -> None:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     except (NotImplementedError, RuntimeError) as error:
         raise CannotRun(f"bitsandbytes has no 4-bit kernels for this device ({error}): try another --device") from error
-    model.is_loaded_in_4bit = True  # peft asks
+    model.is_loaded_in_4bit = True  # peft reads it
 
 
-def _four_bits(linear: nn.Linear, library) -> nn.Module:
+def _four_bits(linear: nn.Linear, library: ModuleType) -> nn.Module:
     found = library.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -124,8 +153,8 @@ def _four_bits(linear: nn.Linear, library) -> nn.Module:
     return found.to(linear.weight.device)  # which quantises
 
 
-def _scales(model) -> list[torch.Tensor]:
-    """The scales of 4-bit weights, which are no parameters."""
+def _scales(model: nn.Module) -> list[torch.Tensor]:
+    """The scales of 4-bit weights, which are not parameters."""
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     nested = [state.state2 for state in states if state.nested]
     return [tensor for state in states + nested for tensor in (state.absmax, state.code)]

@@ -1,22 +1,34 @@
-"""Controls: what doing nothing gives, and what starting from nothing gives."""
+"""Controls: the models without fine-tuning, and fine-tuning with random MLPs."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
 from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.base import NoSettings, Probe
-from lockkit.attack.finetune import held_out_loss
+from lockkit.attack.finetune import Training, held_out_loss
 from lockkit.attack.rebuild import ordinary_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
 
 
 class Untouched(Probe):
+    """Held-out losses before any fine-tuning."""
+
     name = "untouched"
-    description = "Control: the held-out loss of the lock and of the original, as they are."
+    description = "Control: the held-out loss of the lock and of the original without fine-tuning."
     reference = "control"
     family = "control"
     in_quick = True
     Config = NoSettings
 
-    def probe(self, bench) -> dict:
+    def probe(self, bench: Bench) -> dict:
+        """Held-out losses by task and model, in nats per label."""
         return {
             "held_out": {
                 name: {
@@ -29,14 +41,15 @@ class Untouched(Probe):
 
 
 class RandomMLPs(FullFinetune):
+    """What a model learns whose MLPs know nothing."""
+
     name = "random-mlps"
-    description = "Control: all weights, after the chains (the MLPs) were replaced by random MLPs."
+    description = "Control: fine-tune all weights after the chains (the MLPs) were replaced by random MLPs."
     reference = "control"
     family = "control"
     in_quick = False
 
-    def prepare(self, model, bench):
-        import torch
-
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Replace all chains or MLPs by random MLPs; train all weights."""
         torch.manual_seed(self.config.seed)
         return super().prepare(ordinary_model(model, bench.family).requires_grad_(True), bench)

@@ -1,25 +1,33 @@
-"""Can the weights be had from what is published as ONNX?"""
+"""Recovering trainable weights from an ONNX export."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.base import Probe
 
+if TYPE_CHECKING:
+    from lockkit.attack.bench import Bench
+    from lockkit.attack.config import AuditConfig
+
 MAX_NMSE = {"fp32": 1e-6, "int4": 1e-2}  # of logits; int4 products also round activations
 ROWS = 2
 
 
 class RecoverConfig(BaseModel):
+    """Settings of `recover-onnx`."""
+
     precision: Literal["fp32", "int4"] = Field("fp32", description="Of the export.")
 
 
 class RecoverOnnx(Probe):
+    """Whether publishing ONNX alone hides the weights."""
+
     name = "recover-onnx"
     description = (
         "Export the lock, rebuild trainable PyTorch weights from the graph, compare forward and backward pass."
@@ -30,10 +38,12 @@ class RecoverOnnx(Probe):
     Config = RecoverConfig
 
     @classmethod
-    def trials(cls, audit):
+    def trials(cls, audit: AuditConfig) -> list[RecoverConfig]:
+        """A float export and a quantised one."""
         return [RecoverConfig(precision=precision) for precision in ("fp32", "int4")]
 
-    def probe(self, bench) -> dict:
+    def probe(self, bench: Bench) -> dict:
+        """NMSE of the recovered model's logits to the graph's, and whether every weight gets a gradient."""
         from lockkit.attack.recover_onnx import recover_onnx
         from lockkit.export import ExportConfig, ExportSession, export_model
 

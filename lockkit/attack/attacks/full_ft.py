@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -10,23 +10,31 @@ from lockkit.attack.base import GradientAttack
 from lockkit.attack.finetune import FinetuneConfig, Training
 from lockkit.attack.optimisers import OPTIMISERS, make_optimiser
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+
 
 class FullFinetune(GradientAttack):
     """All weights, AdamW."""
 
     name = "full-ft"
-    description = "All weights with AdamW: the baseline that every other attack is measured against."
+    description = "All weights with AdamW: the baseline that every other attack is compared with."
     reference = "Loshchilov and Hutter 2019, arXiv 1711.05101"
     family = "baseline"
     in_quick = True
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights of `model` with AdamW."""
         named = list(model.named_parameters())
         optimiser = make_optimiser("adamw", named, self.config.learning_rate)
         return Training(model, [p for _, p in named], optimiser)
 
 
 class OptimizersConfig(FinetuneConfig):
+    """Settings of `optimizers`."""
+
     optimiser: Literal["sgd", "nesterov", "adafactor", "muon", "soap", "schedule-free"] = Field(
         "muon", description="The optimiser; see optimisers.py."
     )
@@ -44,10 +52,16 @@ class Optimizers(GradientAttack):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """One optimiser each, with the factor of its learning rates."""
         order = ["schedule-free", "nesterov", "sgd", "adafactor", "soap", "muon"]
         return [{"optimiser": name, "learning_rate_factor": OPTIMISERS[name].rate_factor} for name in order]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights of `model` with the chosen optimiser.
+
+        Raises:
+            CannotRun: its package is not installed.
+        """
         named = list(model.named_parameters())
         config = self.config
         return Training(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.base import CannotRun
+from lockkit.attack.finetune import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
 
 
 class Checkpointing(FullFinetune):
+    """Activations are computed again, not stored."""
+
     name = "checkpointing"
     description = "All weights; activations are computed again in the backward pass: per layer, every k blocks, nested."
     reference = "Chen et al. 2016, arXiv 1604.06174"
@@ -16,23 +24,31 @@ class Checkpointing(FullFinetune):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """One memory saver each."""
         names = ["checkpoint-layers", "checkpoint-nested", "checkpoint-blocks", "checkpoint-sqrt", "checkpoint-chains"]
         return [{"saver": name} for name in names]
 
 
 class Reversal(FullFinetune):
+    """Reversal (lockkit/dlr/reversal.py), without and with anchors."""
+
     name = "reversal"
-    description = "All weights; the stream of each chain is rebuilt backwards from its blocks' units, not stored."
+    description = (
+        "All weights; the stream of each chain is recomputed in the backward pass from its blocks' units, not stored."
+    )
     reference = "this project (lockkit/dlr/reversal.py), after Gomez et al. 2017, arXiv 1707.04585"
     family = "memory"
     lock_aware = True
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """One memory saver each."""
         return [{"saver": name} for name in ("reversal", "reversal-anchored", "reversal-anchored-12")]
 
 
 class Offload(FullFinetune):
+    """Saved activations take fewer bytes, or lie elsewhere."""
+
     name = "offload"
     description = "All weights; saved activations are compressed to bfloat16, or kept in the CPU's memory."
     reference = "PyTorch, saved tensor hooks and save_on_cpu"
@@ -41,9 +57,15 @@ class Offload(FullFinetune):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """One memory saver each."""
         return [{"saver": "compress"}, {"saver": "offload"}]
 
-    def prepare(self, model, bench):
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights.
+
+        Raises:
+            CannotRun: offloading on a CPU, where it saves nothing.
+        """
         if self.config.saver == "offload" and bench.device.type == "cpu":
-            raise CannotRun("offloading to the CPU gains nothing where the CPU trains: use --device cuda")
+            raise CannotRun("offloading to the CPU saves nothing where the CPU trains: use --device cuda")
         return super().prepare(model, bench)

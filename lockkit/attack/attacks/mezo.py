@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from pydantic import Field
 
 from lockkit.attack.base import GradientAttack
 from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_loss
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+
 
 class MezoConfig(FinetuneConfig):
+    """Settings of `mezo`."""
+
     epsilon: float = Field(1e-3, gt=0, description="Size of the random step to either side.")
 
 
 class Mezo(GradientAttack):
+    """MeZO: gradients from two forward passes along one random direction."""
+
     name = "mezo"
     description = "Zeroth order: the loss on both sides of a random step gives the gradient along it."
     reference = "Malladi et al. 2023, arXiv 2305.17333"
@@ -23,12 +34,13 @@ class Mezo(GradientAttack):
     learning_rate_factor = 1e-3
     learning_rate_range = (1e-7, 1e-4)
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights of `model`, without an optimiser and without a backward pass."""
         parameters = list(model.parameters())
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
 
         def move(seed: int, factor: float) -> None:
-            # The same seed gives the same direction again, so that none is kept.
+            # The same seed gives the same direction again, so no direction is stored.
             noise = torch.Generator(device=parameters[0].device).manual_seed(seed)
             for p in parameters:
                 p.add_(torch.randn(p.shape, generator=noise, device=p.device), alpha=factor)

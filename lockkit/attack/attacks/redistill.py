@@ -1,21 +1,22 @@
 """Re-distillation: train ordinary MLPs on the chains' input-output maps, layer by layer.
 
 One forward pass of the lock gives every layer's inputs and outputs; all students take a step on
-them. Two starts know nothing of the lock's weights: noise (`scratch`), and noise with the second layer
-solved for (`features`), which is much the faster. `warm` starts from the closed-form solution.
+them. Two starts use none of the lock's weights: noise (`scratch`), and noise with the second layer
+solved for (`features`), which is much faster. `warm` starts from the closed-form solution.
 
 The KL divergence to the lock is measured at points spaced evenly on a logarithmic axis of tokens. The
-learning rate falls to zero at a run's end, so that its last point is what its tokens buy; the others are
-what an attacker has who stops early. Budgets are tried as runs of their own.
+learning rate falls to zero at the end of a run, so only the last point shows what this many tokens are worth.
+Earlier points show an attack that was stopped early. Each budget is a run of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import BaseModel, Field
+from torch import nn
 
 from lockkit.attack.attacks.closed_form import LinearisedStack, RandomFeatures
 from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
@@ -23,6 +24,12 @@ from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import ordinary_model
 from lockkit.lock.modulewise import nmse
 from lockkit.models.families import decoder_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+    from lockkit.attack.config import AuditConfig
 
 BATCH_ROWS = 4
 FIRST_POINT = 1 / 64  # of the run's tokens
@@ -32,6 +39,8 @@ SOLVED = {"warm": LinearisedStack, "features": RandomFeatures}
 
 
 class RedistillConfig(BaseModel):
+    """Settings of a re-distillation."""
+
     start: Literal["scratch", "features", "warm"] = Field(
         "scratch", description="From noise, from `random-features`, or from `linearised-stack`."
     )
@@ -41,22 +50,24 @@ class RedistillConfig(BaseModel):
         None, gt=0, description="Tokens to spend, in multiples of what the lock took; in place of `tokens`."
     )
     points: int = Field(4, ge=1, description="Points of the curve of KL against tokens.")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Seed of the order of rows and of random weights.")
 
 
 class Redistill(UnlockAttack):
+    """Re-distillation into ordinary MLPs."""
+
     name = "redistill"
-    description = "Train ordinary MLPs on the chains' maps, from scratch or from the closed-form solution."
-    reference = "this project's first measurements of the lock; Hinton et al. 2015, arXiv 1503.02531"
+    description = "Train ordinary MLPs to reproduce the chains' outputs, from scratch or from the closed-form solution."
+    reference = "this project; Hinton et al. 2015, arXiv 1503.02531"
     in_quick = True
     Config = RedistillConfig
 
     @classmethod
-    def trials(cls, audit):
+    def trials(cls, audit: AuditConfig) -> list[RedistillConfig]:
+        """Every start at every of its learning rates and budgets; one in the suite `quick`."""
         if audit.suite == "quick" and not audit.redistill_budgets:
-            return [
-                RedistillConfig(start="features", learning_rate=1e-3)
-            ]  # few tokens: noise alone would learn nothing
+            # With so few tokens, noise alone would learn nothing.
+            return [RedistillConfig(start="features", learning_rate=1e-3)]
         return [
             RedistillConfig(start=start, learning_rate=rate, budget=budget, points=8)
             for budget in audit.redistill_budgets or [None]
@@ -64,7 +75,12 @@ class Redistill(UnlockAttack):
             for rate in RATES[start]
         ]
 
-    def unlock(self, locked, bench) -> Unlocked:
+    def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
+        """Train one MLP per chain; the notes hold the curve of KL to the lock, in nats per token.
+
+        Raises:
+            CannotRun: the budget is in multiples of the lock's tokens, which are not known.
+        """
         config, before = self.config, Cost()
         batch_tokens = BATCH_ROWS * bench.text_block
         rows = bench.unlabelled[: max(BATCH_ROWS, bench.config.redistill_tokens // bench.text_block)]
@@ -106,7 +122,7 @@ class Redistill(UnlockAttack):
         }
         return Unlocked(model.requires_grad_(False), 1, spent, notes)
 
-    def _tokens(self, bench) -> int:
+    def _tokens(self, bench: Bench) -> int:
         if self.config.budget is None:
             return self.config.tokens or bench.config.redistill_tokens
         recipe = bench.record.get("recipe") or {}
@@ -132,7 +148,7 @@ def _batches(rows: int, seed: int) -> Iterator[torch.Tensor]:
         order = order[BATCH_ROWS:]
 
 
-def _loss(locked, students: list, ids: torch.Tensor) -> torch.Tensor:
+def _loss(locked: PreTrainedModel, students: list[nn.Module], ids: torch.Tensor) -> torch.Tensor:
     """Sum over layers of the students' NMSE, on the lock's own activations for `ids`, `[rows, block]`."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [

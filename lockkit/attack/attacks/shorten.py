@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import BaseModel, Field
 
 from lockkit.attack.attacks.closed_form import of_each_chain, unlabelled_rows
@@ -12,22 +14,34 @@ from lockkit.dlr.mlp import MLPWeights
 from lockkit.models.families import decoder_layers
 from lockkit.models.locked import chain_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+    from lockkit.attack.config import AuditConfig
+
 
 class MergeConfig(BaseModel):
+    """Settings of `merge-blocks`."""
+
     neighbours: int | None = Field(2, ge=2, description="Blocks that become one; None: all of a chain.")
 
 
 class MergeBlocks(UnlockAttack):
+    """Fewer blocks, each to first order what its neighbours were."""
+
     name = "merge-blocks"
     description = "Merge neighbouring blocks to first order, without a regression; all of them: an ordinary MLP."
     reference = "this project (lockkit/attack/shorten.py)"
     Config = MergeConfig
 
     @classmethod
-    def trials(cls, audit):
+    def trials(cls, audit: AuditConfig) -> list[MergeConfig]:
+        """Pairs, fours, and all blocks of a chain."""
         return [MergeConfig(neighbours=k) for k in (2, 4, None)]
 
-    def unlock(self, locked, bench) -> Unlocked:
+    def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
+        """Merge the blocks of every chain, on the unlabelled tokens."""
         chains = [layer.mlp for layer in decoder_layers(locked)]
         depth = len(chains[0].blocks)
         size = min(depth, self.config.neighbours or depth)
@@ -42,20 +56,28 @@ class MergeBlocks(UnlockAttack):
 
 
 class PruneConfig(BaseModel):
-    energy: float = Field(0.99, gt=0, lt=1, description="Share that stays, of updates and of singular values.")
+    """Settings of `prune-svd`."""
+
+    energy: float = Field(0.99, gt=0, lt=1, description="Share that is kept, of updates and of singular values.")
 
 
 class PruneSVD(UnlockAttack):
+    """Fewer blocks, of lower rank."""
+
     name = "prune-svd"
-    description = "Drop the blocks that add least and truncate the others' factors; the result is a shorter chain."
+    description = (
+        "Drop the blocks that contribute least and truncate the others' factors; the result is a shorter chain."
+    )
     reference = "Veit et al. 2016, arXiv 1605.06431; Eckart and Young 1936"
     Config = PruneConfig
 
     @classmethod
-    def trials(cls, audit):
+    def trials(cls, audit: AuditConfig) -> list[PruneConfig]:
+        """Two shares of energy."""
         return [PruneConfig(energy=energy) for energy in (0.99, 0.9)]
 
-    def unlock(self, locked, bench) -> Unlocked:
+    def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
+        """Prune every chain, on the unlabelled tokens."""
         energy = self.config.energy
         rows = unlabelled_rows(bench)
         pruned, cost = of_each_chain(locked, rows, bench, lambda chain, inputs: prune(chain, inputs, energy))
@@ -63,7 +85,7 @@ class PruneSVD(UnlockAttack):
         return Unlocked(model, chain_config(model.config).depth, cost, {"layers": [notes for _, notes in pruned]})
 
 
-def _shorter_model(locked, bench, layers: list[list[MLPWeights]]):
+def _shorter_model(locked: PreTrainedModel, bench: Bench, layers: list[list[MLPWeights]]) -> PreTrainedModel:
     """A chain model around blocks that may differ in number and rank: zeros fill them up."""
     count = max(2, *(len(blocks) for blocks in layers))
     rank = max(len(block.up) for blocks in layers for block in blocks)

@@ -12,7 +12,7 @@ network starts at random; the paper starts it from pruned weights.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -23,14 +23,23 @@ from lockkit.attack.finetune import FinetuneConfig, Training
 from lockkit.attack.optimisers import make_optimiser
 from lockkit.models.families import decoder_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+
 HEADS = 4
 
 
 class SideConfig(FinetuneConfig):
+    """Settings of `side-network`."""
+
     reduction: int = Field(4, ge=1, description="How many times narrower than the model the side network is.")
 
 
 class SideNetwork(GradientAttack):
+    """Ladder side-tuning (LST)."""
+
     name = "side-network"
     description = "A small network beside the frozen model reads its layers: no back-propagation through the model."
     reference = "Sung et al. 2022, arXiv 2206.06522"
@@ -41,9 +50,11 @@ class SideNetwork(GradientAttack):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """Two widths."""
         return [{"reduction": reduction} for reduction in (4, 2)]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Freeze `model`, and train a ladder beside it."""
         model.requires_grad_(False)
         width = max(HEADS, model.config.hidden_size // self.config.reduction // HEADS * HEADS)
         side = Ladder(model.config.hidden_size, width, len(decoder_layers(model))).to(model.device)
@@ -61,7 +72,7 @@ class SideNetwork(GradientAttack):
         return Training(model, [p for _, p in named], make_optimiser("adamw", named, self.config.learning_rate))
 
 
-def _hidden(out) -> torch.Tensor:
+def _hidden(out: torch.Tensor | tuple) -> torch.Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -83,6 +94,7 @@ class Ladder(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, rungs: list[torch.Tensor]) -> torch.Tensor:
+        """From one tensor per decoder layer, `[batch, seq, hidden]`, to what is added before the head, of that shape."""
         length = rungs[0].shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=rungs[0].device)
         state = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,8 +14,15 @@ from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_lo
 from lockkit.attack.optimisers import BETAS, optional_package
 from lockkit.models.families import decoder_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
+
 
 class GaloreConfig(FinetuneConfig):
+    """Settings of `galore`."""
+
     rank: int | None = Field(None, ge=1, description="Rank of projected gradients; by default a quarter of the width.")
     update_every: int = Field(
         32, ge=2, description="Steps between two projections; the paper's 200 are for runs of ten thousand."
@@ -24,14 +31,21 @@ class GaloreConfig(FinetuneConfig):
 
 
 class Galore(GradientAttack):
+    """GaLore: AdamW in a low-rank projection of each matrix's gradient."""
+
     name = "galore"
-    description = "AdamW on gradients of matrices projected to low rank: its state is that much smaller."
+    description = "AdamW on gradients projected to low rank, which makes its state smaller."
     reference = "Zhao et al. 2024, arXiv 2403.03507"
     family = "memory"
     Config = GaloreConfig
     learning_rate_factor = 4.0  # makes up for `scale`
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights; matrices of the decoder layers in a projection.
+
+        Raises:
+            CannotRun: pytorch-optimizer is not installed.
+        """
         config = self.config
         inside = {id(p) for p in decoder_layers(model).parameters() if p.ndim == 2}
         parameters = list(model.parameters())
@@ -57,13 +71,17 @@ class Galore(GradientAttack):
 
 
 class LomoConfig(FinetuneConfig):
+    """Settings of `lomo`."""
+
     form: Literal["adalomo", "lomo"] = Field("adalomo", description="Adaptive, or plain gradient descent.")
 
 
 class Lomo(GradientAttack):
+    """LOMO and AdaLOMO: the update is part of the backward pass."""
+
     name = "lomo"
     description = (
-        "Update each weight as soon as the backward pass has its gradient: none is kept, and hardly any state."
+        "Update each weight as soon as the backward pass has its gradient: no gradients are kept, and little state."
     )
     reference = "Lv et al. 2023, arXiv 2306.09782 (LOMO) and 2310.10195 (AdaLOMO)"
     family = "memory"
@@ -72,13 +90,19 @@ class Lomo(GradientAttack):
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
         # AdaLOMO's learning rates are relative to the size of a weight.
+        """Both forms, and the adaptive one with reversal."""
         return [
             {"form": "adalomo", "learning_rate_factor": 10.0},
             {"form": "lomo", "learning_rate_factor": 100.0},
             {"form": "adalomo", "learning_rate_factor": 10.0, "saver": "reversal"},
         ]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights with a step of its own.
+
+        Raises:
+            CannotRun: pytorch-optimizer is not installed.
+        """
         config, library = self.config, optional_package("pytorch_optimizer")
         if config.form == "adalomo":
             optimiser = library.AdaLOMO(model, lr=config.learning_rate, weight_decay=0.0)
@@ -88,7 +112,7 @@ class Lomo(GradientAttack):
         def step(ids: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
             loss = task_loss(logits_of(model, ids), labels)
             if config.form == "lomo":
-                optimiser.grad_norm(loss)  # a backward pass of its own: gradients cannot be clipped once they are used
+                optimiser.grad_norm(loss)  # a backward pass of its own: gradients cannot be clipped after the update
             optimiser.fused_backward(loss, config.learning_rate * share)
             return loss.detach()
 
@@ -100,23 +124,29 @@ class Lomo(GradientAttack):
 
 
 class BAdamConfig(FinetuneConfig):
+    """Settings of `badam`."""
+
     switch_every: int | None = Field(
         None, ge=1, description="Steps on a block of weights; by default each is visited once within the budget."
     )
 
 
 class BAdam(GradientAttack):
+    """BAdam: block coordinate descent with AdamW."""
+
     name = "badam"
-    description = "AdamW on one block of weights at a time (a decoder layer, or all that is outside of them)."
+    description = "AdamW on one block of weights at a time (a decoder layer, or everything outside them)."
     reference = "Luo et al. 2024, arXiv 2404.02827"
     family = "memory"
     Config = BAdamConfig
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """Without and with reversal."""
         return [{}, {"saver": "reversal"}]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights, one block of them at a time."""
         config = self.config
         layers = [list(layer.parameters()) for layer in decoder_layers(model)]
         inside = {id(p) for layer in layers for p in layer}
@@ -127,7 +157,13 @@ class BAdam(GradientAttack):
 
 
 class BlockAdam(torch.optim.Optimizer):
-    """AdamW whose weights and state are one block's, the next one's after `every` steps, in turns."""
+    """AdamW on one block of weights after the other, for `every` steps each, in turns.
+
+    Args:
+        blocks: parameters of each block.
+        every: steps on a block.
+        rate: peak learning rate.
+    """
 
     def __init__(self, blocks: list[list[nn.Parameter]], every: int, rate: float):
         self.blocks, self.every, self.taken = blocks, every, 0
@@ -135,7 +171,7 @@ class BlockAdam(torch.optim.Optimizer):
         self._turn_to(0)
 
     def block_at(self, step: int) -> int:
-        """The block that a step trains, counted from 0; blocks go from the input on."""
+        """The block that a step trains; steps and blocks are counted from 0."""
         return step // self.every % len(self.blocks)
 
     def _turn_to(self, index: int) -> None:
@@ -146,13 +182,16 @@ class BlockAdam(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:
+        """Those of the block that is trained now."""
         return self.current.param_groups
 
     @property
     def state(self) -> dict:
+        """That of the block that is trained now."""
         return self.current.state
 
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the block, free its gradients, and turn to the next block when it is due."""
         self.current.step()
         self.current.zero_grad()
         self.taken += 1
@@ -160,4 +199,5 @@ class BlockAdam(torch.optim.Optimizer):
             self._turn_to(self.block_at(self.taken))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free the gradients of the block."""
         self.current.zero_grad(set_to_none)

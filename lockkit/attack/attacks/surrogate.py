@@ -1,6 +1,6 @@
 """Forward through the lock, backward through a cheap smooth surrogate of each chain (BPDA).
 
-1. An unlock turns every chain into an ordinary MLP with as many hidden units: unit j of the MLP stands for
+1. An unlock turns every chain into an ordinary MLP with as many hidden units: unit j of the MLP corresponds to
    unit j of the chain (`stack-solve`, or a short `redistill` from the closed-form solution).
 2. The surrogate is the chain's own rows side by side plus a fixed correction, so that it follows the chain
    as that is trained, and its gradients are gradients of the chain's weights, unit by unit.
@@ -12,36 +12,45 @@ An ordinary MLP (the original) is its own surrogate.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lockkit.attack.attacks.closed_form import CollapseConfig, StackSolve
 from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
-from lockkit.attack.base import CannotRun, GradientAttack
+from lockkit.attack.base import CannotRun, GradientAttack, Unlocked
 from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_loss
 from lockkit.attack.optimisers import make_optimiser
 from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
 from lockkit.dlr.view import side_by_side
-from lockkit.models.families import decoder_layers, mlp_weights
+from lockkit.models.families import Family, decoder_layers, mlp_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.attack.bench import Bench
 
 SAVERS = ("none", "checkpoint-layers", "offload", "compress")  # the others replace the chain's passes themselves
 PROBE_ROWS = 2
-REDISTILL_SHARE = 4  # a short re-distillation takes one part in so many of the audit's tokens
+REDISTILL_SHARE = 4  # a short re-distillation takes the audit's tokens divided by this
 
 
 class SurrogateConfig(FinetuneConfig):
+    """Settings of `surrogate-backward`."""
+
     surrogate: Literal["stack-solve", "redistill"] = Field("stack-solve", description="Where surrogates come from.")
 
 
 class SurrogateBackward(GradientAttack):
+    """BPDA on the chains of a lock."""
+
     name = "surrogate-backward"
-    description = "Forward through the lock, backward through an ordinary MLP that stands for each chain."
+    description = "Forward through the lock, backward through an ordinary MLP that approximates each chain."
     reference = "Athalye et al. 2018, arXiv 1802.00420 (BPDA)"
     family = "optimisation"
     lock_aware = True
@@ -49,9 +58,15 @@ class SurrogateBackward(GradientAttack):
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
+        """One source of surrogates each."""
         return [{"surrogate": "stack-solve"}, {"surrogate": "redistill"}]
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Give each chain of `model` a surrogate's backward pass; train all weights.
+
+        Raises:
+            CannotRun: the saver replaces the chains' passes too.
+        """
         config = self.config
         if config.saver not in SAVERS:
             raise CannotRun(f"the saver {config.saver} replaces what this attack replaces: one of {', '.join(SAVERS)}")
@@ -75,7 +90,7 @@ class SurrogateBackward(GradientAttack):
         return training
 
 
-def _unlocked(config: SurrogateConfig, model, bench):
+def _unlocked(config: SurrogateConfig, model: PreTrainedModel, bench: Bench) -> Unlocked:
     if config.surrogate == "stack-solve":
         return StackSolve(CollapseConfig(first_layer="stacked")).unlock(model, bench)
     tokens = max(1, bench.config.redistill_tokens // REDISTILL_SHARE)
@@ -86,7 +101,7 @@ def _unlocked(config: SurrogateConfig, model, bench):
 class Surrogate:
     """An ordinary MLP in the place of `mlp`, in the backward pass."""
 
-    def __init__(self, mlp: nn.Module, family):
+    def __init__(self, mlp: nn.Module, family: Family):
         self.mlp, self.family = mlp, family
         self.chain_forward = mlp.forward
         self.activation = mlp.activation if isinstance(mlp, DLRNet) else getattr(mlp, "act_fn", None)
@@ -99,7 +114,7 @@ class Surrogate:
 
     @torch.no_grad()
     def correct(self, solved: MLPWeights) -> None:
-        """Make the surrogate `solved`, now."""
+        """Choose the corrections so that the surrogate is `solved` now."""
         own = vars(self._own())
         self.corrections = {
             name: value.detach() - own[name] for name, value in vars(solved).items() if own[name] is not None
@@ -113,7 +128,7 @@ class Surrogate:
         return weights.output(x, self.activation)
 
     def install(self) -> None:
-        """From now on the module's backward pass is the surrogate's."""
+        """Replace the module's backward pass by the surrogate's."""
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             if not torch.is_grad_enabled():
@@ -127,14 +142,14 @@ class _BackwardThrough(torch.autograd.Function):
     """The chain's output; the surrogate's gradients."""
 
     @staticmethod
-    def forward(ctx, surrogate: Surrogate, x: torch.Tensor, *_weights: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, surrogate: Surrogate, x: torch.Tensor, *_weights: torch.Tensor) -> torch.Tensor:
         ctx.surrogate = surrogate
         ctx.save_for_backward(x)
         return surrogate.chain_forward(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         weights = list(ctx.surrogate.mlp.parameters())
         with torch.enable_grad():
@@ -144,8 +159,8 @@ class _BackwardThrough(torch.autograd.Function):
         return None, *found
 
 
-def _fidelity(model, surrogates: list[Surrogate], ids: torch.Tensor) -> dict:
-    """How far the surrogates' gradients are from the chains'; not charged, the attack does not need it.
+def _fidelity(model: PreTrainedModel, surrogates: list[Surrogate], ids: torch.Tensor) -> dict:
+    """How far the surrogates' gradients are from the chains'. Its cost is not charged: the attack does not need it.
 
     The Jacobian's NMSE compares products with random output directions, over layers and the tokens of
     `ids`, `[rows, block]`; the cosine is that of all weights' gradients of the language-modelling loss.

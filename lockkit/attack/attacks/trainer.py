@@ -1,6 +1,6 @@
 """The baseline once more, through Hugging Face's `Trainer`: a second, independent loop.
 
-Same rows in the same order, same optimiser, schedule and clipping; what differs is who drives them. A lock that
+Same rows in the same order, same optimiser, schedule and clipping; only the loop differs. A lock that
 resists one loop and not the other would show a mistake in ours.
 """
 
@@ -11,12 +11,14 @@ import math
 import tempfile
 import time
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 import torch
 
 from lockkit.attack.base import GradientAttack
 from lockkit.attack.cost import LiveTensors, ProcessMemory, SavedTensors, StepCost, flop_counter
 from lockkit.attack.finetune import (
+    BROKEN,
     Charges,
     FinetuneConfig,
     FinetuneResult,
@@ -32,20 +34,33 @@ from lockkit.attack.savers import saver
 from lockkit.attack.tasks import Task
 from lockkit.devices import synchronise
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from lockkit.attack.bench import Bench
+
 FLOPS_STEP, LIVE_STEP, SAVED_STEP = 1, 2, 3  # one counter each, as in cost.measure_step
 
 
 class TrainerFinetune(GradientAttack):
+    """The baseline's steps, driven by `transformers.Trainer`."""
+
     name = "trainer"
-    description = "All weights with AdamW through Hugging Face's Trainer: the baseline in another's loop."
+    description = "All weights with AdamW through Hugging Face's Trainer: the baseline in an independent training loop."
     reference = "transformers, Trainer"
     family = "baseline"
 
-    def prepare(self, model, bench) -> Training:
+    def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
+        """Train all weights of `model` with AdamW."""
         named, config = list(model.named_parameters()), self.config
         return Training(model, [p for _, p in named], make_optimiser("adamw", named, config.learning_rate))
 
-    def run(self, model, bench, task) -> FinetuneResult:
+    def run(self, model: PreTrainedModel, bench: Bench, task: Task) -> FinetuneResult:
+        """Fine-tune through the Trainer; costs are counted as in `finetune`.
+
+        Raises:
+            FloatingPointError: the model was broken before the first step.
+        """
         import transformers
 
         config, training = self.config, self.prepare(model, bench)
@@ -55,6 +70,8 @@ class TrainerFinetune(GradientAttack):
             for ids, labels in zip(*batch, strict=True)
         ]
         watch = _watch(training, task, config, bench.device)
+        if watch.diverged:
+            raise FloatingPointError(BROKEN)
         with tempfile.TemporaryDirectory() as folder, saver(config.saver, model), ProcessMemory(bench.device) as memory:
             arguments = transformers.TrainingArguments(
                 output_dir=folder,
@@ -87,11 +104,11 @@ class TrainerFinetune(GradientAttack):
         return FinetuneResult(curve, charges.total(watch.steps, memory), watch.diverged)
 
 
-def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch.device):
-    """A callback that counts, times and measures as the other loop does."""
-    from transformers import TrainerCallback
+def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch.device) -> TrainerCallback:
+    """A callback that counts, times and measures as `finetune` does."""
+    import transformers
 
-    class Watch(TrainerCallback):
+    class Watch(transformers.TrainerCallback):
         def __init__(self):
             self.steps, self.timed, self.seconds, self.diverged = 0, 0, 0.0, False
             self.measured: list[tuple[int, float]] = []
@@ -104,7 +121,10 @@ def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch
             if not self.diverged:
                 self.measured.append((self.steps, loss))
 
-        def on_step_begin(self, args, state, control, **_):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
+            """Start the counter of this step, and the clock."""
             makers = {
                 FLOPS_STEP: flop_counter,
                 LIVE_STEP: lambda: LiveTensors(device, tensors_of(training)),
@@ -114,7 +134,10 @@ def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch
             self.counter.__enter__()
             self.started = time.perf_counter()
 
-        def on_step_end(self, args, state, control, **_):
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
+            """Read the counter or the clock; measure the held-out loss where a point of the curve is due."""
             synchronise(device)
             seconds = time.perf_counter() - self.started
             self.counter.__exit__(None, None, None)
@@ -132,6 +155,7 @@ def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch
                 control.should_training_stop = self.diverged
 
         def charges(self, tokens_a_step: int) -> Charges:
+            """What the steps cost, `tokens_a_step` tokens each."""
             counted = {0: StepCost(**self.figures)} if len(self.figures) == len(fields(StepCost)) else {}
             return Charges(training, counted, tokens_a_step, self.seconds / max(1, self.timed))
 
