@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from lockkit.attack.attacks.closed_form import CollapseConfig, LinearisedStack, PartialCollapse, StackSolve
 from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.attacks.trainer import TrainerFinetune
-from lockkit.attack.base import registry
 from lockkit.attack.bench import Bench
 from lockkit.attack.closed_form import Ridge
 from lockkit.attack.config import audit_config
 from lockkit.attack.finetune import FinetuneConfig, batches, finetune, logits_of, task_loss
+from lockkit.attack.registry import registry
 from lockkit.attack.savers import SAVERS, saver
 from lockkit.attack.tasks import BUILT_IN, IGNORED, chat_examples, load_task
 from lockkit.attack.unlocking import original_as_chain

@@ -19,11 +19,12 @@ from lockkit.attack.attacks.reparametrise import Reparametrise, balance
 from lockkit.attack.attacks.shorten import MergeBlocks, MergeConfig, PruneConfig, PruneSVD
 from lockkit.attack.attacks.small_state import Lomo
 from lockkit.attack.attacks.surrogate import SurrogateBackward
-from lockkit.attack.base import GradientAttack, registry
+from lockkit.attack.base import GradientAttack
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost, StepCost
 from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune, logits_of, task_loss
+from lockkit.attack.registry import registry
 from lockkit.attack.run import run_audit
 from lockkit.attack.shorten import merge, padded, prune
 from lockkit.attack.tasks import load_task

@@ -18,13 +18,14 @@ import safetensors.torch
 from test_attack import SMALL
 
 from lockkit.attack.attacks.full_ft import FullFinetune
-from lockkit.attack.base import NoSettings, UnlockAttack, Unlocked, attack_class, registry
+from lockkit.attack.base import NoSettings, UnlockAttack, Unlocked
 from lockkit.attack.bench import Bench
 from lockkit.attack.closed_form import as_they_stand
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneConfig
 from lockkit.attack.rebuild import ordinary_model
+from lockkit.attack.registry import attack_class, registry
 from lockkit.attack.run import run_audit
 from lockkit.attack.selection import groups, takes_baseline_steps, unlocks_and_finetunes
 from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, run_name, valid_runs

@@ -1,7 +1,7 @@
-"""What an attack is, and the registry of all of them.
+"""The three kinds of attacks.
 
-An attack is a class in a module of `lockkit/attack/attacks/`: that file is all it takes to add
-one. The registry imports every module of that package and collects the classes.
+An attack is a class in a module of `lockkit/attack/attacks/`: that file is all it takes to add one (registry.py
+finds it).
 
 - A *gradient attack* says how to train: it turns a model into a `Training` (finetune.py). The
   runner fine-tunes the original with it first (positive control), then the lock.
@@ -13,9 +13,6 @@ one. The registry imports every module of that package and collects the classes.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +21,6 @@ import torch
 from pydantic import BaseModel
 
 from lockkit.attack.finetune import FinetuneConfig, FinetuneResult, Training, finetune
-from lockkit.errors import UsageError
 
 if TYPE_CHECKING:
     import optuna
@@ -170,30 +166,3 @@ class Probe(Attack):
 
 class NoSettings(BaseModel):
     """For attacks without any."""
-
-
-@functools.cache
-def registry() -> dict[str, type[Attack]]:
-    """All attacks by name, in the order of their modules and of the classes in them."""
-    from lockkit.attack import attacks
-
-    found: dict[str, type[Attack]] = {}
-    for module in sorted(info.name for info in pkgutil.iter_modules(attacks.__path__)):
-        for value in vars(importlib.import_module(f"{attacks.__name__}.{module}")).values():
-            own = isinstance(value, type) and issubclass(value, Attack) and value.__module__.endswith(f".{module}")
-            if own and "name" in vars(value):
-                if value.name in found:
-                    raise RuntimeError(f"two attacks are called {value.name}")
-                found[value.name] = value
-    return found
-
-
-def attack_class(name: str) -> type[Attack]:
-    """The attack called `name`.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in registry():
-        raise UsageError(f"there is no attack '{name}': change --attack, or see `lockkit attack --list`")
-    return registry()[name]

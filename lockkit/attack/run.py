@@ -23,11 +23,12 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from lockkit.attack.base import Attack, GradientAttack, Probe, UnlockAttack, attack_class, registry
+from lockkit.attack.base import Attack, GradientAttack, Probe, UnlockAttack
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneResult
+from lockkit.attack.registry import attack_class, registry
 from lockkit.attack.rows import ROWS, RowStore, check_controls, depends_on, finite, head_of
 from lockkit.attack.selection import (
     BASELINE,

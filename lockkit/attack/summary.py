@@ -15,7 +15,7 @@ import datetime
 import statistics
 from typing import TYPE_CHECKING
 
-from lockkit.attack.base import registry
+from lockkit.attack.registry import registry
 from lockkit.attack.selection import BASELINE, SUBJECTS
 from lockkit.attack.target import (
     MEMORY,
@@ -172,7 +172,7 @@ def _task_figures(bench: Bench, rows: list[dict], task: str) -> dict:
 
 
 def _in_grid(row: dict, bench: Bench) -> bool:
-    from lockkit.attack.base import attack_class
+    from lockkit.attack.registry import attack_class
 
     return row["config"] in [config.model_dump() for config in attack_class(BASELINE).trials(bench.config)]
 

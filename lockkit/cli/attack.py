@@ -67,7 +67,7 @@ def attack(
 def _print_list() -> None:
     from rich.table import Table
 
-    from lockkit.attack.base import registry
+    from lockkit.attack.registry import registry
 
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
