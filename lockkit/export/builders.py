@@ -402,7 +402,7 @@ def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Suppress the builder's prints, progress bars and log messages inside the block.
+    """Suppress the builder's prints, progress bars and log messages inside the `with` block.
 
     Standard error stays open, since lockkit's own progress is shown there.
     """

@@ -44,7 +44,7 @@ class Team {
 #endif
   }
   const int wanted_;
-  alignas(64) std::atomic<int> state_{0};  // threads that joined, and the flag CLOSED
+  alignas(64) std::atomic<int> state_{0};     // number of threads that joined, plus the flag CLOSED
   alignas(64) std::atomic<int> arrivals_{0};  // at all barriers so far
 };
 

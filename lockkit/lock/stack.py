@@ -97,7 +97,7 @@ class ChainStack:
 
     @contextmanager
     def trained(self, index: int) -> Iterator[tuple[DecoderLayer, PackedMLP, RelativeAdam]]:
-        """A decoder layer that contains its chain, the chain, and its optimiser. Changes are kept after the block."""
+        """A decoder layer that contains its chain, the chain, and its optimiser. Changes are kept after the `with` block."""
         mlp, optimiser = self._take(index)
         with self.stream.layer(index) as layer, mlp_replaced(layer, mlp):
             yield layer, mlp, optimiser
@@ -112,7 +112,7 @@ class ChainStack:
             self.inputs[index] = hidden
 
     def take_input(self, index: int) -> torch.Tensor:
-        """The input that `keep_input` saved for a layer, `[rows, block, hidden]`. It can be taken once."""
+        """The input that `keep_input` saved for a layer, `[rows, block, hidden]`."""
         if self.folder:
             return load_file(self.folder / f"input-{index}", device=str(self.stream.device))["hidden"]
         return self.inputs.pop(index)

@@ -74,7 +74,7 @@ class LayerwiseCapture:
 
 @contextmanager
 def _input_of(mlp: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """A list that receives the inputs of `mlp` inside the block."""
+    """A list that receives the inputs of `mlp` inside the `with` block."""
     captured: list[torch.Tensor] = []
     hook = mlp.register_forward_pre_hook(lambda _module, args: captured.append(args[0]))
     try:

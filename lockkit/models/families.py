@@ -147,7 +147,7 @@ def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
 
 
 def decoder_layers(model: PreTrainedModel) -> DecoderLayers:
-    """The decoder layers of an original or a locked model, an `nn.ModuleList`. The MLP of each is its `mlp`."""
+    """The decoder layers of an original or a locked model, an `nn.ModuleList`. `layer.mlp` is the MLP or chain."""
     return model.model.layers
 
 

@@ -3,7 +3,7 @@
 1. The model is created with its weights on the `meta` device, where they take no memory. Its buffers (rotary
    frequencies, scales) are real.
 2. Weights outside the decoder layers (embeddings, last norm, head) are read once and stay in memory.
-3. `layer(i)` reads one decoder layer from the checkpoint and frees its memory at the end of the block.
+3. `layer(i)` reads one decoder layer from the checkpoint and frees its memory at the end of the `with` block.
 4. The computation before the first and after the last layer is the model's own forward pass, with the layers replaced
    by functions that do not compute anything.
 """
@@ -130,7 +130,7 @@ class LayeredModel:
 
     @contextmanager
     def _layers_replaced(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
-        """Replace the forward pass of every layer by `function(index, hidden, **arguments)` inside the block."""
+        """Replace the forward pass of every layer by `function(index, hidden, **arguments)` inside the `with` block."""
         for index, layer in enumerate(self.layers):
             layer.forward = functools.partial(function, index)
         try:
@@ -160,7 +160,7 @@ class StreamedModel(LayeredModel):
         super().__init__(empty_model(config, family).to(dtype).eval().requires_grad_(False), device)
         self.folder, self.family, self.dtype = folder, family, dtype
         self.checkpoint = Checkpoint(folder)
-        self.keep_layers = False  # whether `layer` leaves the weights in memory at the end of its block
+        self.keep_layers = False  # whether `layer` leaves the weights in memory at the end of its `with` block
         self._read_outside()
 
     def _read_outside(self) -> None:
@@ -199,7 +199,7 @@ class StreamedModel(LayeredModel):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[DecoderLayer]:
-        """One decoder layer with its weights, inside the block."""
+        """One decoder layer with its weights, inside the `with` block."""
         layer = self.read_layer(index)
         try:
             yield layer

@@ -151,7 +151,7 @@ def load_model(
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Turn off transformers' progress bars inside the block."""
+    """Turn off transformers' progress bars inside the `with` block."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
