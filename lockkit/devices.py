@@ -1,4 +1,4 @@
-"""Where things are computed, and how much memory there is and was used."""
+"""Devices: choice, synchronisation, free memory and peak memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from lockkit.workers import Workers
 
 
 def choose_device(device: str, workers: Workers | None = None) -> str:
-    """Resolve `auto` and refuse a device that is not there.
+    """The device to use: `cpu`, `mps`, `cuda` or `cuda:N`.
 
-    Each of several workers on one machine gets a GPU of its own, which becomes its current device.
+    Args:
+        device: one of these, or `auto` for the GPU if there is one.
+        workers: with several workers on one machine, each gets its own GPU, which becomes its current device.
 
     Raises:
-        UsageError: no such device.
+        UsageError: the device is not available.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,22 +38,24 @@ def choose_device(device: str, workers: Workers | None = None) -> str:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has finished its work, so that a clock measures it."""
+    """Wait until a GPU has finished its work, so that a clock measures it. No effect on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of a device, in bytes."""
+    """Free memory of a device, in bytes: the GPU's, else the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 class PeakMemory:
-    """Peak memory of this process on one device, in bytes, and what it held when the work began.
+    """Measures the peak memory of this process on one device, in bytes.
 
-    Both figures are of one kind: tensors allocated on that GPU, or resident memory of the process.
+    Attributes:
+        kind: what is measured: tensors allocated on that GPU, or the resident memory of the process.
+        idle_bytes: the peak when this object was created, before the work began.
     """
 
     def __init__(self, device: str | torch.device):
@@ -62,7 +66,7 @@ class PeakMemory:
         self.idle_bytes = self.peak_bytes()
 
     def peak_bytes(self) -> int:
-        """The most memory held so far."""
+        """The peak so far. On a GPU: since this object was created."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return peak_resident_bytes()

@@ -1,4 +1,4 @@
-"""What this machine has: versions, devices, and packages that shadow each other."""
+"""Versions, devices and conflicting packages on this machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from lockkit.files import schema_record
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-environment/1"
 
-# Wheels that install the same Python module: the last one installed wins, silently.
-SHADOWING = {
+# Packages that install the same Python module. Only the one installed last works, without any message.
+CONFLICTING = {
     "onnxruntime": [
         "onnxruntime",
         "onnxruntime-gpu",
@@ -31,7 +33,19 @@ SHADOWING = {
 
 @dataclass(frozen=True)
 class Environment:
-    """Everything a bug report needs; no paths, no user names."""
+    """The environment for a bug report. It contains no paths and no user names.
+
+    Attributes:
+        schema_version: name and version of this format; `schema` in JSON.
+        versions: of lockkit, Python and libraries, by name.
+        git_hash: the commit that lockkit runs from, see `lockkit.version.git_hash`.
+        system: operating system and processor architecture.
+        cpu_count: logical processors.
+        memory_bytes: total memory.
+        torch_devices: one line per device of PyTorch.
+        onnxruntime_providers: execution providers that start.
+        problems: one line per problem, with a remedy.
+    """
 
     schema_version: str
     versions: dict[str, str]
@@ -43,18 +57,18 @@ class Environment:
     onnxruntime_providers: list[str]
     problems: list[str]
 
-    def record(self) -> dict:
-        """The description as JSON's values."""
+    def record(self) -> dict[str, Any]:
+        """The environment as JSON values."""
         return schema_record(self)
 
 
 def describe_environment() -> Environment:
-    """Look at this machine and its packages."""
+    """The environment of this process."""
     import psutil
 
     devices, cuda_in_torch = _torch_devices()
     providers, provider_problems = _onnxruntime_providers(cuda_in_torch)
-    problems = [*_shadowed_wheels(), *provider_problems]
+    problems = [*_conflicting_packages(), *provider_problems]
     return Environment(
         schema_version=SCHEMA,
         versions=versions(),
@@ -69,12 +83,12 @@ def describe_environment() -> Environment:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has held so far; includes weights mapped from files, once read."""
+    """Peak resident memory of this process so far, in bytes. It includes pages of mapped files that were read."""
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux; getrusage there counts the process that started this one, too
+    if status.is_file():  # Linux, where getrusage may return the peak of the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
-    import resource  # Unix only
+    import resource  # exists on Unix only
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -93,9 +107,9 @@ def _torch_devices() -> tuple[list[str], bool]:
 
 
 def _onnxruntime_providers(gpu_present: bool) -> tuple[list[str], list[str]]:
-    """Whether CPU and CUDA providers can really be used, and what is wrong if not.
+    """The execution providers that start, and one line per problem.
 
-    A wheel lists the providers it was built with; only a session shows which ones start.
+    onnxruntime lists the providers it was built with. Only a session shows whether one starts.
     """
     try:
         import onnxruntime
@@ -114,8 +128,8 @@ def _onnxruntime_providers(gpu_present: bool) -> tuple[list[str], list[str]]:
     return found, problems
 
 
-def _cuda_starts(onnxruntime) -> bool:
-    """Start a session of one node on the GPU; onnxruntime's own messages are kept quiet."""
+def _cuda_starts(onnxruntime: ModuleType) -> bool:
+    """Whether a session with one node starts on the GPU. onnxruntime's messages are suppressed."""
     from onnx import TensorProto, helper
 
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -125,20 +139,21 @@ def _cuda_starts(onnxruntime) -> bool:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CUDAExecutionProvider"])
-    except Exception:  # a missing library, driver or device each fail in a way of their own
+    except Exception:  # missing libraries, drivers and devices raise different errors
         return False
     finally:
         onnxruntime.set_default_logger_severity(2)
     return "CUDAExecutionProvider" in session.get_providers()
 
 
-def _shadowed_wheels() -> list[str]:
+def _conflicting_packages() -> list[str]:
+    """One line per module that several installed packages provide."""
     problems = []
-    for module, wheels in SHADOWING.items():
+    for module, packages in CONFLICTING.items():
         installed = []
-        for wheel in wheels:
+        for package in packages:
             try:
-                installed.append(f"{wheel} {importlib.metadata.version(wheel)}")
+                installed.append(f"{package} {importlib.metadata.version(package)}")
             except importlib.metadata.PackageNotFoundError:
                 continue
         if len(installed) > 1:

@@ -1,4 +1,4 @@
-"""The version of lockkit, and of what a result was made with."""
+"""The versions of lockkit and of the libraries that determine a result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REPORTED = [
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of lockkit, Python and the libraries that shape a result."""
+    """Versions of lockkit, Python and the installed libraries that determine a result, by name."""
     found = {"lockkit": __version__, "python": platform.python_version()}
     for name in _REPORTED:
         try:
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_hash() -> str | None:
-    """The commit lockkit runs from, `-dirty` if changed; None outside a checkout of lockkit."""
+    """The commit that lockkit runs from, with `-dirty` if files are changed. None outside a git checkout of lockkit."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,8 +1,8 @@
-"""Several processes that make one lock: `torchrun --nproc-per-node N -m lockkit lock ...`.
+"""Several processes that compute one lock: `torchrun --nproc-per-node N -m lockkit lock ...`.
 
-Phase 1 shares out the rows of a forward pass and the layers to train, and needs no gradient
-traffic; phase 2 shares out the rows of each batch and adds up gradients. Without torchrun
-there is one worker, and everything here returns at once.
+Phase 1 divides the rows of each forward pass and the layers to train among the workers. It does not exchange
+gradients. Phase 2 divides the rows of each batch and sums the gradients. Without torchrun there is one worker, and all
+functions here return at once.
 """
 
 from __future__ import annotations
@@ -11,72 +11,93 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lockkit.errors import DistillationError, LockkitError
 
-# Workers wait for each other while one trains its last layers; who dies is noticed at once.
-LONGEST_WAIT = datetime.timedelta(hours=24)
+# Workers wait while another one trains its last layers. A worker that dies is detected at once, not by this timeout.
+TIMEOUT = datetime.timedelta(hours=24)
 _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 class Workers:
-    """This process among the workers of one lock; the only one by default."""
+    """One of the workers of a lock: this process.
+
+    Args:
+        count: number of workers.
+        rank: this worker's number among all, from 0.
+        local_rank: its number among the workers on this machine.
+    """
 
     def __init__(self, count: int = 1, rank: int = 0, local_rank: int = 0):
         self.count, self.rank, self.local_rank = count, rank, local_rank
 
     @classmethod
     def from_environment(cls) -> Workers:
-        """The workers that torchrun started."""
+        """The workers that torchrun started; a single worker without torchrun."""
         count, rank, local_rank = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
         return cls(count, rank, local_rank) if "RANK" in os.environ else cls()
 
     @property
     def first(self) -> bool:
+        """Whether this is the worker of rank 0."""
         return self.rank == 0
 
     def join(self, device: str) -> None:
-        """Meet the others; gloo on the CPU, NCCL between GPUs."""
+        """Connect to the other workers, with gloo between CPUs and NCCL between GPUs."""
         if self.count > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=LONGEST_WAIT)
+            dist.init_process_group(backend, timeout=TIMEOUT)
 
     def leave(self) -> None:
+        """Disconnect from the other workers."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     def gather(self, text: str) -> list[str]:
-        """Every worker's `text`, in the order of ranks."""
+        """The `text` of every worker, in order of rank.
+
+        Raises:
+            DistillationError: another worker stopped.
+        """
         if self.count == 1:
             return [text]
         texts: list[str] = [""] * self.count
-        with _lost_workers_named():
+        with _report_lost_workers():
             dist.all_gather_object(texts, text)
         return texts
 
     def wait(self) -> None:
-        """Return when all have come here."""
+        """Wait until all workers have called this (a barrier).
+
+        Raises:
+            DistillationError: another worker stopped.
+        """
         self.gather("")
 
     def sum_(self, tensors: list[torch.Tensor]) -> None:
-        """Add up tensors over all workers, in place; every worker gets the same bits."""
+        """Sum tensors over all workers, in place. All workers get bit-identical results.
+
+        Raises:
+            DistillationError: another worker stopped.
+        """
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with _lost_workers_named():
+        with _report_lost_workers():
             dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A stage all workers go through; what fails on one fails on all, with that one's words.
+        """A stage that all workers run. If it fails on one worker, it fails on all, with the message of that one.
 
         Raises:
-            LockkitError: the stage's own, or the first other worker's that failed.
+            LockkitError: raised in the stage by this worker, or by the first other worker that failed.
         """
         failure: LockkitError | None = None
         try:
@@ -90,11 +111,11 @@ class Workers:
             if message:
                 raise LockkitError(f"worker {rank}: {message}")
 
-    def require_same(self, what: dict) -> None:
-        """Refuse to go on unless every worker has the same `what` (versions, recipe, data).
+    def require_same(self, what: dict[str, Any]) -> None:
+        """Check that `what` (versions, recipe, data) is the same on all workers.
 
         Raises:
-            LockkitError: naming a field that differs, and both values.
+            LockkitError: a field differs. The message names it and both values.
         """
         import json
 
@@ -111,10 +132,11 @@ class Workers:
 
 
 @contextmanager
-def _lost_workers_named() -> Iterator[None]:
+def _report_lost_workers() -> Iterator[None]:
+    """Turn the errors of torch.distributed into a `DistillationError`."""
     try:
         yield
-    except RuntimeError as error:  # gloo's and NCCL's: connection closed by peer, ...
+    except RuntimeError as error:  # of gloo and NCCL: connection closed by peer, ...
         raise DistillationError(
-            "another worker stopped: see its own message; finished layers are kept, run the same command again"
+            "another worker stopped: see its own message; finished layers are kept, run the same command again to resume"
         ) from error

@@ -1,4 +1,4 @@
-"""The DLR-Net against an independent NumPy version, and its costs against what autograd does."""
+"""The DLR-Net against an independent NumPy implementation, and its predicted costs against autograd."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_ranks_divide_the_width_exactly_and_evenly(width, depth):
 
 
 def numpy_chain(chain: DLRNet, x: np.ndarray) -> np.ndarray:
-    """The chain's equations, written again: lock.md's notation, one block after the other."""
+    """The chain's equations, in the notation of lockkit/dlr/net.py, one block after the other."""
 
     def weight(module):
         return module.weight.detach().double().numpy()
@@ -90,7 +90,7 @@ CHAINS = given(
 
 @settings(max_examples=25, deadline=None)
 @CHAINS
-def test_a_walk_shows_every_step_of_the_chain(hidden, width, depth, gated, bias):
+def test_a_walk_yields_every_step_of_the_chain(hidden, width, depth, gated, bias):
     chain = any_chain(hidden, width, min(width, depth), gated, bias)
     x = torch.randn(3, hidden)
     steps = list(walk(chain, x))
@@ -106,7 +106,7 @@ def test_a_walk_shows_every_step_of_the_chain(hidden, width, depth, gated, bias)
 
 @settings(max_examples=25, deadline=None)
 @CHAINS
-def test_running_the_blocks_in_parts_is_running_the_chain(hidden, width, depth, gated, bias):
+def test_blocks_run_in_two_parts_give_the_same_stream(hidden, width, depth, gated, bias):
     chain = any_chain(hidden, width, min(width, depth), gated, bias)
     x, middle = torch.randn(3, hidden), len(chain.blocks) // 2
     stream = chain.run_blocks(x, last=middle) if middle else None
@@ -116,7 +116,7 @@ def test_running_the_blocks_in_parts_is_running_the_chain(hidden, width, depth, 
 
 @settings(max_examples=25, deadline=None)
 @CHAINS
-def test_weights_side_by_side_are_the_uncoupled_chain_and_find_their_way_back(hidden, width, depth, gated, bias):
+def test_weights_side_by_side_are_the_uncoupled_chain_and_can_be_loaded_back(hidden, width, depth, gated, bias):
     chain = any_chain(hidden, width, min(width, depth), gated, bias)
     weights, x = side_by_side(chain), torch.randn(3, hidden)
     assert weights.shape == MLPShape(hidden, width, gated, bias, bias)
@@ -129,7 +129,7 @@ def test_weights_side_by_side_are_the_uncoupled_chain_and_find_their_way_back(hi
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
 
 
-def test_selected_units_are_those_of_the_mlp():
+def test_selecting_all_units_in_another_order_keeps_the_output():
     weights = side_by_side(any_chain(5, 9, 2, gated=True, bias=True))
     x, order = torch.randn(4, 5), torch.randperm(9)
     chosen = weights.select(order)
@@ -137,7 +137,7 @@ def test_selected_units_are_those_of_the_mlp():
     torch.testing.assert_close(chosen.output(x, torch.tanh), weights.output(x, torch.tanh))
 
 
-def test_a_chain_config_survives_json():
+def test_a_chain_config_is_the_same_after_json():
     config = ChainConfig(4, (0.5, 1.0), "silu", gated=False, bias=True)
     assert ChainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -151,7 +151,7 @@ def test_a_chain_config_survives_json():
         ({}, "activation"),
     ],
 )
-def test_a_broken_chain_config_is_refused_by_name(change, message):
+def test_an_invalid_chain_config_is_refused_with_its_entry(change, message):
     values = ChainConfig(4, (0.5,), "silu").to_dict() | change
     if not change:
         del values["activation"]
@@ -161,7 +161,7 @@ def test_a_broken_chain_config_is_refused_by_name(change, message):
 
 @pytest.mark.parametrize("shape", [MLPShape(16, 24), MLPShape(16, 24, gated=False, bias=True, output_bias=True)])
 @pytest.mark.parametrize("depth", [1, 5, 24])
-def test_parameters_equal_the_mlps_at_any_depth(shape, depth):
+def test_the_parameter_count_is_the_mlps_at_any_depth(shape, depth):
     chain = DLRNet(
         shape.hidden_size,
         block_ranks(shape.intermediate_size, depth),
@@ -175,7 +175,7 @@ def test_parameters_equal_the_mlps_at_any_depth(shape, depth):
 
 
 def saved_values(module: nn.Module, x: torch.Tensor) -> int:
-    """Values that autograd really keeps for the backward pass, weights left out."""
+    """Number of values that autograd saves for the backward pass, weights excluded."""
     weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -191,14 +191,14 @@ def saved_values(module: nn.Module, x: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("depth", [2, 8, 16])
-def test_saved_activations_are_those_of_autograd(depth):
+def test_predicted_saved_values_of_a_chain_are_those_of_autograd(depth):
     hidden, width, tokens = 32, 48, 10
     chain = DLRNet(hidden, block_ranks(width, depth), nn.SiLU())
     measured = saved_values(chain, torch.randn(tokens, hidden)) / tokens
     assert measured == pytest.approx(dlr_saved_values(MLPShape(hidden, width), depth), rel=0.01)
 
 
-def test_saved_activations_of_an_mlp_are_those_of_autograd(originals):
+def test_predicted_saved_values_of_an_mlp_are_those_of_autograd(originals):
     from lockkit.models.families import decoder_layers
     from lockkit.models.load import load_model
 

@@ -1,22 +1,25 @@
-"""The fused operator on int8 and int4: against onnxruntime's body of it, and against NumPy.
+"""The fused operator on int8 and int4 weights, against onnxruntime's own operators and against NumPy.
 
-One chain alone, made by hand as the builder makes it. Three answers are compared:
+Each test builds the graph of one chain by hand, as the graph builder does. Three results are compared:
 
-* `exact`: NumPy in float64 with the weights as they are after quantisation, activations unrounded;
-* `body`: the function's body, onnxruntime's MatMulNBits at accuracy level 4, which rounds activations to 8 bits;
+* `exact`: NumPy in float64, with the quantised weights and unrounded activations;
+* `body`: the function's body. onnxruntime's MatMulNBits at accuracy level 4 rounds activations to 8 bits;
 * `fused`: the operator, which rounds them the same way.
 
-In one block, the input is the same to the bit, hence so is its rounding; what remains are fp32 sums in another order
-(2e-6 of the largest output), and seldom a unit that such a difference carries over the middle between two of its
-steps, which changes its token's outputs: at most one token in 20 here, or one. Across blocks those few differences decide further
-roundings, until the two answers are as far apart as two that round independently, sqrt(2) times as far as each is from
-`exact`; 1.5 leaves room for chance, and the operator's own error may be a tenth more than the body's.
+One block: body and operator read the same input and round it to the same values. The order of the fp32 sums differs,
+which changes outputs by 2e-6 of the largest. Rarely, such a difference moves a unit across a rounding boundary, which
+changes the outputs of its token by more. The tests allow this for one token in 20, or for one token.
+
+Several blocks: such differences grow from block to block, until the two results differ as if they were rounded
+independently. Their distance is then sqrt(2) times the distance of each from `exact`. The tests allow 1.5 times, and an
+error of the operator 10 % above that of the body.
 """
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +45,7 @@ DTYPE = np.float64
 
 
 class HandMade:
-    """A chain of `depth` blocks of rank `rank` or one less, with its graph and its exact answer."""
+    """A chain of `depth` blocks of rank `rank` or `rank - 1`: its graph and its exact result."""
 
     def __init__(self, bits, size, hidden, rank, depth=1, gated=True, bias=False, gain=0.7):
         self.bits, self.size, self.hidden, self.gated, self.gain = bits, size, hidden, gated, gain
@@ -131,7 +134,7 @@ def rms(x):
     return float(np.sqrt(np.square(x).mean()))
 
 
-def assert_as_good(chain, library, rows, strict):
+def assert_as_exact_as_the_body(chain, library, rows, strict):
     x = chain.random.normal(size=(rows, chain.hidden)).astype(np.float32)
     exact, body, fused = chain.exact(x), chain.run(x), chain.run(x, library)
     assert fused.shape == exact.shape and np.isfinite(fused).all()
@@ -139,9 +142,9 @@ def assert_as_good(chain, library, rows, strict):
     print(f"body from exact {noise / rms(exact):.1e}, fused from exact {rms(fused - exact) / rms(exact):.1e}")
     print(f"fused from body {difference / rms(exact):.1e}")
     if strict:
-        rounded_otherwise = np.abs(fused - body).max(1) > 2e-6 * np.abs(exact).max()
-        assert rounded_otherwise.sum() <= max(1, rows // 20)
-    # An onnxruntime whose body does not round is closer to exact, so rounding's own size bounds the error from below.
+        rounded_differently = np.abs(fused - body).max(1) > 2e-6 * np.abs(exact).max()
+        assert rounded_differently.sum() <= max(1, rows // 20)
+    # If this onnxruntime does not round activations, its body is closer to exact: use the size of the rounding error.
     noise = max(noise, rms(exact) / 127 / 12**0.5)
     assert rms(fused - exact) < 1.1 * noise and difference < 1.5 * noise
 
@@ -153,21 +156,21 @@ def assert_as_good(chain, library, rows, strict):
 def test_one_block_rounds_as_onnxruntime_does(bits, size, hidden, rank, gated, bias, kernel):  # noqa: F811
     chain = HandMade(bits, size, hidden, rank, gated=gated, bias=bias)
     for rows in (1, 5, 70):
-        assert_as_good(chain, kernel, rows, strict=True)
+        assert_as_exact_as_the_body(chain, kernel, rows, strict=True)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_deep_chain_is_as_close_to_the_truth_as_its_body(bits, kernel):  # noqa: F811
+def test_a_deep_chain_is_as_exact_as_its_body(bits, kernel):  # noqa: F811
     chain = HandMade(bits, 32, 256, 24, depth=16)
     for rows in (1, 8, 300):
-        assert_as_good(chain, kernel, rows, strict=False)
+        assert_as_exact_as_the_body(chain, kernel, rows, strict=False)
 
 
 @pytest.mark.parametrize("target", ["haswell", "x86-64", "skylake-avx512"])
-def test_processors_without_byte_products(target, tmp_path):
-    """Other instructions, the same integers. `x86-64` is the form for any processor."""
-    information = Path("/proc/cpuinfo")
-    flags = information.read_text() if information.is_file() else ""
+def test_processors_without_byte_dot_products(target, tmp_path):
+    """Other instructions compute the same integers. `x86-64` uses the portable code."""
+    cpu_info = Path("/proc/cpuinfo")
+    flags = cpu_info.read_text() if cpu_info.is_file() else ""
     needed = {"haswell": "avx2", "x86-64": "sse2", "skylake-avx512": "avx512vl"}[target]
     if f" {needed} " not in flags:
         pytest.skip(f"needs a processor with {needed}")
@@ -176,11 +179,11 @@ def test_processors_without_byte_products(target, tmp_path):
     subprocess.run(["c++", *flags, SOURCE, "-o", library], check=True)
     for bits in (8, 4):
         for rows in (1, 37):
-            assert_as_good(HandMade(bits, 32, 200, 17, bias=True), library, rows, strict=True)
+            assert_as_exact_as_the_body(HandMade(bits, 32, 200, 17, bias=True), library, rows, strict=True)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_whole_export(precision, kernel, models, tmp_path, monkeypatch):  # noqa: F811
+def test_a_whole_export_gives_nearly_the_same_logits(precision, kernel, models, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(kernel.parents[1]))
     export_model(str(models("qwen3", True)), tmp_path / "onnx", ExportConfig(precision=precision))
     assert install_kernel(tmp_path / "onnx").is_file()
@@ -190,7 +193,7 @@ def test_a_whole_export(precision, kernel, models, tmp_path, monkeypatch):  # no
     assert rms(fused.forward(ids)[0] - plain.forward(ids)[0]) < 0.05 * rms(plain.forward(ids)[0])
 
 
-def test_calls_from_before_the_kernel_knew_them_are_refused(kernel, models, tmp_path, monkeypatch, caplog):  # noqa: F811
+def test_exports_of_earlier_versions_are_refused(kernel, models, tmp_path, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(kernel.parents[1]))
     folder = tmp_path / "onnx"
     export_model(str(models("qwen3", True)), folder, ExportConfig(precision="int4"))
@@ -214,7 +217,7 @@ def test_calls_from_before_the_kernel_knew_them_are_refused(kernel, models, tmp_
     assert caplog.messages[0].endswith("(its chains are not in the form that this version knows): export again")
 
 
-def test_a_chain_quantised_in_parts_runs_as_its_body(kernel):  # noqa: F811
+def test_a_chain_with_mixed_quantisation_is_not_given_to_the_kernel(kernel):  # noqa: F811
     chain = HandMade(8, 32, 64, 16)
     call = next(node for node in chain.model.graph.node if node.domain == "lockkit")
     assert call.op_type == "DLRChainNBits"
@@ -231,29 +234,27 @@ def test_a_chain_quantised_in_parts_runs_as_its_body(kernel):  # noqa: F811
 
 
 def test_weights_are_not_held_twice(kernel, exports):  # noqa: F811
-    """The pages of the export's file that the chains were read from are given back."""
-    import sys
-
+    """The process releases the pages of the export's file that the chains were read from."""
     script = """
 import sys
 from lockkit.export import ExportSession
 session = ExportSession(sys.argv[1], check=False, kernel=sys.argv[2])
-held = 0
+resident_kb = 0
 for line in open("/proc/self/smaps"):
     if "-" in line.split(" ")[0]:
         mine = "model.onnx_data" in line
     elif mine and line.startswith("Rss:"):
-        held += int(line.split()[1])
-print(held)
+        resident_kb += int(line.split()[1])
+print(resident_kb)
 """
     folder = exports("qwen3", True)
     command = [sys.executable, "-c", script, folder, kernel]
-    held = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    if held:
+    resident_kb = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    if resident_kb:
         model = onnx.load(folder / "model.onnx", load_external_data=False)
         sizes = {tensor.name: np.prod(tensor.dims) * 4 for tensor in model.graph.initializer}
         calls = [node for node in model.graph.node if node.op_type == "DLRChain"]
         chains = sum(sizes.get(name, 0) for call in calls for name in call.input)
-        assert held * 1024 < sum(sizes.values()) - chains + 2**16
+        assert resident_kb * 1024 < sum(sizes.values()) - chains + 2**16
     with pytest.raises(UsageError):
         ExportSession(folder / "nothing", kernel=kernel)

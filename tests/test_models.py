@@ -1,4 +1,4 @@
-"""Families, loading and the locked checkpoint as an ordinary Hugging Face folder."""
+"""Families, loading, and the locked checkpoint as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 def remote_model(folder, **options):
-    """Load as a stranger would: by transformers alone, with the folder's own code."""
+    """Load with transformers alone, using the code in the folder."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
 @pytest.mark.parametrize("kept_in", ["memory", "files"])
 @EVERY_FAMILY
-def test_one_layer_at_a_time_computes_what_the_whole_model_does(model_type, kept_in, originals, tmp_path, monkeypatch):
+def test_one_layer_at_a_time_gives_the_mlp_inputs_and_logits_of_the_whole_model(
+    model_type, kept_in, originals, tmp_path, monkeypatch
+):
     model, family = load_model(originals(model_type), torch.float32)
     rows = torch.randint(0, VOCAB, (7, 24), generator=torch.Generator().manual_seed(1))
     expected = [[] for _ in decoder_layers(model)]
@@ -62,7 +64,7 @@ def test_one_layer_at_a_time_computes_what_the_whole_model_does(model_type, kept
 
 
 @EVERY_FAMILY
-def test_locked_folder_loads_without_lockkits_classes_and_agrees(model_type, locks):
+def test_a_locked_folder_loads_without_lockkits_classes_and_gives_the_same_logits(model_type, locks):
     ours, _ = load_model(locks(model_type))
     theirs = remote_model(locks(model_type))
     assert "lockkit" not in type(theirs).__module__.split(".")[0]
@@ -72,7 +74,7 @@ def test_locked_folder_loads_without_lockkits_classes_and_agrees(model_type, loc
 
 
 @EVERY_FAMILY
-def test_locked_model_has_the_originals_parameters_and_none_of_its_mlp_rows(model_type, locks, originals):
+def test_a_locked_model_has_the_originals_parameter_count_and_none_of_its_mlp_rows(model_type, locks, originals):
     original, family = load_model(originals(model_type))
     locked, _ = load_model(locks(model_type))
     assert sum(p.numel() for p in locked.parameters()) == sum(p.numel() for p in original.parameters())
@@ -88,7 +90,7 @@ def test_locked_model_has_the_originals_parameters_and_none_of_its_mlp_rows(mode
 
 
 @EVERY_FAMILY
-def test_everything_but_the_mlps_is_the_originals(model_type, locks, originals):
+def test_all_weights_except_the_mlps_are_the_originals(model_type, locks, originals):
     original = load_model(originals(model_type))[0].state_dict()
     locked = load_model(locks(model_type))[0].state_dict()
     kept = [name for name in original if ".mlp." not in name]
@@ -97,7 +99,7 @@ def test_everything_but_the_mlps_is_the_originals(model_type, locks, originals):
 
 
 @EVERY_FAMILY
-def test_locked_model_generates_the_same_with_and_without_cache(model_type, locks):
+def test_a_locked_model_generates_the_same_with_and_without_cache(model_type, locks):
     model = remote_model(locks(model_type))
     prompt = torch.randint(1, VOCAB, (1, 20), generator=torch.Generator().manual_seed(3))
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
@@ -108,7 +110,7 @@ def test_locked_model_generates_the_same_with_and_without_cache(model_type, lock
 
 
 @EVERY_FAMILY
-def test_base_config_is_recovered(model_type, locks):
+def test_the_originals_config_is_recovered(model_type, locks):
     locked = load_config(locks(model_type))
     recovered = base_config(locked, family_of(locked)).to_dict()
     original = tiny_config(model_type).to_dict()
@@ -133,7 +135,7 @@ ROPE_VARIANTS = {
 
 
 @pytest.mark.parametrize("rope", ROPE_VARIANTS)
-def test_rope_survives_the_names_written_for_older_versions(rope, tmp_path):
+def test_rope_settings_are_kept_and_written_under_the_names_of_older_versions(rope, tmp_path):
     save_tiny("llama", tmp_path / "original", rope_parameters=ROPE_VARIANTS[rope])
     lock_model(str(tmp_path / "original"), tmp_path / "locked", LockConfig(**QUICK))
     original = load_config(tmp_path / "original").rope_parameters
@@ -143,7 +145,7 @@ def test_rope_survives_the_names_written_for_older_versions(rope, tmp_path):
     assert raw["rope_theta"] == 500.0 and raw.get("rope_scaling", {"type": "default"})["type"] == rope
 
 
-def test_locked_model_is_saved_and_loaded_again_by_transformers_alone(locks, tmp_path):
+def test_transformers_alone_saves_and_loads_a_locked_model(locks, tmp_path):
     model = remote_model(locks("qwen3"))
     model.save_pretrained(tmp_path / "again")
     again = remote_model(tmp_path / "again")
@@ -151,7 +153,7 @@ def test_locked_model_is_saved_and_loaded_again_by_transformers_alone(locks, tmp
     assert torch.equal(model(ids).logits, again(ids).logits)
 
 
-def test_locked_model_changes_dtype(locks):
+def test_a_locked_model_can_be_converted_to_another_dtype(locks):
     half = remote_model(locks("llama"), dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half(torch.arange(1, 9).unsqueeze(0)).logits.dtype == torch.bfloat16
@@ -159,7 +161,7 @@ def test_locked_model_changes_dtype(locks):
 
 
 @pytest.mark.gpu
-def test_locked_model_moves_to_a_gpu(locks):
+def test_a_locked_model_gives_the_same_logits_on_a_gpu(locks):
     model = remote_model(locks("llama"), dtype=torch.float32)
     ids = torch.arange(1, 9).unsqueeze(0)
     here = model(ids).logits
@@ -183,7 +185,7 @@ def test_adapters_train_on_a_locked_model(model_type, locks):
     assert model(ids, labels=ids).loss < before
 
 
-def test_folder_works_in_a_process_that_has_no_lockkit(locks):
+def test_a_locked_folder_works_in_a_process_without_lockkit(locks):
     code = (
         "import sys; sys.modules['lockkit'] = None\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -197,7 +199,7 @@ def test_folder_works_in_a_process_that_has_no_lockkit(locks):
     assert done.stdout.strip() == "3"
 
 
-def test_record_names_recipe_data_and_layers_but_no_path(locks, originals):
+def test_the_record_has_recipe_data_and_layers_but_no_path(locks, originals):
     text = (locks("llama") / LOCK_RECORD).read_text()
     record = json.loads(text)
     assert record["schema"] == "lockkit-lock/2"
@@ -208,11 +210,11 @@ def test_record_names_recipe_data_and_layers_but_no_path(locks, originals):
     assert str(originals("llama").parent) not in text
 
 
-def test_tokenizer_travels_byte_for_byte(locks):
+def test_the_tokenizer_is_copied_byte_for_byte(locks):
     assert (locks("qwen3") / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
 
 
-# --- what cannot be locked, and what cannot be loaded
+# --- models that cannot be locked or loaded
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_tokenizer_travels_byte_for_byte(locks):
         (tiny_config("llama", quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
     ],
 )
-def test_what_cannot_be_locked_is_named(config, message):
+def test_an_unsupported_model_is_refused_with_its_kind(config, message):
     with pytest.raises(UnsupportedModelError, match=message):
         family_of(config)
 
@@ -238,7 +240,7 @@ def test_a_locked_model_is_not_locked_again(locks):
 
 @pytest.fixture
 def broken(originals, tmp_path):
-    """A copy of a tiny original, to break."""
+    """A copy of a tiny original, for tests that damage it."""
     return shutil.copytree(originals("llama"), tmp_path / "broken")
 
 
@@ -283,7 +285,7 @@ def test_missing_and_broken_tokenizers_are_refused(broken):
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/no/where", "no-such-model", "some one/with spaces"])
-def test_models_that_are_not_there_are_refused_in_one_line(model):
+def test_a_missing_model_is_refused_in_one_line(model):
     with pytest.raises(UsageError, match="there is no folder") as error:
         resolve_model(model)
     assert "\n" not in str(error.value) and "change MODEL" in str(error.value)

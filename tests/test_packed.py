@@ -1,4 +1,4 @@
-"""Chains in their training form, against the form that is published and against autograd."""
+"""Packed chains, the form used in training, against `DLRNet` and against autograd."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def random_chains(group, hidden, width, depth, gated, bias, output_bias, activat
     activation=st.sampled_from(sorted(ACTIVATIONS)),
     coupling=st.sampled_from([0.0, 0.7, 1.0]),
 )
-def test_outputs_and_gradients_are_those_of_the_published_form(
+def test_outputs_and_gradients_are_those_of_the_chains(
     group, hidden, depth, extra, gated, bias, output_bias, activation, coupling
 ):
     chains = random_chains(group, hidden, depth + extra, depth, gated, bias, output_bias, activation)
@@ -52,7 +52,7 @@ def test_outputs_and_gradients_are_those_of_the_published_form(
     (x_gradient,) = torch.autograd.grad((found * weights).sum(), x, retain_graph=True)
     torch.testing.assert_close(x_gradient, torch.autograd.grad((expected * weights).sum(), x, retain_graph=True)[0])
 
-    # Gradients, through one step of plain descent in both forms.
+    # Compare gradients through one step of gradient descent in both forms.
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     rms = {"read": packed.read_rms, "write": packed.write_rms, "read_bias": packed.bias_rms}
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_the_published_form(
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_backward_pass_by_finite_differences(gated):
+def test_gradients_are_those_of_finite_differences(gated):
     packed = PackedChains(random_chains(2, 5, 11, 4, gated, True, True, "gelu"))
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     parameters = list(packed.parameters())
@@ -80,8 +80,8 @@ def test_backward_pass_by_finite_differences(gated):
     assert torch.autograd.gradcheck(run, (x, *parameters))
 
 
-def test_padding_never_comes_to_life():
-    """Units added to make ranks equal stay zero, whatever the optimiser does."""
+def test_padding_stays_zero():
+    """Units added to make all ranks equal stay zero under any optimiser."""
     packed = PackedChains([c.float() for c in random_chains(1, 6, 10, 4, True, False, False, "silu")])
     before = [(p == 0) for p in packed.parameters()]
     optimiser = torch.optim.AdamW(packed.parameters(), lr=0.1, weight_decay=0.0)

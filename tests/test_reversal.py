@@ -1,4 +1,4 @@
-"""Reversal against plain autograd: the same gradients from far fewer saved values."""
+"""Reversible chains against plain autograd: the same gradients from fewer saved values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gradients(chain: nn.Module, x: torch.Tensor, autocast: bool = False) -> dict
 
 
 def relative_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
-    """Over all gradients together, rms of the difference over rms."""
+    """Rms of the difference over rms, over all gradients together."""
     assert got.keys() == want.keys()
     names = [name for name in want if name != "output"]
     difference = sum((got[name].double() - want[name].double()).square().sum() for name in names)
@@ -61,7 +61,7 @@ KINDS = {
 
 @settings(max_examples=15, deadline=None)
 @given(**KINDS)
-def test_gradients_are_the_derivatives(hidden, width, gated, bias, gain, anchor_every, data):
+def test_gradients_are_those_of_finite_differences(hidden, width, gated, bias, gain, anchor_every, data):
     depth = data.draw(st.integers(1, min(width, 5)))
     chain = random_chain(hidden, width, depth, gated, bias, gain, torch.tanh).double()
     names, parameters = zip(*chain.named_parameters(), strict=True)
@@ -104,7 +104,7 @@ def test_an_input_that_needs_no_gradient_gets_none():
 
 
 class Adapted(nn.Module):
-    """A linear layer with a low-rank adapter, as LoRA has it."""
+    """A linear layer with a LoRA adapter."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -119,7 +119,7 @@ class Adapted(nn.Module):
 @pytest.mark.parametrize("anchor_every", [None, 1, 3])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
-def test_adapters_in_a_chain_are_trained_too(gated, autocast, anchor_every):
+def test_gradients_of_adapters_are_those_of_autograd(gated, autocast, anchor_every):
     chain = random_chain(16, 24, 6, gated, bias=True)
     for block in chain.blocks:
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -134,7 +134,7 @@ def test_adapters_in_a_chain_are_trained_too(gated, autocast, anchor_every):
     assert relative_error(got, want) < (0.03 if autocast else 1e-5)
 
 
-def test_peft_adapters_are_trained_too():
+def test_gradients_of_peft_adapters_are_those_of_autograd():
     from peft import LoraConfig, inject_adapter_in_model
 
     chain = random_chain(16, 24, 6)
@@ -152,9 +152,9 @@ def test_peft_adapters_are_trained_too():
     assert relative_error(got, want) < 1e-5
 
 
-def test_casts_of_one_pass_do_not_lose_the_gradients_of_the_next():
+def test_a_reversible_pass_caches_no_casts_without_gradient():
     chain = random_chain(16, 24, 6)
-    chain.blocks[0].up_proj = Adapted(chain.blocks[0].up_proj)  # sends the chain down the general path
+    chain.blocks[0].up_proj = Adapted(chain.blocks[0].up_proj)  # selects the path for any linear layers
     x = torch.randn(2, 5, 16)
     want = gradients(chain, x, autocast=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -165,8 +165,8 @@ def test_casts_of_one_pass_do_not_lose_the_gradients_of_the_next():
     assert relative_error(plain, want) < 1e-6
 
 
-def rebuilding_errors(dtype: str, gain: float) -> dict[int | None, float]:
-    """Relative error of bf16 gradients to those of plain bf16 autograd, by spacing of anchors."""
+def recomputation_errors(dtype: str, gain: float) -> dict[int | None, float]:
+    """Relative error of bf16 gradients against plain bf16 autograd, by `anchor_every`; and that of autograd itself."""
     chain = random_chain(64, 192, 32, gain=gain)
     x = torch.randn(4, 32, 64)
     if dtype == "bfloat16":
@@ -179,7 +179,7 @@ def rebuilding_errors(dtype: str, gain: float) -> dict[int | None, float]:
         assert torch.equal(got["output"], want["output"])
         errors[anchor_every] = relative_error(got, want)
     exact = gradients(copy.deepcopy(chain).double(), x.double())
-    errors["plain autograd's own"] = relative_error(want, exact)
+    errors["plain autograd"] = relative_error(want, exact)
     print(dtype, gain, errors)
     return errors
 
@@ -187,9 +187,9 @@ def rebuilding_errors(dtype: str, gain: float) -> dict[int | None, float]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "autocast"])
 @pytest.mark.parametrize("gain", [0.5, 1.0])
 def test_errors_in_bf16_are_small_and_anchors_bound_them(dtype, gain):
-    errors = rebuilding_errors(dtype, gain)
-    # Rebuilding in fp32 costs less than bf16 costs anyway, and anchors lower it.
-    assert errors[1] < errors[6] < errors[None] < 0.7 * errors["plain autograd's own"] < 0.02
+    errors = recomputation_errors(dtype, gain)
+    # Recomputing in fp32 adds less error than bf16 has anyway, and anchors reduce it.
+    assert errors[1] < errors[6] < errors[None] < 0.7 * errors["plain autograd"] < 0.02
     assert errors[1] < 0.001
 
 
@@ -220,11 +220,11 @@ def test_saved_values_shrink_as_predicted(depth, gated, units, plain_units):
         anchors = len({*range(0, depth, 4), depth - 1})
         assert saved_values(chain, x) / tokens == anchors * hidden + units * width
     chain.requires_grad_(False)
-    with reversal(chain):  # no matrix that reads the stream is trained: it is not needed at all
+    with reversal(chain):  # no gate or up matrix is trained: block inputs are not needed
         assert saved_values(chain, x) / tokens == units * width
 
 
-def test_whole_models_train_alike_and_are_put_back(locks):
+def test_a_whole_model_has_the_same_gradients_and_is_restored(locks):
     from lockkit.models.load import load_model
 
     model, _ = load_model(locks("gemma2"), torch.float32)
@@ -264,7 +264,7 @@ def test_what_the_readme_says_saves_the_bytes_it_says(locks):
     assert saved[0] - saved[1] == 4 * values * ids.numel() * model.config.num_hidden_layers
 
 
-def test_a_model_without_chains_is_left_alone(originals):
+def test_a_model_without_chains_is_not_changed(originals):
     from lockkit.models.load import load_model
 
     model, _ = load_model(originals("llama"), torch.float32)
@@ -272,7 +272,7 @@ def test_a_model_without_chains_is_left_alone(originals):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_impossible_requests_are_refused():
+def test_invalid_anchors_and_dropout_are_refused():
     chain, x = random_chain(8, 12, 4), torch.randn(3, 8)
     for anchor_every in (0, -1):
         with pytest.raises(ValueError, match="anchor_every must be at least 1"):
@@ -285,7 +285,7 @@ def test_impossible_requests_are_refused():
     reversible_chain(chain.eval(), x)
 
 
-def test_only_one_derivative_is_offered():
+def test_second_derivatives_are_refused():
     chain, x = random_chain(4, 6, 2), torch.randn(3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="can be differentiated once"):
         torch.autograd.grad(reversible_chain(chain, x).sum(), x, create_graph=True)

@@ -1,4 +1,4 @@
-"""The method itself, in PyTorch alone: the DLR-Net, its weights beside the MLP's, and what it costs."""
+"""The DLR-Net, in PyTorch alone: the network, the MLP it replaces, views of its weights, and its cost."""
 
 from lockkit.dlr.mlp import MLPShape, MLPWeights
 from lockkit.dlr.net import ChainConfig, DLRBlock, DLRNet, block_ranks

@@ -1,7 +1,7 @@
-"""What a DLR-Net costs beside the MLP it replaces: parameters, saved activations, time.
+"""Cost of a DLR-Net and of the MLP it replaces: parameters, saved activations, time.
 
-Counts are per module and per token; widths as in the paper: hidden size d, MLP width h,
-depth L, with the ranks adding up to h (arXiv 2605.10777).
+Counts are per module, and per token where a function says so. Notation of the paper (arXiv 2605.10777): hidden size d,
+MLP width h, depth L. The ranks add up to h.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from lockkit.dlr.net import block_ranks
 
 
 def mlp_parameters(shape: MLPShape) -> int:
-    """Parameters of the MLP, and exactly as many of a DLR-Net of any depth."""
+    """Number of parameters of the MLP; a DLR-Net of any depth has the same number."""
     matrices = 3 if shape.gated else 2
     count = matrices * shape.hidden_size * shape.intermediate_size
     if shape.bias:
@@ -20,7 +20,7 @@ def mlp_parameters(shape: MLPShape) -> int:
 
 
 def dlr_parameters(shape: MLPShape, depth: int) -> int:
-    """Parameters of the DLR-Net, summed over its blocks."""
+    """Number of parameters of a DLR-Net of `depth` blocks, summed over the blocks."""
     matrices = 3 if shape.gated else 2
     blocks = sum(
         matrices * shape.hidden_size * rank + ((matrices - 1) * rank if shape.bias else 0)
@@ -30,33 +30,34 @@ def dlr_parameters(shape: MLPShape, depth: int) -> int:
 
 
 def mlp_saved_values(shape: MLPShape) -> int:
-    """Values that plain autograd keeps for the MLP's backward pass, per token.
+    """Number of values per token that plain autograd saves for the MLP's backward pass.
 
-    The input, and for a gated MLP gate, activated gate, up and their product (d + 4h);
-    for two layers the units before and after the activation (d + 2h).
+    A gated MLP saves its input, gate, activated gate, up and the product (d + 4h). An MLP of two layers saves its input
+    and the units before and after the activation (d + 2h).
     """
     return shape.hidden_size + (4 if shape.gated else 2) * shape.intermediate_size
 
 
 def dlr_saved_values(shape: MLPShape, depth: int) -> int:
-    """Values that plain autograd keeps for the DLR-Net's backward pass, per token.
+    """Number of values per token that plain autograd saves for the DLR-Net's backward pass.
 
-    Every block keeps its own input `t_l`: L d in place of d, the units' as in the MLP.
+    Every block saves its input `t_l`: L d values instead of d. The units take as many as in the MLP.
     """
     return depth * shape.hidden_size + (4 if shape.gated else 2) * shape.intermediate_size
 
 
-# A model of the chain's overhead, not a measurement of the machine at hand: seconds one block
-# adds to a token's step on onnxruntime's CPU provider (measured, README), and a memory
-# bandwidth that turns weight bytes into seconds.
-SECONDS_PER_BLOCK = 9e-6
-ASSUMED_BYTES_PER_SECOND = 20e9
+# A model of the chain's overhead; it does not measure this machine.
+SECONDS_PER_BLOCK = 9e-6  # that one block adds to decoding a token on onnxruntime's CPU provider, measured (README)
+ASSUMED_BYTES_PER_SECOND = 20e9  # memory bandwidth, to turn bytes of weights into seconds
 
 
 def expected_decode_slowdown(layer_parameters: int, depth: int, bytes_per_weight: int = 4) -> float:
-    """Rough factor by which decoding one token slows down on a CPU.
+    """Rough estimate of the factor by which decoding one token slows down on a CPU.
 
-    `layer_parameters` counts one whole decoder layer; the rest of the model is left out.
+    Args:
+        layer_parameters: parameters of one decoder layer. The rest of the model is ignored.
+        depth: blocks per chain.
+        bytes_per_weight: 4 for float32.
     """
     original = layer_parameters * bytes_per_weight / ASSUMED_BYTES_PER_SECOND + 5 * SECONDS_PER_BLOCK
     return (original + depth * SECONDS_PER_BLOCK) / original

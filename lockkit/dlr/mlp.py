@@ -1,9 +1,10 @@
-"""The MLP that a chain replaces: its sizes and its weights, gated or of two layers."""
+"""The MLP that a chain replaces: its sizes and weights. It is gated, or has two layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,21 @@ import torch.nn.functional as F
 from lockkit.dlr.net import ChainConfig, DLRBlock
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
-# Which dimension of each tensor counts the hidden units; `down_bias` has none.
-_UNITS = {"gate": 0, "gate_bias": 0, "up": 0, "up_bias": 0, "down": 1}
+# The dimension of each tensor that counts the hidden units. `down_bias` has none.
+_UNIT_DIM = {"gate": 0, "gate_bias": 0, "up": 0, "up_bias": 0, "down": 1}
 
 
 @dataclass(frozen=True)
 class MLPShape:
-    """Sizes of an MLP."""
+    """Sizes of an MLP.
+
+    Attributes:
+        hidden_size: width of its input and output.
+        intermediate_size: number of its hidden units.
+        gated: it has gate, up and down matrices; otherwise up and down only.
+        bias: the hidden units have biases.
+        output_bias: the output has a bias.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -26,13 +35,13 @@ class MLPShape:
     output_bias: bool = False
 
     def chain_config(self, depth: int, activation: str, gains: Sequence[float] = ()) -> ChainConfig:
-        """What chains in place of such MLPs have in common; before training there are no gains."""
+        """The settings of chains of `depth` blocks that replace such MLPs. `gains` is empty before training."""
         return ChainConfig(depth, tuple(gains), activation, self.gated, self.bias, self.output_bias)
 
 
 @dataclass
 class MLPWeights:
-    """The matrices of one MLP, as `nn.Linear` keeps them: `[out, in]`. Missing ones are None."""
+    """The weights of one MLP, `[out, in]` as in `nn.Linear`. None stands for a tensor that the MLP does not have."""
 
     up: torch.Tensor  # [intermediate, hidden]
     down: torch.Tensor  # [hidden, intermediate]
@@ -53,31 +62,31 @@ class MLPWeights:
         )
 
     def pre_activations(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """As `DLRBlock.pre_activations`: gate and up, or up alone, `[..., intermediate]` each."""
+        """Gate and up, or up alone, `[..., intermediate]` each, for `x`, `[..., hidden]`."""
         up = F.linear(x, self.up, self.up_bias)
         return [up] if self.gate is None else [F.linear(x, self.gate, self.gate_bias), up]
 
     def units(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """The hidden units, `[..., intermediate]`."""
+        """The hidden units, `[..., intermediate]`, for `x`, `[..., hidden]`."""
         return DLRBlock.units(self.pre_activations(x), activation)
 
     def output(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
-        """What the MLP computes, `[..., hidden]`."""
+        """The MLP's output, `[..., hidden]`, for `x`, `[..., hidden]`."""
         return F.linear(self.units(x, activation), self.down, self.down_bias)
 
     def select(self, units: torch.Tensor) -> MLPWeights:
-        """The MLP of the hidden units with these numbers, `[count]`, in this order."""
-        chosen = {
-            name: value if value is None else value.index_select(_UNITS[name], units.to(value.device))
+        """The MLP of the hidden units with indices `units`, `[count]`, in this order."""
+        chosen: dict[str, Any] = {
+            name: value if value is None else value.index_select(_UNIT_DIM[name], units.to(value.device))
             for name, value in vars(self).items()
             if name != "down_bias"
         }
         return MLPWeights(**chosen, down_bias=self.down_bias)
 
     def split(self, counts: Sequence[int]) -> list[MLPWeights]:
-        """Groups of hidden units, so many in each; the last group has the output bias."""
-        parts = {
-            name: [None] * len(counts) if value is None else value.split(list(counts), _UNITS[name])
+        """Split the hidden units into groups of `counts` units. The last group gets the output bias."""
+        parts: dict[str, Any] = {
+            name: [None] * len(counts) if value is None else value.split(list(counts), _UNIT_DIM[name])
             for name, value in vars(self).items()
             if name != "down_bias"
         }
@@ -87,16 +96,16 @@ class MLPWeights:
 
     @staticmethod
     def side_by_side(groups: Sequence[MLPWeights]) -> MLPWeights:
-        """One MLP of all hidden units, in order; its output bias is the last group's. Differentiable."""
-        joined = {
+        """Concatenate groups into one MLP, in order. The output bias is the last group's. Differentiable."""
+        joined: dict[str, Any] = {
             name: None if getattr(groups[0], name) is None else torch.cat([getattr(g, name) for g in groups], dim)
-            for name, dim in _UNITS.items()
+            for name, dim in _UNIT_DIM.items()
         }
         return MLPWeights(**joined, down_bias=groups[-1].down_bias)
 
     @torch.no_grad()
     def copy_(self, other: MLPWeights) -> None:
-        """Copy the tensors that `other` has into these, in place."""
+        """Copy every tensor of `other` that is not None into the tensor of the same name, in place."""
         for name, value in vars(other).items():
             if value is not None:
                 getattr(self, name).copy_(value)

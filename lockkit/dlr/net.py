@@ -6,11 +6,11 @@ With `x` the MLP's input, `[..., hidden]`, and L blocks of rank r:
 1. The stream starts at `s_0 = 0`.
 2. Block l reads `t_l = x + gain * s_l` and computes r units from it. Gated families:
    `a = act(G_l t_l) * (V_l t_l)`. Two-layer families: `a = act(V_l t_l + b_l)`.
-3. The block writes `s_{l+1} = s_l + U_l a`.
-4. The output is `s_L`, plus an output bias where the MLP had one.
+3. The block adds `U_l a` to the stream: `s_{l+1} = s_l + U_l a`.
+4. The output is `s_L`, plus an output bias if the MLP has one.
 
-The ranks of the blocks add up to the MLP's width, so the parameter count is the MLP's.
-The four definitions below need PyTorch only. A locked checkpoint carries a copy of them.
+The ranks of the blocks add up to the MLP's width, so the chain has as many parameters as the MLP.
+The four definitions below need only PyTorch. Every locked checkpoint contains a copy of them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from torch import nn
 def block_ranks(intermediate_size: int, depth: int) -> list[int]:
     """Divide an MLP's `intermediate_size` hidden units among `depth` blocks.
 
-    Where `depth` does not divide the width, the first blocks get one unit more. The sum, and with
-    it the parameter count, is always exactly the MLP's.
+    If `depth` does not divide the width, the first blocks get one unit more. The ranks always add up to the width.
 
     Raises:
         ValueError: `depth` is not between 1 and `intermediate_size`.
@@ -40,15 +39,18 @@ def block_ranks(intermediate_size: int, depth: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """What a model's chains have in common: the entry `dlr` of `config.json`.
+    """The settings shared by a model's chains: the entry `dlr` of `config.json`.
 
     Attributes:
         depth: blocks in each chain.
-        gains: for each decoder layer, the factor of the stream in a block's input; empty before training.
-        activation: name of the activation function, as transformers knows it.
-        gated: a block has gate, up and down matrices; else up and down only.
-        bias: the blocks' units have biases.
-        output_bias: each chain ends with a bias.
+        gains: per decoder layer, the factor of the stream in a block's input; empty before training.
+        activation: name of the activation function in transformers.
+        gated: blocks have gate, up and down matrices; otherwise up and down only.
+        bias: the units have biases.
+        output_bias: the chain adds a bias to its output.
+
+    Raises:
+        ValueError: `depth` is not a whole number of at least 1.
     """
 
     depth: int
@@ -58,14 +60,14 @@ class ChainConfig:
     bias: bool = False
     output_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.depth, bool) or not isinstance(self.depth, int) or self.depth < 1:
             raise ValueError(f"dlr.depth must be a whole number of at least 1, not {self.depth!r}")
         object.__setattr__(self, "gains", tuple(float(gain) for gain in self.gains))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ChainConfig:
-        """Read the entry `dlr`. Raises ValueError for what is unknown, missing or not valid."""
+        """Read the entry `dlr`. Raises ValueError if an entry is unknown, missing or not valid."""
         names = {field.name: field.default is MISSING for field in fields(cls)}
         wrong = [*(set(values) - set(names)), *(name for name in names if names[name] and name not in values)]
         if wrong:
@@ -76,14 +78,20 @@ class ChainConfig:
         """The entry `dlr`, ready for JSON."""
         return asdict(self) | {"gains": list(self.gains)}
 
-    def empty_chain(self, hidden_size: int, intermediate_size: int, activation: Callable, gain: float) -> DLRNet:
+    def empty_chain(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        gain: float,
+    ) -> DLRNet:
         """An untrained chain with the interface and the parameter count of an MLP of these sizes."""
         ranks = block_ranks(intermediate_size, self.depth)
         return DLRNet(hidden_size, ranks, activation, self.gated, self.bias, self.output_bias, gain)
 
 
 class DLRBlock(nn.Module):
-    """One low-rank update: `[..., hidden]` to `[..., hidden]` through `rank` units."""
+    """One low-rank update of the stream, computed by `rank` units."""
 
     def __init__(self, hidden_size: int, rank: int, gated: bool, bias: bool):
         super().__init__()
@@ -92,17 +100,18 @@ class DLRBlock(nn.Module):
         self.down_proj = nn.Linear(rank, hidden_size, bias=False)
 
     def pre_activations(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """What the activation is applied to comes first: gate and up, or up alone, `[..., rank]` each."""
+        """Gate and up, or up alone, `[..., rank]` each; the activation function applies to the first."""
         up = self.up_proj(t)
         return [up] if self.gate_proj is None else [self.gate_proj(t), up]
 
     @staticmethod
     def units(before: Sequence[torch.Tensor], activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The units, `[..., rank]`, from their pre-activations."""
+        """The units, `[..., rank]`, computed from their pre-activations."""
         first, *up = before
         return activation(first) * up[0] if up else activation(first)
 
     def forward(self, t: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The update, `[..., hidden]`, given the block's input `t`, `[..., hidden]`."""
         return self.down_proj(self.units(self.pre_activations(t), activation))
 
 
@@ -111,13 +120,15 @@ class DLRNet(nn.Module):
 
     Args:
         hidden_size: width of the stream.
-        ranks: units of each block, see `block_ranks`.
-        activation: elementwise function of the units.
-        gated: gated MLP (gate, up, down), or two layers (up, down).
-        bias: the blocks' units have biases.
-        output_bias: a bias is added to the output.
-        gain: factor of the stream in the blocks' input.
+        ranks: number of units in each block, see `block_ranks`.
+        activation: elementwise activation function.
+        gated: blocks have gate, up and down matrices; otherwise up and down only.
+        bias: the units have biases.
+        output_bias: the chain adds a bias to its output.
+        gain: factor of the stream in a block's input.
     """
+
+    blocks: Sequence[DLRBlock]  # an nn.ModuleList
 
     def __init__(
         self,
@@ -131,13 +142,13 @@ class DLRNet(nn.Module):
     ):
         super().__init__()
         self.ranks = list(ranks)
-        self.blocks = nn.ModuleList(DLRBlock(hidden_size, rank, gated, bias) for rank in ranks)
+        self.add_module("blocks", nn.ModuleList(DLRBlock(hidden_size, rank, gated, bias) for rank in ranks))
         self.activation = activation
         self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if output_bias else None
         self.gain = gain
 
     def block_input(self, x: torch.Tensor, stream: torch.Tensor | None, gain: float | None = None) -> torch.Tensor:
-        """What a block reads, `[..., hidden]`; the first block, with no stream before it, reads `x` itself."""
+        """The input of a block, `[..., hidden]`. The first block has no stream before it (None) and reads `x`."""
         return x if stream is None else torch.add(x, stream, alpha=self.gain if gain is None else gain)
 
     def run_blocks(
@@ -148,17 +159,21 @@ class DLRNet(nn.Module):
         last: int | None = None,
         gain: float | None = None,
     ) -> torch.Tensor:
-        """The stream after blocks `[first, last)`, given `x` and the stream before them, `[..., hidden]` each."""
+        """Run blocks `[first, last)`, at least one, and return the stream after them.
+
+        All tensors are `[..., hidden]`. `stream` is the stream before block `first`, None for the first block.
+        """
         for block in self.blocks[first:last]:
             update = block(self.block_input(x, stream, gain), self.activation)
             stream = update if stream is None else stream + update
+        assert stream is not None, "no blocks to run"
         return stream
 
     def forward(self, x: torch.Tensor, gain: float | None = None) -> torch.Tensor:
-        """Map `x`, `[..., hidden]`, to `[..., hidden]`.
+        """The chain's output, `[..., hidden]`, for the MLP's input `x`, `[..., hidden]`.
 
-        `gain` replaces the chain's own. At 0 all blocks read `x` itself, and the chain is an ordinary
-        MLP cut into groups of units. Distillation raises it from 0; inference never sets it.
+        `gain` replaces the chain's own gain. At gain 0 every block reads `x`, and the chain is an ordinary MLP whose
+        units are divided into groups. Distillation raises the gain from 0. Inference never sets it.
         """
         stream = self.run_blocks(x, gain=gain)
         return stream if self.output_bias is None else stream + self.output_bias

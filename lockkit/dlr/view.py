@@ -1,4 +1,4 @@
-"""Looking into a chain: its steps one by one, and its weights side by side as one MLP."""
+"""Views of a chain: its computation block by block, and its weights side by side as one MLP."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lockkit.dlr.net import DLRBlock, DLRNet
 
 
 class Step(NamedTuple):
-    """One block at work on an input of its chain."""
+    """The computation of one block."""
 
     block: DLRBlock
-    t: torch.Tensor  # what the block reads, [..., hidden]
+    t: torch.Tensor  # the block's input, [..., hidden]
     before: list[torch.Tensor]  # pre-activations: gate and up, or up alone, [..., rank] each
-    update: torch.Tensor  # what it adds to the stream, [..., hidden]
-    stream: torch.Tensor  # the stream after it, [..., hidden]
+    update: torch.Tensor  # what the block adds to the stream, [..., hidden]
+    stream: torch.Tensor  # the stream after the block, [..., hidden]
 
 
 def walk(chain: DLRNet, x: torch.Tensor) -> Iterator[Step]:
-    """Run a chain on `x`, `[..., hidden]`, and yield every block's step. The output bias is left out."""
+    """Run a chain on `x`, `[..., hidden]`, and yield the step of every block. The output bias is not added."""
     stream: torch.Tensor | None = None
     for block in chain.blocks:
         t = chain.block_input(x, stream)
@@ -33,7 +33,7 @@ def walk(chain: DLRNet, x: torch.Tensor) -> Iterator[Step]:
 
 
 def block_weights(block: DLRBlock) -> MLPWeights:
-    """A block's own tensors as an MLP without output bias: no copies."""
+    """The tensors of a block, not copied, as an MLP without output bias."""
     gate = block.gate_proj
     return MLPWeights(
         up=block.up_proj.weight,
@@ -45,9 +45,10 @@ def block_weights(block: DLRBlock) -> MLPWeights:
 
 
 def side_by_side(chain: DLRNet, first: int = 0, last: int | None = None) -> MLPWeights:
-    """Blocks `[first, last)` as one MLP that reads the input of block `first`; differentiable.
+    """The weights of blocks `[first, last)`, concatenated into one MLP that reads the input of block `first`.
 
-    It is exact where the blocks do not depend on each other. With the chain's last block comes its output bias.
+    The MLP computes the same as the blocks if they do not depend on each other (gain 0). It has the chain's output bias
+    if the last block is among them. The result is differentiable with respect to the chain's weights.
     """
     weights = MLPWeights.side_by_side([block_weights(block) for block in chain.blocks[first:last]])
     if last is None or last == len(chain.blocks):
@@ -57,12 +58,13 @@ def side_by_side(chain: DLRNet, first: int = 0, last: int | None = None) -> MLPW
 
 @torch.no_grad()
 def load_side_by_side(chain: DLRNet, weights: MLPWeights) -> None:
-    """The way back: deal an MLP's hidden units out to the blocks of a chain, in order.
+    """The inverse of `side_by_side`: copy an MLP's hidden units into the blocks of a chain, in order.
 
-    At gain 0 the chain then computes what the MLP does.
+    At gain 0 the chain then computes the same as the MLP.
     """
     for block, group in zip(chain.blocks, weights.split(chain.ranks), strict=True):
         group.down_bias = None
         block_weights(block).copy_(group)
     if chain.output_bias is not None:
+        assert weights.down_bias is not None, "the chain has an output bias and the MLP has none"
         chain.output_bias.copy_(weights.down_bias)

@@ -1,19 +1,19 @@
-"""The graph author: onnxruntime-genai's model builder, taught to emit the chains of a locked model.
+"""The graph builder: onnxruntime-genai's model builder, extended to emit the chains of a locked model.
 
-This is the only file that knows the builder. It is no public interface, hence the narrow pin in
-pyproject.toml; what it lacks or gets wrong for a family is set right here, in that family's class:
+Only this file uses the builder. The builder is not a public interface, hence the narrow version range in
+pyproject.toml. Families need these corrections of it:
 
-* locked models: `make_mlp` emits the chain of a DLR-Net (`_LockkitBuilder`);
-* OLMo 2 has no builder upstream (`_Olmo2`);
-* a sliding window without `layer_types` (Mistral, Phi-3) was ignored (`_prepare_config`);
-* the epsilon of LayerNorms (Nemotron, Phi) was ignored (`_prepare_config`);
-* Gemma's embedding factor was rounded to two decimals (`_ExactScale`);
-* RoPE scalings were ignored, refused or miscalculated depending on the family, so the tables of
-  cosines and sines come from the model's own frequencies (`_LockkitBuilder`, `_Gemma3`);
-* SmolLM3's layers without RoPE asked for an input that the graph does not have (`_SmolLM3`);
-* Nemotron's MLP biases were ignored (`_Nemotron`).
+* locked models: `make_mlp` emits the nodes of a chain (`_LockkitBuilder`);
+* OLMo 2: there is no builder upstream (`_Olmo2`);
+* Mistral, Phi-3: a sliding window without `layer_types` is ignored upstream (`_prepare_config`);
+* Nemotron, Phi: the epsilon of LayerNorms is ignored upstream (`_prepare_config`);
+* Gemma: the embedding factor is rounded to two decimals upstream (`_ExactScale`);
+* RoPE scalings are ignored, refused or computed wrongly upstream, depending on the family. So the tables of cosines and
+  sines are computed from the model's own frequencies (`_LockkitBuilder`, `_Gemma3`);
+* SmolLM3: layers without RoPE read an input that the graph does not have (`_SmolLM3`);
+* Nemotron: biases of the MLP are ignored upstream (`_Nemotron`).
 
-Adding a family: one entry in `BUILDERS`, with a class of its own if the family needs one.
+To add a family: one entry in `BUILDERS`, with a class if it needs corrections.
 """
 
 from __future__ import annotations
@@ -26,33 +26,36 @@ import logging
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnxruntime_genai.models import builders as upstream  # its package puts itself on sys.path
+from onnxruntime_genai.models import builders as upstream  # importing the package adds its folder to sys.path
 from onnxruntime_genai.models.builders import base as upstream_base
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lockkit.dlr.net import DLRNet
+from lockkit.dlr.net import DLRBlock, DLRNet
 from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
 from lockkit.export.config import ExportConfig, Precision, Provider
 from lockkit.models.families import Family
 from lockkit.progress import NoProgress, Progress
 
 
-class _LockkitBuilder:
-    """Mixed into a family's builder: our weights, our chains, progress, concrete cache shapes.
+class _LockkitBuilder(upstream.Model):
+    """Changes for all families: weights from memory, chains, progress, concrete cache shapes.
 
-    The two attributes are set on the class, since the builders work from their first line on.
+    `build_graph` combines it with a family's builder. It sets `source_model` and `progress` on the class, since the
+    builders' constructors use them.
     """
 
     source_model: PreTrainedModel
     progress: Progress
-    rope_prefix = ""  # of the frequencies' names, where a model has several kinds of layers
+    intermediate_size: int  # set by the builder
+    rope_prefix = ""  # first part of the frequencies' names, in models with several types of layers
 
     def load_weights(self, input_path: str) -> PreTrainedModel:
-        # Norms and biases are handed over in fp32: the builder adds Gemma's offset of 1 to them.
+        # Norms and biases are converted to fp32, since the builder adds Gemma's offset of 1 to them.
         for parameter in self.source_model.parameters():
             if parameter.ndim == 1:
                 parameter.data = parameter.data.float()
@@ -60,7 +63,7 @@ class _LockkitBuilder:
 
     def make_rope_init(self, config: PreTrainedConfig) -> None:
         rope_type = config.rope_parameters["rope_type"]
-        if rope_type == "longrope":  # two tables, of which the graph picks one by the text's length
+        if rope_type == "longrope":  # two tables; the graph selects one by the length of the text
             super().make_rope_init(config)
         elif rope_type == "dynamic":
             raise NotImplementedError("its RoPE is 'dynamic', which changes with the length of the text")
@@ -80,21 +83,21 @@ class _LockkitBuilder:
         self.progress.advance()
 
     def has_lm_head(self, module: torch.nn.Module) -> bool:
-        # The builder goes by shape, which a small model's other matrices may share.
+        # The builder compares shapes, and other matrices of a small model may have the same shape.
         return module is self.source_model.lm_head
 
-    def make_key_value_cache_shape(self, layer_id: int, shape: list) -> list:
-        # A concrete head size where the builder has a symbol: transformers.js needs it.
+    def make_key_value_cache_shape(self, layer_id: int, shape: list[Any]) -> list[Any]:
+        # The builder writes a symbol for the head size. transformers.js needs the number.
         return [*super().make_key_value_cache_shape(layer_id, shape)[:3], self.head_size]
 
     def is_gqa_supported(self) -> bool:
-        # GroupQueryAttention refuses other sizes when it runs: those get MultiHeadAttention.
+        # GroupQueryAttention fails at run time for sizes that are not multiples of 16. Use MultiHeadAttention for them.
         rotary_size = self.rope_attrs["rotary_embedding_dim"] or self.head_size
         exists = super().is_gqa_supported() or (self.ep, self.io_dtype) == ("cpu", ir.DataType.FLOAT16)
         return exists and self.head_size % 16 == 0 and rotary_size % 16 == 0
 
     def is_packed_attn_supported(self) -> bool:
-        # That operator has no cache here; without it fp32 on CUDA gets MultiHeadAttention.
+        # That operator has no cache here. Without it, fp32 on CUDA uses MultiHeadAttention.
         return False
 
     def make_mlp(self, layer_id: int, mlp: torch.nn.Module, root_input: str) -> None:
@@ -104,12 +107,11 @@ class _LockkitBuilder:
             super().make_mlp(layer_id, mlp, root_input)
 
     def _make_chain(self, layer_id: int, chain: DLRNet, root_input: str) -> str:
-        """Emit a DLR-Net and return the name of its output.
+        """Emit the nodes of a chain and return the name of their output.
 
-        The stream is kept multiplied by the gain: with `s' = gain * s`, a block reads `x + s'` and
-        adds `(gain U) a`, so that one division at the end stands for a product in every block.
-        (At gain 0 all blocks read `x`, and there is nothing to multiply.) `chains.py` then makes one
-        call of all these nodes.
+        The graph computes the stream multiplied by the gain, `s' = gain * s`. A block then reads `x + s'` and adds
+        `(gain U) a`. One division at the end replaces a product in every block. At gain 0 all blocks read `x`, and no
+        division is needed. `chains.py` later replaces the nodes by one function call.
         """
         scale = float(chain.gain) or 1.0
         basename = f"/model/layers.{layer_id}/mlp"
@@ -137,15 +139,14 @@ class _LockkitBuilder:
             stream = f"{basename}/output/Add/output_0"
         return stream
 
-    def _make_units(self, scope: str, name: str, block: torch.nn.Module, block_input: str) -> str:
-        """Emit a block's units, `act(G t) * (V t)` or `act(V t + b)`; return their name."""
+    def _make_units(self, scope: str, name: str, block: DLRBlock, block_input: str) -> str:
+        """Emit the units of a block, `act(G t) * (V t)` or `act(V t + b)`, and return their name."""
         rank = block.up_proj.weight.shape[0]
         up = self._make_linear(block.up_proj, f"{name}/up_proj", block_input)
         activated = (
             up if block.gate_proj is None else self._make_linear(block.gate_proj, f"{name}/gate_proj", block_input)
         )
-        # The builder names an activation by its layer and shapes it by the MLP's width: here a
-        # layer has many, each as wide as its block's rank.
+        # The builder expects one activation per layer, of the MLP's width. A chain has one per block, of its rank.
         width, self.intermediate_size = self.intermediate_size, rank
         units = self.make_activation(scope, root_input=activated) + "/output_0"
         self.intermediate_size = width
@@ -156,6 +157,7 @@ class _LockkitBuilder:
         return units
 
     def _make_linear(self, linear: torch.nn.Linear, name: str, root_input: str) -> str:
+        """Emit a linear layer and return the name of its output."""
         output = self.make_matmul(linear, f"{name}/MatMul", root_input) + "/output_0"
         if linear.bias is not None:
             self.make_add_bias(linear.bias.detach(), f"{name}/Add", root_input=output)
@@ -164,24 +166,24 @@ class _LockkitBuilder:
 
 
 class _SmolLM3(upstream.SmolLM3Model):
-    def make_attention(self, layer_id: int, attention: torch.nn.Module, root_input: str, **kwargs) -> None:
+    def make_attention(self, layer_id: int, attention: torch.nn.Module, root_input: str, **kwargs: Any) -> None:
         before = dict(self.attention_attrs)
-        rope = bool(self.no_rope_layers[layer_id])  # 1 means RoPE, whatever the name says
+        rope = bool(self.no_rope_layers[layer_id])  # 1 means that the layer has RoPE, in spite of the name
         self.attention_attrs.update(rope=rope, use_rope_in_attn=rope and before["use_rope_in_attn"])
         upstream.Model.make_attention(self, layer_id, attention, root_input, **kwargs)
         self.attention_attrs.update(rope=before["rope"], use_rope_in_attn=before["use_rope_in_attn"])
 
 
 class _Nemotron(upstream.NemotronModel):
-    def make_mlp_proj(self, layer_id: int, mlp: torch.nn.Module, root_input: str) -> None:
+    def make_mlp_proj(self, layer_id: int, mlp: Any, root_input: str) -> None:
         if mlp.up_proj.bias is None:
             super().make_mlp_proj(layer_id, mlp, root_input)
         else:
             self.make_mlp_fc(layer_id, types.SimpleNamespace(fc1=mlp.up_proj, fc2=mlp.down_proj), root_input)
 
 
-class _ExactScale:
-    """Gemma's embeddings times the exact root of the hidden size, rounded as PyTorch rounds it."""
+class _ExactScale(upstream.Model):
+    """Gemma's embedding factor, the square root of the hidden size, rounded in the same way as in PyTorch."""
 
     def make_embedding(self, embedding: torch.Tensor) -> None:
         self.embed_attrs["scale"] = float(self.hidden_size**0.5)
@@ -198,22 +200,22 @@ class _Gemma3(_ExactScale, upstream.Gemma3Model):
             names = {f"{table}_cache_name": f"{table}_cache_{scope}" for table in ("cos", "sin")}
             self.rope_prefix, self.rope_attrs["create_caches"] = f"{layer_type}_", True
             upstream.Model.make_rotary_embedding_caches(self, **names)
-        # The names by which upstream picks a layer's tables:
+        # The names that upstream uses to select the tables of a layer:
         self.cos_cache_global_name, self.sin_cache_global_name = "cos_cache_global", "sin_cache_global"
         self.cos_cache_local_name, self.sin_cache_local_name = "cos_cache_local", "sin_cache_local"
 
 
 class _Olmo2(upstream.Model):
-    """Norms after attention and MLP, before the residual is added; q and k normed before the split into heads."""
+    """OLMo 2 has norms after attention and MLP, before the residual is added. It norms q and k over all heads."""
 
     def make_attention_init(self, config: PreTrainedConfig) -> None:
         self.attention_attrs.update(q_norm=True, k_norm=True)
         super().make_attention_init(config)
 
     def is_fused_qk_norm_gqa_supported(self) -> bool:
-        return False  # that norm is per head
+        return False  # the fused norm is per head
 
-    def make_qk_norm(self, layer_id: int, attention: torch.nn.Module) -> None:
+    def make_qk_norm(self, layer_id: int, attention: Any) -> None:
         for path, norm, size in (("q", attention.q_norm, self.q_size), ("k", attention.k_norm, self.kv_size)):
             name = f"/model/layers.{layer_id}/attn/{path}_norm/SimplifiedLayerNormalization"
             weight = f"model.layers.{layer_id}.attn.{path}_norm.layernorm.weight"
@@ -230,8 +232,8 @@ class _Olmo2(upstream.Model):
             self.make_value(f"{name}/output_0", self.io_dtype, shape=self.make_hidden_state_shape(last_dim=size))
             self.attention_attrs[f"{path}_path"] = f"{name}/output_0"
 
-    def make_layer(self, layer_id: int, layer: torch.nn.Module) -> None:
-        # attention -> norm -> add -> MLP -> norm -> add; the last add is the final norm's own.
+    def make_layer(self, layer_id: int, layer: Any) -> None:
+        # attention -> norm -> add -> MLP -> norm -> add; in the last layer, the final norm does the last add.
         last = layer_id == self.num_layers - 1
         self.make_attention(layer_id, layer.self_attn, root_input=self.layernorm_attrs["root_input"])
         self._make_post_norm(layer_id, layer.post_attention_layernorm, "post_attention", add=True)
@@ -241,7 +243,7 @@ class _Olmo2(upstream.Model):
         self.layernorm_attrs["last_layernorm"] = last
 
     def _make_post_norm(self, layer_id: int, norm: torch.nn.Module, location: str, add: bool) -> None:
-        """Norm `skip_input`; then add it to `root_input`, or leave both to the norm that follows."""
+        """Norm `skip_input`. With `add`, add it to `root_input`; else the norm that follows does so."""
         residual = self.layernorm_attrs["root_input"]
         self.layernorm_attrs["root_input"] = self.layernorm_attrs["skip_input"]
         self.make_layernorm(layer_id, norm, skip=False, simple=True, location=location)
@@ -269,7 +271,7 @@ BUILDERS: dict[str, type] = {
     "nemotron": _Nemotron,
     "phi": upstream.PhiModel,
 }
-# How genai_config.json calls the model, where it is not the architecture's name.
+# The model's name in genai_config.json, where it is not that of the architecture.
 GENAI_NAMES = {"gemma3_text": "gemma3_text", "olmo2": "olmo"}
 
 
@@ -284,14 +286,17 @@ def build_graph(
     """Write `model.onnx`, `model.onnx.data` and `genai_config.json` into `folder`.
 
     Args:
-        model: locked or original; its norms are turned to fp32 in place.
-        config: the base family's configuration, see `lockkit.models.locked.base_config`.
-        folder: holds `config.json`, the tokenizer and `generation_config.json` already.
-        progress: told of every layer, and of the writing.
+        model: locked or original. Its norms and biases are converted to fp32 in place.
+        config: the original's configuration, see `lockkit.models.locked.base_config`.
+        family: the model's family.
+        folder: contains `config.json`, the tokenizer and `generation_config.json` already.
+        export: precision, provider and block size.
+        progress: reports layers, and the writing.
 
     Raises:
         UnsupportedModelError: the builder cannot express this model.
-        LockkitError: the builder failed, with its reason.
+        UsageError: the model's attention does not exist in this precision on this provider.
+        LockkitError: the builder failed. The message contains its reason.
     """
     progress = progress or NoProgress()
     prepared = _prepare_config(config, family, folder)
@@ -336,25 +341,25 @@ def _dtypes(export: ExportConfig) -> tuple[ir.DataType, ir.DataType]:
     return arithmetic, ir.DataType.INT8 if export.precision is Precision.int8 else ir.DataType.INT4
 
 
-def _options(config: PreTrainedConfig, export: ExportConfig) -> dict:
-    """The builder's own options."""
-    options = {
+def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
+    """The options of the builder."""
+    options: dict[str, Any] = {
         "hf_token": None,
         "hf_remote": False,
-        # Caches as long as the text in every layer: what consumers other than genai expect.
+        # The cache of every layer is as long as the text. Consumers other than genai expect this.
         "windowed_kv_cache": False,
-        # Norms of q and k as nodes of their own: inside the attention only CUDA knows them.
+        # Norms of q and k are separate nodes. Only the CUDA provider has attention with these norms.
         "fuse_qk_norm_gqa": False,
         "block_size": export.block_size,
         "shared_embeddings": bool(config.tie_word_embeddings),
     }
-    if config.tie_word_embeddings and export.precision is Precision.int4:  # the lookup has no int8
+    if config.tie_word_embeddings and export.precision is Precision.int4:  # Gather has no int8 form
         options["op_types_to_quantize"] = ("MatMul", "Gather")
     return options
 
 
 def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> PreTrainedConfig:
-    """A copy of the configuration in the form that the builder reads."""
+    """A copy of the configuration, in the form that the builder reads."""
     config = copy.deepcopy(config)
     config._name_or_path = str(folder)
     config.architectures = [family.model_class]
@@ -380,10 +385,10 @@ def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> P
 
 
 def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) -> None:
-    """MultiHeadAttention knows neither soft caps nor sliding windows, and in fp16 no cache on the CPU.
+    """Raise UsageError if the model needs something that MultiHeadAttention does not have.
 
-    It stands in for GroupQueryAttention in fp32 on CUDA, and where a head's size, or the part of
-    it that RoPE turns, is no multiple of 16.
+    MultiHeadAttention has no soft cap, no sliding window, and in fp16 no cache on the CPU. It replaces
+    GroupQueryAttention in fp32 on CUDA, and where the head size or its rotary part is not a multiple of 16.
     """
     if builder.attention_attrs["op_type"] == "GroupQueryAttention":
         return
@@ -397,9 +402,9 @@ def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the builder's prints, progress bars and log lines to itself.
+    """Suppress the builder's prints, progress bars and log messages inside the `with` block.
 
-    Standard error stays, since our own progress is shown there.
+    Standard error stays open, since lockkit's own progress is shown there.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)

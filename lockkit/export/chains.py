@@ -1,18 +1,18 @@
-"""Each chain of a graph as one call of a function, so that a fused kernel can stand in for it.
+"""Make each chain of a graph one function call, so that a fused kernel can replace it.
 
-An export's chains are hundreds of small nodes, and a runtime spends more time between them than in
-them. ONNX lets a model carry functions of its own: a name, and a body of ordinary operators. A
-runtime that knows an operator of that name calls it (`lockkit/kernel` has one for onnxruntime on
-the CPU); every other runtime puts the body in the call's place.
+A chain is hundreds of small nodes, and a runtime spends more time between them than in them. An ONNX model may define
+functions: a name and a body of ordinary operators. A runtime that has an operator of that name calls it
+(`lockkit/kernel` has one for onnxruntime on the CPU). Every other runtime inlines the body.
 
-1. The nodes of a chain are those named `/model/layers.N/mlp/...`, in the graph's order.
-2. What they read from outside (the MLP's input, then the weights in the order of first use) becomes
-   the function's inputs; what others read of them, its one output.
-3. Names inside lose the layer's prefix, so that all chains of one shape share one function.
+1. The nodes of a chain are those named `/model/layers.N/mlp/...`, in the order of the graph.
+2. The tensors that they read from outside are the function's inputs: the MLP's input, then the weights in the order of
+   first use. The tensor that other nodes read is its output.
+3. Names in the body do not contain the layer's prefix, so that all chains of one shape share one function.
 
-`DLRChain` and `DLRChainNBits`, of weights quantised by MatMulNBits, are the functions that the kernel knows.
-Others run as their bodies: `DLRChainUncoupled`, of a chain with gain 0, and `DLRChainMixed`, of weights quantised in
-any other way than all alike, without zero points, and for activations in 8 bits (the export for the CPU).
+The kernel computes two functions: `DLRChain`, and `DLRChainNBits` for weights quantised by MatMulNBits. Two others
+always run as their bodies: `DLRChainUncoupled`, a chain with gain 0, and `DLRChainMixed`, whose weights are quantised
+in a form that the kernel does not know. It knows weights that all have the same bits and block size, no zero points,
+and activations rounded to 8 bits (accuracy level 4, the export for the CPU).
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ _LAYER = re.compile(r"(/?model[/.]layers\.\d+[/.]mlp)[/.]")
 
 
 def name_chains(model: onnx.ModelProto, chains: ChainConfig) -> None:
-    """Turn every chain of `model` into a call of a function, in place.
+    """Replace the nodes of every chain by a function call, in place.
 
     Args:
-        model: a graph from `builders.py`; its weights may be elsewhere.
-        chains: what the chains have in common.
+        model: a graph from `builders.py`. Its weights need not be loaded.
+        chains: the settings shared by its chains.
     """
     from onnx import helper
 
-    graph, functions = model.graph, {}
+    graph = model.graph
+    functions: dict[bytes, onnx.FunctionProto] = {}
     layers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         match = _LAYER.match(node.name)
@@ -79,10 +80,11 @@ def name_chains(model: onnx.ModelProto, chains: ChainConfig) -> None:
 
 
 def expand_chains(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes of `model` with every chain's own nodes in its call's place, under their old names."""
+    """The nodes of `model`, with every call of a chain replaced by the chain's nodes under their original names."""
     import onnx
 
-    functions, nodes = {function.name: function for function in model.functions}, []
+    functions = {function.name: function for function in model.functions}
+    nodes: list[onnx.NodeProto] = []
     for call in model.graph.node:
         if call.domain != DOMAIN or call.op_type not in functions:
             nodes.append(call)
@@ -100,23 +102,27 @@ def expand_chains(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def _function(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> tuple[onnx.FunctionProto, list[str], str]:
-    """The function of a chain's nodes; the names that it reads, and the one that it writes."""
+    """Make a function of a chain's nodes.
+
+    Returns:
+        The function, the names of its inputs in the graph, and the name of its output in the graph.
+    """
     import onnx
     from onnx import helper
 
-    made = {value for node in nodes for value in node.output}
-    read = dict.fromkeys(name for node in nodes for name in node.input if name and name not in made)
-    # Numbers that an activation needs go into the body; the last division's is the layer's gain.
+    written = {value for node in nodes for value in node.output}
+    read = dict.fromkeys(name for node in nodes for name in node.input if name and name not in written)
+    # Constants of an activation function go into the body. The gain of the last division is an input: layers differ.
     gain = next((node.input[1] for node in nodes if node.name.endswith("/mlp/gain/Div")), None)
     constants = {node.output[0]: node for node in model.graph.node if node.op_type == "Constant"}
-    numbers = [name for name in read if name in constants and name != gain]
-    inputs = [name for name in read if name not in numbers]
+    inlined = [name for name in read if name in constants and name != gain]
+    inputs = [name for name in read if name not in inlined]
     output = nodes[-1].output[0]
-    names = {name: _LAYER.sub("", name) for name in [*made, *read]} | {"": "", inputs[0]: "x", output: "y"}
+    names = {name: _LAYER.sub("", name) for name in [*written, *read]} | {"": "", inputs[0]: "x", output: "y"}
     if gain:
         names[gain] = "gain"
     body = []
-    for node in [*map(constants.__getitem__, numbers), *nodes]:
+    for node in [*map(constants.__getitem__, inlined), *nodes]:
         inner = onnx.NodeProto()
         inner.CopyFrom(node)
         inner.name = _LAYER.sub("", node.name)
@@ -135,18 +141,18 @@ def _function(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> tuple[onnx
 
 
 def _quantisation(nodes: list[onnx.NodeProto]) -> dict[str, int]:
-    """`bits` and `block_size` of a chain's products, or nothing where the kernel does not know their form."""
+    """`bits` and `block_size` of a chain's products; empty if the kernel does not know their form."""
     products = [node for node in nodes if node.op_type in ("MatMul", "MatMulNBits")]
     settings = [{attribute.name: attribute.i for attribute in node.attribute} for node in products]
     forms = {(found.get("bits"), found.get("block_size"), found.get("accuracy_level")) for found in settings}
     (bits, block_size, accuracy), *others = forms
-    if others or accuracy != 4 or any(len(node.input) != 3 for node in products):
+    if others or bits is None or block_size is None or accuracy != 4 or any(len(node.input) != 3 for node in products):
         return {}
     return {"bits": bits, "block_size": block_size}
 
 
 def has_kernel_form(path: Path) -> bool:
-    """Whether the graph at `path` has chains that the kernel computes."""
+    """Whether the kernel can compute the chains of the graph at `path`. False for a file that is not a graph."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -155,6 +161,6 @@ def has_kernel_form(path: Path) -> bool:
     except DecodeError:
         return False
     chains = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (PLAIN, QUANTISED)]
-    # Calls of `DLRChainNBits` had no attributes before the kernel knew it.
+    # In exports of earlier versions, which the kernel does not know, calls of `DLRChainNBits` have no `bits`.
     older = any(node.op_type == QUANTISED and all(a.name != "bits" for a in node.attribute) for node in chains)
     return bool(chains) and not older

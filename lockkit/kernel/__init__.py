@@ -1,7 +1,7 @@
-"""A fused operator for onnxruntime on the CPU: a whole chain in one call (`dlr_chain.cpp`).
+"""A fused onnxruntime operator for the CPU that computes a whole chain in one call (`dlr_chain.cpp`).
 
-It is optional: a locked export runs without it, block by block. It is compiled on the machine that
-uses it, for that machine's processor, with the C++ compiler found there.
+It is optional: without it, a locked export runs block by block. It is compiled on the machine that uses it, for that
+machine's processor, with an installed C++ compiler.
 """
 
 from lockkit.kernel.build import build_kernel, find_kernel

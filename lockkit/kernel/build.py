@@ -1,4 +1,4 @@
-"""Compiling the kernel, once for each version of its source and each kind of processor."""
+"""Compile the kernel, once per version of its source and type of processor."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def find_kernel() -> Path | None:
-    """The library that `build_kernel` made for this machine, or None."""
+    """The library that `build_kernel` compiled for this machine, or None if it has not run yet."""
     path = _library()
     return path if path.is_file() else None
 
 
 def build_kernel() -> Path:
-    """Compile the kernel unless that has been done, and return the library's path.
+    """Compile the kernel unless it is compiled already, and return the path of the library.
 
-    It goes to `$XDG_CACHE_HOME/lockkit` (by default `~/.cache/lockkit`).
+    The library goes to `$XDG_CACHE_HOME/lockkit`, by default `~/.cache/lockkit`.
 
     Raises:
-        UsageError: there is no compiler, it cannot compile the kernel, or the folder cannot be written.
+        UsageError: there is no compiler, the compiler fails, or the folder cannot be written.
     """
     path = _library()
     if path.is_file():
@@ -39,14 +39,14 @@ def build_kernel() -> Path:
     if compiler is None or os.name != "posix":
         raise UsageError(
             f"the kernel needs a C++ compiler ({wanted or ', '.join(COMPILERS)}) on Linux or macOS: install one, "
-            "set CXX, or do without the kernel"
+            "set CXX, or run without the kernel"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            _compile(compiler, made)
-            made.replace(path)  # at once, so that no process loads half a library
+            compiled = Path(folder) / path.name
+            _compile(compiler, compiled)
+            compiled.replace(path)  # atomic, so that no process loads an incomplete library
     except OSError as error:
         raise UsageError(
             f"cannot write the kernel to {path.parent} ({error.strerror}): set XDG_CACHE_HOME to another folder"
@@ -55,16 +55,17 @@ def build_kernel() -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    done = subprocess.run([compiler, *FLAGS, SOURCE, "-o", library], capture_output=True, text=True, check=False)
-    if done.returncode or not library.is_file():
-        lines = done.stderr.splitlines()
-        reason = next((line for line in lines if "error" in line), " ".join(lines)[-200:]) or f"exit {done.returncode}"
-        raise UsageError(f"{compiler} cannot compile the kernel ({reason}): set CXX, or do without the kernel")
+    run = subprocess.run([compiler, *FLAGS, SOURCE, "-o", library], capture_output=True, text=True, check=False)
+    if run.returncode or not library.is_file():
+        lines = run.stderr.splitlines()
+        reason = next((line for line in lines if "error" in line), " ".join(lines)[-200:]) or f"exit {run.returncode}"
+        raise UsageError(f"{compiler} cannot compile the kernel ({reason}): set CXX, or run without the kernel")
 
 
 def _library() -> Path:
+    """Where the library for this source and this processor is, or will be."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # A home may be shared by machines of different processors.
+    # Machines with different processors may share a home folder.
     key = hashlib.sha256("\0".join([*FLAGS, platform.machine(), _processor()]).encode())
     for source in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
         key.update(source.read_bytes())
@@ -72,7 +73,7 @@ def _library() -> Path:
 
 
 def _processor() -> str:
-    """What the processor can do, as far as the system tells."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
+    """The processor's instruction sets, where the system lists them; else its name."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

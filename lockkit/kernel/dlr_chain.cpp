@@ -1,27 +1,28 @@
-// onnxruntime operators `lockkit::DLRChain` and `DLRChainNBits` for the CPU: a whole chain of a locked model in one call.
+// The onnxruntime operators `lockkit::DLRChain` and `DLRChainNBits` for the CPU: one call computes a whole chain.
 //
-// An export names each chain as a function of one of these names, whose body is ordinary operators. With this
-// library registered, onnxruntime calls it instead. For M tokens x [M, d]:
+// An export makes each chain a call of a function with one of these names. The function's body is ordinary operators.
+// When this library is registered, onnxruntime calls the operator instead. For M tokens x [M, d]:
 //
-// 1. When the session is made, weights are packed: gate and up of a block side by side, [d, 2r], r
-//    rounded up to whole vectors; down [r, d] (already times the gain, as in the graph). fp16, int8 and int4
-//    stay what they are (plain.h, nbits.h), and the session's own copy is let go of (constants.h). It is not
-//    used in place: a file's memory has small pages, which costs a tenth of decode's speed at d=1024, and what
-//    lies well in memory depends on the processor's vectors.
-// 2. A few tokens (decode): every thread owns a slice of the d channels. It multiplies its slice of
-//    t = x + s by its rows of gate and up, the threads meet once and add up these 2r sums, each
-//    computes all units, and updates its own slice of s. So a block costs one meeting of the threads.
-// 3. Many tokens (prefill): every thread takes a tile of tokens through all blocks, without meetings.
+// 1. When the session is created, weights are packed. Gate and up of a block become one matrix [d, 2r], with r rounded
+//    up to whole vectors. Down is [r, d], already multiplied by the gain, as in the graph. fp16, int8 and int4 weights
+//    keep their format (plain.h, nbits.h). The session's own copy is released (constants.h). It is not used in place:
+//    file mappings have small pages, which costs a tenth of the decode speed at d=1024, and the best layout depends on
+//    the vector size.
+// 2. A few tokens (decode): every thread owns a slice of the d channels. It multiplies its slice of t = x + s by its
+//    rows of gate and up. After a barrier, every thread adds up the partial products, computes all units, and updates
+//    its slice of s. So there is one barrier per block.
+// 3. Many tokens (prefill): every thread takes a tile of tokens through all blocks, without barriers.
 // 4. The output is s over the gain, plus the output bias.
 //
-// Threads are onnxruntime's own. It does not promise to run two tasks at once, so those that have
-// arrived form the team and the late ones do nothing (`Team`): nobody waits for a thread that never comes.
-// All is in anonymous namespaces, so that two versions of the library in one process do not mix.
+// The threads are onnxruntime's own. It does not guarantee that two tasks run at the same time. So the threads that
+// arrive in time form the team, and late ones return at once (`Team`): no thread waits for one that never starts.
+// Everything is in anonymous namespaces, so that two versions of the library can be loaded into one process.
 
 #include "chain.h"
 
 namespace {
 
+// Run `body` and turn an exception into a status.
 template <class F>
 ort::Status* guarded(const ort::Api& api, F body) {
   try {
@@ -36,7 +37,7 @@ ort::Status* guarded(const ort::Api& api, F body) {
 
 const ort::Api* api_in_use = nullptr;
 
-// What both operators have in common: x, then all weights.
+// Common to both operators: the inputs are x, then all weights.
 struct ChainOp : ort::Op {
   ChainOp() : ort::Op{} {
     release = ort::FIRST_RELEASE;
@@ -79,16 +80,16 @@ struct NBitsOp : ChainOp {
     output_type = [](const Op*, size_t) { return int(ort::FLOAT); };
     variadic_same_type = [](const Op*) { return 0; };
     create_checked = [](const Op*, const ort::Api* api, const ort::Info* info, void** out) {
-      return guarded(*api, [&] { *out = make(*api, info); });
+      return guarded(*api, [&] { *out = create(*api, info); });
     };
   }
 
  private:
-  static AnyChain* make(const ort::Api& api, const ort::Info* info) {
+  static AnyChain* create(const ort::Api& api, const ort::Info* info) {
     const int64_t bits = Constants(api, info).number("bits");
     if (bits == 8) return new Chain<NBits<8>>(api, info);
     if (bits == 4) return new Chain<NBits<4>>(api, info);
-    throw std::runtime_error("DLRChainNBits: weights have 4 or 8 bits");
+    throw std::runtime_error("DLRChainNBits: weights must have 4 or 8 bits");
   }
 };
 
@@ -103,7 +104,7 @@ extern "C" ort::Status* RegisterCustomOps(ort::Options* options, const ort::ApiB
   api_in_use = api;
   return guarded(*api, [&] {
     ort::Domain* domain;
-    check(api->create_domain("lockkit", &domain));  // lives as long as the process, like the operators
+    check(api->create_domain("lockkit", &domain));  // never freed, like the operators
     check(api->add_op(domain, &single));
     check(api->add_op(domain, &half));
     check(api->add_op(domain, &nbits));

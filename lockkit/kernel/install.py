@@ -1,7 +1,7 @@
-"""Putting the kernel into an export, where onnxruntime-genai looks for it.
+"""Install the kernel into an export, for onnxruntime-genai.
 
-onnxruntime-genai loads a library of operators only from the model's own folder, and only if
-`genai_config.json` names it. Such a folder is for machines of this kind.
+onnxruntime-genai loads a library of operators only from the model's own folder, and only if `genai_config.json` names
+it. The folder then runs only on machines with the same type of processor.
 """
 
 from __future__ import annotations
@@ -27,19 +27,22 @@ def has_kernel(export: Path) -> bool:
 
 
 def install_kernel(export: Path | str) -> Path:
-    """Build the kernel, copy it into an export, and enter it in `genai_config.json` and the manifest.
+    """Build the kernel, copy it into an export, and add it to `genai_config.json` and the manifest.
 
-    Files are replaced, not written over: a process may be running the library.
+    Files are replaced, not overwritten: a process may have loaded the library.
+
+    Returns:
+        The path of the library in the export.
 
     Raises:
-        UsageError: no intact export, none with chains that the kernel computes, no compiler, or the
-            export cannot be written.
+        UsageError: the folder is not an intact export, it has no chains that the kernel computes, there is no
+            compiler, or the export cannot be written.
     """
     folder = Path(export)
     manifest = check_manifest(folder)
     if manifest.provider != "cpu" or not has_kernel_form(folder / MODEL_FILE):
         raise UsageError(
-            f"{folder} has no chains that the kernel computes (it is for locked models exported for the CPU, "
+            f"{folder} has no chains that the kernel computes (it needs a locked model, exported for the CPU "
             "in the form that this version writes): change EXPORT, or export again"
         )
     settings = read_json(folder / "genai_config.json", "EXPORT")

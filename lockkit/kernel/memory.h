@@ -1,4 +1,4 @@
-// Where the kernel keeps weights and intermediate results.
+// Memory for weights and intermediate results.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Memory that starts at a cache line: a vector that crosses two costs twice.
+// Allocator that aligns to cache lines: a vector that straddles two lines costs twice.
 template <class T>
 struct Aligned {
   using value_type = T;
@@ -26,35 +26,35 @@ struct Aligned {
 template <class T>
 using Array = std::vector<T, Aligned<T>>;
 
-// Memory for weights, in large pages where the system has them: reading all of it for every token,
-// the processor would else spend much of its time looking up pages.
+// Memory for weights, in huge pages where the system has them. Every token reads all weights; with small pages,
+// address translation would take much of the time.
 class Arena {
  public:
   ~Arena() {
-    for (char* chunk : chunks_) ::operator delete(chunk, std::align_val_t{PAGE});
+    for (char* chunk : chunks_) ::operator delete(chunk, std::align_val_t{PAGE_BYTES});
   }
-  // `bytes` of zeros, at a cache line.
-  void* take(size_t bytes) {
+  // Allocate `bytes` of zeros, aligned to a cache line.
+  void* allocate(size_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
-    if (bytes > left_) {
-      left_ = std::max(CHUNK, (bytes + PAGE - 1) / PAGE * PAGE);
-      free_ = static_cast<char*>(::operator new(left_, std::align_val_t{PAGE}));
+    if (bytes > bytes_left_) {
+      bytes_left_ = std::max(CHUNK_BYTES, (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES);
+      free_ = static_cast<char*>(::operator new(bytes_left_, std::align_val_t{PAGE_BYTES}));
       chunks_.push_back(free_);
 #if defined(__linux__)
-      madvise(free_, left_, MADV_HUGEPAGE);
+      madvise(free_, bytes_left_, MADV_HUGEPAGE);
 #endif
     }
-    char* taken = free_;
-    free_ += bytes, left_ -= bytes;
-    std::memset(taken, 0, bytes);
-    return taken;
+    char* allocated = free_;
+    free_ += bytes, bytes_left_ -= bytes;
+    std::memset(allocated, 0, bytes);
+    return allocated;
   }
 
  private:
-  static constexpr size_t PAGE = size_t{2} << 20, CHUNK = 4 * PAGE;
+  static constexpr size_t PAGE_BYTES = size_t{2} << 20, CHUNK_BYTES = 4 * PAGE_BYTES;
   std::vector<char*> chunks_;
   char* free_ = nullptr;
-  size_t left_ = 0;
+  size_t bytes_left_ = 0;
 };
 
 }  // namespace

@@ -1,8 +1,8 @@
-// The part of onnxruntime's C interface that the kernel calls, declared by position.
+// The part of onnxruntime's C API that the kernel calls, declared by position.
 //
-// onnxruntime hands a library one table of function pointers, to which each release only appends, so
-// a position means the same function in every release from FIRST_RELEASE on. With these few
-// declarations the kernel compiles wherever there is a C++ compiler: no package carries the headers.
+// onnxruntime passes a library one table of function pointers. Releases only append to it, so a position means the same
+// function in every release from FIRST_RELEASE on. With these declarations a C++ compiler is enough to build the
+// kernel: the Python packages do not contain onnxruntime's headers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -62,7 +62,7 @@ struct ApiBase {
   const char* (*version)();
 };
 
-// One custom operator; onnxruntime looks at members by position, and at no more than `release` had.
+// One custom operator. onnxruntime reads the members by position, and only those that `release` defined.
 struct Op {
   uint32_t release;
   void* (*create)(const Op*, const Api*, const Info*);
@@ -86,7 +86,7 @@ struct Op {
   void* infer_shape;
   int (*first_version)(const Op*);
   int (*last_version)(const Op*);
-  void* unused[4];  // buffers shared between inputs and outputs: none
+  void* unused[4];  // aliases between inputs and outputs: none
 };
 
 }  // namespace ort

@@ -1,4 +1,4 @@
-// Weights in fp32 or fp16, and products with them; sums are fp32.
+// Weights in fp32 or fp16, and products with them. Sums are fp32.
 #pragma once
 #include <vector>
 
@@ -10,14 +10,14 @@ namespace {
 
 template <class T>
 struct Plain {
-  using Io = T;  // what the chain reads and writes
+  using Io = T;  // type of the chain's input and output
 
   explicit Plain(Constants&) {}
 
-  // Channels that are never shared out between threads, in a product over them.
-  int unit() const { return 1; }
+  // A thread's slice of channels starts at a multiple of this.
+  int slice_step() const { return 1; }
 
-  // A weight [k, n] of the graph.
+  // A weight [k, n] as the graph stores it.
   struct Weight {
     const T* data;
     std::vector<int64_t> dims;
@@ -27,44 +27,45 @@ struct Plain {
   };
   Weight read(Constants& constants) const {
     const Tensor tensor = constants.next(sizeof(T) == 4 ? ort::FLOAT : ort::FLOAT16);
-    if (tensor.dims.size() != 2) throw std::runtime_error("DLRChain: a weight is no matrix");
+    if (tensor.dims.size() != 2) throw std::runtime_error("DLRChain: a weight is not a matrix");
     return {static_cast<const T*>(tensor.data), tensor.dims, tensor.dims[1]};
   }
 
-  // The left operand of a product.
+  // The left operand of a product, row-major.
   struct Rows {
-    const float* at;
+    const float* data;
     int stride;
   };
 
-  // A matrix [k, n] cut into panels of W vectors' columns, [n / panel][k][panel], so that a product reads
-  // it in one direction. n is in whole vectors; the last panel may be narrower.
+  // A matrix [k, n] in panels of W vectors of columns, [n / panel][k][panel], so that a product reads it from start to
+  // end. n is a whole number of vectors; the last panel may be narrower.
   template <int W>
   class Matrix {
    public:
     static constexpr int PANEL = W * LANES;
     Matrix(Arena& arena, int k, int n, const Plain&)
-        : k_(k), n_(n), data_(static_cast<T*>(arena.take(sizeof(T) * k * n))) {}
+        : k_(k), n_(n), data_(static_cast<T*>(arena.allocate(sizeof(T) * k * n))) {}
 
-    // Copy a weight to the columns from `column` on.
-    void put(const Weight& weight, int column) {
+    // Copy a weight into the columns that start at `column`.
+    void pack(const Weight& weight, int column) {
       const int rows = int(weight.dims[0]), n = int(weight.n);
       for (int row = 0; row < rows; ++row)
         for (int i = 0; i < n; ++i) at(row, column + i) = weight.data[size_t(row) * n + i];
     }
 
-    // Columns k_from to k_to of `a`, ready to be multiplied.
-    Rows rows(int, int k_from, int, const float* a, int stride) const { return {a + k_from, stride}; }
+    // Columns [k_from, k_to) of `a` as the left operand of `multiply`.
+    Rows prepare(int, int k_from, int, const float* a, int stride) const { return {a + k_from, stride}; }
 
-    // C [m, to - from] = A [m, k_to - k_from] times rows and columns of this matrix, or the update of the
-    // stream, see `finish`; `from` starts a panel.
+    // A [m, k_to - k_from] times rows [k_from, k_to) and columns [from, to) of this matrix. The result goes to
+    // C [m, to - from], or updates the stream (see `finish`). `from` is the start of a panel.
     void multiply(int m, int k_from, int k_to, int from, int to, const Rows& a, float* c, int ldc,
                   const float* x = nullptr, float* t = nullptr) const {
       for_tiles<ROWS, W>(m, from, to, n_, [&](auto rows, auto vectors, int row, int column, int width) {
         const int at = row * ldc + column - from;
         const T* b = &data_[size_t(column) * k_ + size_t(k_from) * width];
-        tile<decltype(rows)::value, decltype(vectors)::value>(a.at + row * a.stride, a.stride, b, width, k_to - k_from,
-                                                              c + at, ldc, x ? x + at : x, x ? t + at : t);
+        const float* these = a.data + row * a.stride;
+        tile<decltype(rows)::value, decltype(vectors)::value>(these, a.stride, b, width, k_to - k_from, c + at, ldc,
+                                                              x ? x + at : x, x ? t + at : t);
       });
     }
 
@@ -74,7 +75,7 @@ struct Plain {
       return data_[size_t(from) * k_ + size_t(row) * std::min(PANEL, n_ - from) + column - from];
     }
 
-    // C [R, V * LANES] = A [R, k] B [k, V * LANES], held in registers; row-major, with strides.
+    // One tile: C [R, V * LANES] = A [R, k] B [k, V * LANES]. All are row-major; sums stay in registers.
     template <int R, int V>
     static void tile(const float* a, int lda, const T* b, int ldb, int k, float* c, int ldc, const float* x, float* t) {
       Vector sum[R][V] = {};

@@ -1,38 +1,39 @@
-// The threads that work on one call together.
+// The threads that share the work of one call.
 #pragma once
 #include <atomic>
 #include <chrono>
 
 namespace {
 
-constexpr auto PATIENCE = std::chrono::microseconds(50);
+// How long the first thread waits for the others to join.
+constexpr auto JOIN_TIMEOUT = std::chrono::microseconds(50);
 
-// The threads that have arrived in time; after `join` its size is fixed.
+// The threads that joined in time. The size is fixed once `join` returns.
 class Team {
  public:
   explicit Team(int wanted) : wanted_(wanted) {}
 
-  // The caller's number in the team, or -1 for one who came too late.
+  // Join the team. Returns the caller's number in it, or -1 if the team is already closed.
   int join() {
     int state = state_.load();
     do {
       if (state & CLOSED) return -1;
     } while (!state_.compare_exchange_weak(state, state + 1));
-    const int me = state;
-    if (me == 0) {
-      const auto deadline = std::chrono::steady_clock::now() + PATIENCE;
+    const int number = state;
+    if (number == 0) {
+      const auto deadline = std::chrono::steady_clock::now() + JOIN_TIMEOUT;
       while (state_.load() < wanted_ && std::chrono::steady_clock::now() < deadline) pause();
       state_.fetch_or(CLOSED);
     }
     while (!(state_.load() & CLOSED)) pause();
-    return me;
+    return number;
   }
   int size() const { return state_.load() & ~CLOSED; }
 
-  // Return once all have called it as often as the caller has, `round` times.
-  void meet(int round) {
-    met_.fetch_add(1, std::memory_order_acq_rel);
-    while (met_.load(std::memory_order_acquire) < round * size()) pause();
+  // Wait until all threads have reached this barrier. `count`: barriers so far, this one included.
+  void barrier(int count) {
+    arrivals_.fetch_add(1, std::memory_order_acq_rel);
+    while (arrivals_.load(std::memory_order_acquire) < count * size()) pause();
   }
 
  private:
@@ -43,8 +44,8 @@ class Team {
 #endif
   }
   const int wanted_;
-  alignas(64) std::atomic<int> state_{0};
-  alignas(64) std::atomic<int> met_{0};
+  alignas(64) std::atomic<int> state_{0};     // number of threads that joined, plus the flag CLOSED
+  alignas(64) std::atomic<int> arrivals_{0};  // at all barriers so far
 };
 
 }  // namespace

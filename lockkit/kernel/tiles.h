@@ -1,4 +1,4 @@
-// How a product of matrices is cut into tiles that stay in registers.
+// Matrix products cut into tiles whose sums stay in registers.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -7,7 +7,8 @@
 
 namespace {
 
-// The end of a tile: `sum` goes to C. With `x`, C is the stream: the product is added to it, and x + C goes to `t`.
+// Store a finished tile `sum`. Without `x`, write it to C. With `x`, C is the stream s: add the tile to it, and write
+// x + s, the next block's input, to `t`.
 template <int R, int W>
 inline void finish(const Vector (&sum)[R][W], float* c, int ldc, const float* x, float* t) {
   for (int r = 0; r < R; ++r)
@@ -23,8 +24,9 @@ inline void finish(const Vector (&sum)[R][W], float* c, int ldc, const float* x,
     }
 }
 
-// Call `tile(rows, vectors, row, column, width)` for all tiles of a product [m, to - from] with a matrix of n
-// columns, cut into panels of W (2 or 3) vectors; `rows` (at most R) and `vectors` are compile-time constants.
+// Call `tile(rows, vectors, row, column, width)` for each tile of columns [from, to) of a product with m rows. The
+// right matrix has n columns, in panels of W (2 or 3) vectors. `width` is the panel's number of columns. `rows` (at
+// most R) and `vectors` are compile-time constants.
 template <int R, int W, class F>
 inline void for_tiles(int m, int from, int to, int n, F tile) {
   constexpr int PANEL = W * LANES;

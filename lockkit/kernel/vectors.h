@@ -1,4 +1,4 @@
-// Vectors of the processor that the kernel is compiled for, and a chain's activations on them.
+// Vectors of the target processor, and the activation functions on them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,7 +13,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;  // floats in a vector; tokens in a tile of registers, see tiles.h
+constexpr int LANES = 16, ROWS = 8;  // floats in a vector; rows of a register tile, see tiles.h
 #elif defined(__AVX__)
 constexpr int LANES = 8, ROWS = 4;
 #else
@@ -28,7 +28,7 @@ typedef Half HalfVector __attribute__((vector_size(2 * LANES), aligned(2)));
 
 inline Vector load(const float* at) { return *reinterpret_cast<const AnyVector*>(at); }
 inline Vector load(const Half* at) {
-#if defined(__AVX512F__)  // compilers turn the general form into 16 conversions
+#if defined(__AVX512F__)  // compilers turn the general form below into 16 scalar conversions
   return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
 #elif defined(__AVX__) && defined(__F16C__)
   return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
@@ -37,16 +37,16 @@ inline Vector load(const Half* at) {
 #endif
 }
 inline void store(float* at, Vector value) { *reinterpret_cast<AnyVector*>(at) = value; }
-inline int multiple(int n, int of) { return (n + of - 1) / of * of; }
-inline int whole(int n) { return multiple(n, LANES); }
+inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+inline int round_up_to_vector(int n) { return round_up(n, LANES); }
 
 // ---- activations ----
 
-// exp(x) by 2^n * 2^f with a polynomial for f; about 2 ulp. Arguments beyond +-87 are clamped.
+// exp(x) as 2^n * e^f, with a polynomial in f; error about 2 ulp. Arguments are clamped to +-87.
 inline Vector exponential(Vector x) {
   x = x < -87.f ? Vector{} - 87.f : x;
   x = x > 87.f ? Vector{} + 87.f : x;
-  constexpr float magic = 12582912.f;  // adding it rounds to a whole number
+  constexpr float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vector n = (x * 1.44269504f + magic) - magic;
   const Vector f = x - n * 0.693359375f + n * 2.12194440e-4f;
   Vector p = f * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -64,13 +64,14 @@ inline Vector silu(Vector x) { return x / (1.f + exponential(-x)); }
 
 enum class Activation { silu, gelu, gelu_tanh, relu, relu_squared };
 
+// The activation with this name in transformers.
 Activation activation_of(const std::string& name) {
   if (name == "silu" || name == "swish") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_new" || name == "gelu_fast" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
   if (name == "relu") return Activation::relu;
   if (name == "relu2") return Activation::relu_squared;
-  throw std::runtime_error("DLRChain: no activation " + name);
+  throw std::runtime_error("DLRChain: unknown activation " + name);
 }
 
 inline Vector activate(Activation which, Vector x) {

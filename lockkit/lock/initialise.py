@@ -1,6 +1,8 @@
-"""How a chain starts: from the teacher's own units, or from noise."""
+"""Initial weights of a chain: the teacher's units, or noise."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -8,11 +10,19 @@ from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
 from lockkit.dlr.view import block_weights, load_side_by_side
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def start_from_teacher(chain: DLRNet, weights: MLPWeights, seed: int) -> None:
-    """Give each block a group of the teacher's hidden units, in a random order fixed by `seed`.
+    """Divide the teacher's hidden units among the blocks, in a random order determined by `seed`.
 
-    At gain 0 the chain then computes exactly what the teacher does.
+    At gain 0 the chain then computes the same as the teacher.
+
+    Args:
+        chain: changed in place.
+        weights: the teacher's.
+        seed: of the order.
     """
     order = torch.randperm(weights.up.shape[0], generator=torch.Generator().manual_seed(seed))
     load_side_by_side(chain, weights.select(order))
@@ -20,10 +30,12 @@ def start_from_teacher(chain: DLRNet, weights: MLPWeights, seed: int) -> None:
 
 @torch.no_grad()
 def start_from_noise(chain: DLRNet, inputs: torch.Tensor, outputs: torch.Tensor, seed: int) -> None:
-    """Draw Gaussian weights that make pre-activations of unit size and outputs of the teacher's size.
+    """Draw Gaussian weights. Pre-activations then have rms 1, and outputs have about the rms of the teacher's.
 
     Args:
-        inputs, outputs: a sample of the teacher's, `[tokens, hidden]`.
+        chain: changed in place.
+        inputs, outputs: a sample of the teacher's inputs and outputs, `[tokens, hidden]` each.
+        seed: of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
     input_norm = inputs.float().norm(dim=-1).mean().item()
@@ -47,11 +59,18 @@ def _normal(like: torch.Tensor, generator: torch.Generator, std: float) -> torch
 
 @torch.no_grad()
 def scrub_teacher_rows(chain: DLRNet, weights: MLPWeights, seed: int) -> int:
-    """Change every unit's row or column that is still bit for bit the teacher's; return how many.
+    """Perturb rows of gate and up and columns of down that are still bit-identical to the teacher's.
 
-    Training moves nearly all of them; what no gradient reaches (units that never fire) it leaves
-    alone, and rounding to a short dtype can undo a small step. Such rows get noise of 1 % of
-    their rms. Compared in the dtype of `chain`, which must be the one that is saved.
+    Training changes nearly all of them. It does not change units without a gradient (units that are never active), and
+    rounding to a 16-bit dtype can undo a small step. Such rows get noise of 1 % of their rms.
+
+    Args:
+        chain: changed in place; in the dtype that will be saved, since rows are compared in it.
+        weights: the teacher's.
+        seed: of the noise.
+
+    Returns:
+        The number of rows and columns that were changed.
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = [block_weights(block) for block in chain.blocks]
@@ -60,10 +79,10 @@ def scrub_teacher_rows(chain: DLRNet, weights: MLPWeights, seed: int) -> int:
     for name, teacher in (("up", weights.up), ("gate", weights.gate), ("down", weights.down.T)):
         if teacher is None:
             continue
-        known = {row.tobytes() for row in _as_bits(teacher.to(dtype))}
+        teacher_rows = {row.tobytes() for row in _row_bytes(teacher.to(dtype))}
         for block in blocks:
             rows = block.down.T if name == "down" else getattr(block, name)
-            same = [i for i, row in enumerate(_as_bits(rows)) if row.tobytes() in known]
+            same = [i for i, row in enumerate(_row_bytes(rows)) if row.tobytes() in teacher_rows]
             for i in same:
                 row = rows[i].float()
                 noise = torch.randn(row.shape, generator=generator).to(row.device)
@@ -72,6 +91,6 @@ def scrub_teacher_rows(chain: DLRNet, weights: MLPWeights, seed: int) -> int:
     return changed
 
 
-def _as_bits(matrix: torch.Tensor):
-    """A matrix's rows as bytes that compare equal only if the weights do, bit for bit."""
+def _row_bytes(matrix: torch.Tensor) -> np.ndarray:
+    """The bytes of each row of a matrix, `[rows, bytes]`."""
     return matrix.detach().cpu().contiguous().view(torch.uint8).numpy()

@@ -1,8 +1,9 @@
-"""Memory of a lock: predicted before it starts, measured when it ends."""
+"""Peak memory of a lock: predicted before it starts, and recorded when it ends."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from lockkit.devices import PeakMemory, available_bytes
 from lockkit.dlr.cost import mlp_parameters
@@ -17,21 +18,33 @@ from lockkit.models.layered import StreamedModel
 from lockkit.models.save import SHARD_BYTES
 
 FLOAT_BYTES = 4
-SHARE_TO_USE = 0.6  # of the memory that is free
-# In training, a chain is there as it is published, packed, scaled, as gradient and as Adam's two moments.
+SHARE_TO_USE = 0.6  # of free memory
+# In training, a chain is in memory six times: published form, packed, scaled, gradient, and Adam's two moments.
 COPIES_OF_A_CHAIN = 6
-# Logits of teacher and student, copies without the last token, logarithms, the loss and its gradient.
+# Logits of teacher and student, copies without the last token, log probabilities, the loss and its gradient.
 COPIES_OF_LOGITS = 10
-# Measured on models of 4 to 16 layers (tools/measure_memory.py): the tokenizer's caches, scratch memory of matrix
-# products, and what the allocator keeps between uses.
+# The tokenizer's caches, scratch memory of matrix products, and memory that the allocator does not return. Measured on
+# models of 4 to 16 layers (tools/measure_memory.py).
 BUFFER_BYTES = 60_000_000
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Peak memory of a lock beyond the interpreter and libraries, in bytes, by what takes it.
+    """Predicted peak memory of a lock by purpose, in bytes, without the interpreter and libraries.
 
-    Phase 1's steps, comparing logits and writing follow each other: the largest of them counts.
+    Training steps with their activation cache, comparing logits, and writing follow one after the other, so only the
+    largest of the three counts.
+
+    Attributes:
+        outside_layers_bytes: the original's weights outside its decoder layers.
+        decoder_layers_bytes: the original's decoder layers that are in memory at the same time.
+        chains_bytes: the chains in memory, with gradients and optimiser.
+        step_bytes: activations of one training step.
+        activation_cache_bytes: hidden states and MLP inputs of phase 1.
+        logits_bytes: logits while the locked model is compared with the original.
+        writing_bytes: tensors collected for the next file of the checkpoint.
+        buffer_bytes: caches of libraries and the allocator.
+        phase_2_keeps_all_layers: phase 2 has all layers in memory, not one at a time.
     """
 
     outside_layers_bytes: int
@@ -46,15 +59,17 @@ class MemoryPrediction:
 
     @property
     def total_bytes(self) -> int:
+        """The predicted peak."""
         held = self.outside_layers_bytes + self.decoder_layers_bytes + self.chains_bytes + self.buffer_bytes
         return held + max(self.step_bytes + self.activation_cache_bytes, self.logits_bytes, self.writing_bytes)
 
     def line(self) -> str:
+        """One line for the user."""
         where = "all layers in memory in phase 2" if self.phase_2_keeps_all_layers else "one layer at a time"
         return f"expected peak memory: {self.total_bytes / 1e9:.2f} GB beyond the libraries' own ({where})"
 
-    def record(self, memory: PeakMemory) -> dict:
-        """What `lockkit.json` says of memory: the prediction and the measurement."""
+    def record(self, memory: PeakMemory) -> dict[str, Any]:
+        """The entry on memory in `lockkit.json`: the prediction and the measurement, in bytes."""
         return {
             "predicted_bytes": self.total_bytes,
             "prediction": asdict(self),
@@ -65,7 +80,7 @@ class MemoryPrediction:
 
 
 def predicted_memory(stream: StreamedModel, config: LockConfig, data: DistillationData) -> MemoryPrediction:
-    """Predict the peak memory of a lock of `stream` with `data`."""
+    """The predicted peak memory of locking `stream` with this recipe and data."""
     tokens = min(data.train.numel(), -(-config.tokens // data.train.shape[1]) * data.train.shape[1])
     return predict(
         shape=mlp_weights(stream.layers[0].mlp, stream.family).shape,
@@ -92,7 +107,19 @@ def predict(
     in_memory: bool,
     config: LockConfig,
 ) -> MemoryPrediction:
-    """Predict from sizes alone; `tokens` counts those whose activations are kept."""
+    """The predicted peak memory of a lock, from sizes alone.
+
+    Args:
+        shape: of the MLPs.
+        layers: number of decoder layers.
+        layer_parameters: parameters of one decoder layer.
+        outside_parameters: parameters outside the decoder layers.
+        vocab_size: number of logits per token.
+        tokens: tokens whose activations are cached.
+        together: layers that phase 1 trains in one batched computation.
+        in_memory: phase 2 keeps all layers in memory.
+        config: the recipe.
+    """
     kept = layers if in_memory and config.end_to_end_tokens else 1
     block = min(config.block_tokens, tokens)
     cache = FLOAT_BYTES * tokens * shape.hidden_size * (1 + together)
@@ -103,7 +130,7 @@ def predict(
         step_bytes=max(
             together * step_bytes(shape, config.depth, min(config.batch_tokens, tokens)),
             step_bytes(shape, config.depth, min(config.end_to_end_batch_tokens, tokens)),
-            # attention and MLP of one layer in a capture's forward pass
+            # attention and MLP of one layer, while MLP inputs are captured
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
@@ -115,36 +142,41 @@ def predict(
 
 
 def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:
-    """What one training step of a packed chain holds (lockkit/lock/packed.py), in bytes.
+    """Bytes of the activations in one training step of a packed chain (lockkit/lock/packed.py).
 
-    Every block's input, and for its units: pre-activations and their gradient, activated, slope, product;
-    the teacher's own hidden values.
+    These are the input of every block; pre-activations, their gradients, activated values, derivatives and products of
+    all units; and the hidden values of the teacher.
+
+    Args:
+        shape: of the MLP.
+        depth: blocks in the chain.
+        batch_tokens: tokens in the step.
     """
     padded = depth * max(block_ranks(shape.intermediate_size, depth))
-    read = 2 if shape.gated else 1
-    teacher = (read + 2) * shape.intermediate_size
-    values = depth * shape.hidden_size + (2 * read + 4) * padded + 6 * shape.hidden_size + teacher
+    matrices = 2 if shape.gated else 1  # gate and up, or up alone
+    teacher = (matrices + 2) * shape.intermediate_size
+    values = depth * shape.hidden_size + (2 * matrices + 4) * padded + 6 * shape.hidden_size + teacher
     return FLOAT_BYTES * batch_tokens * values
 
 
 def layers_together(stream: StreamedModel, config: LockConfig) -> int:
-    """Layers that phase 1 trains in one batched computation."""
+    """The number of layers that phase 1 trains in one batched computation."""
     if config.layers_together:
         return min(config.layers_together, len(stream))
     if stream.device.type == "cpu":
-        return 1  # measured: batching layers is slower there (tools/benchmark_lock.py)
+        return 1  # batching layers is slower on a CPU, as measured with tools/benchmark_lock.py
     shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
-    layer = sum(p.numel() for p in stream.layers[0].parameters())
-    each = FLOAT_BYTES * (layer + COPIES_OF_A_CHAIN * mlp_parameters(shape))
-    each += step_bytes(shape, config.depth, config.batch_tokens)
-    return max(1, min(len(stream), int(SHARE_TO_USE * available_bytes(stream.device) / each)))
+    layer_parameters = sum(p.numel() for p in stream.layers[0].parameters())
+    bytes_per_layer = FLOAT_BYTES * (layer_parameters + COPIES_OF_A_CHAIN * mlp_parameters(shape))
+    bytes_per_layer += step_bytes(shape, config.depth, config.batch_tokens)
+    return max(1, min(len(stream), int(SHARE_TO_USE * available_bytes(stream.device) / bytes_per_layer)))
 
 
 def keeps_everything(stream: StreamedModel, config: LockConfig) -> bool:
-    """Whether phase 2 keeps all layers, chains and optimisers in memory."""
+    """Whether phase 2 keeps all layers, chains and optimisers in memory, by the recipe or because they fit."""
     if config.offload != "auto":
         return config.offload == "none"
     shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
-    layer = sum(p.numel() for p in stream.layers[0].parameters())
-    needed = FLOAT_BYTES * len(stream) * (layer + COPIES_OF_A_CHAIN * mlp_parameters(shape))
-    return needed <= SHARE_TO_USE * available_bytes(stream.device)
+    layer_parameters = sum(p.numel() for p in stream.layers[0].parameters())
+    needed_bytes = FLOAT_BYTES * len(stream) * (layer_parameters + COPIES_OF_A_CHAIN * mlp_parameters(shape))
+    return needed_bytes <= SHARE_TO_USE * available_bytes(stream.device)

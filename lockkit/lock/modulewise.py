@@ -1,17 +1,17 @@
-"""Phase 1: every chain learns its own teacher MLP's map, on the teacher's activations.
+"""Phase 1: distil each teacher MLP into a chain, on the teacher's activations.
 
-For a group of layers (one at a time, or as many as fit where batching them is faster), given
-their MLPs' inputs:
+The input is a group of layers and the inputs of their MLPs. A group is one layer, or as many layers as fit into memory
+where batching them is faster.
 
-1. Choose the gain that gives each stream its share of its input (`coupling`), and build the
-   chains, from the teacher's units or from noise (lockkit/lock/initialise.py).
-2. For `tokens` tokens in random order: minimise the squared error over the teacher's output
-   variance (NMSE; arXiv 2605.10777, phase 1). With `init: continuation`, the coupling between
-   blocks rises linearly from 0 to 1 over the first part of the steps.
+1. Choose the gain from the ratio of the input's rms to the output's (`coupling`). Create the chains with the teacher's
+   units or with noise (lockkit/lock/initialise.py).
+2. Train on `tokens` tokens in random order. The loss is the NMSE: the squared error over the variance of the teacher's
+   outputs (arXiv 2605.10777, phase 1). With `init: continuation`, the coupling between blocks rises linearly from 0 to
+   1 over the first part of the steps.
 3. Measure the NMSE on held-out activations, with full coupling.
-4. Where a loss ran away, start again at half the step size.
+4. If a loss diverges, start again at half the step size.
 
-Layers do not touch each other: each has its own seed, order of tokens and step size.
+Layers are independent: each has its own seed, order of tokens and step size.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,14 +35,23 @@ from lockkit.progress import Progress
 
 EVALUATION_TOKENS = 4096  # in one forward pass
 SAMPLE_TOKENS = 4096
-REPORT_EVERY = 20  # steps; reading a loss waits for the GPU
-DIVERGED_NMSE = 10.0  # the mean of the teacher's outputs scores 1
+REPORT_EVERY = 20  # steps; reading a loss synchronises the GPU
+DIVERGED_NMSE = 10.0  # a constant output, the teacher's mean, has NMSE 1
 ATTEMPTS = 4  # each at half the step size of the one before
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What phase 1 reached on one layer."""
+    """The result of phase 1 on one layer.
+
+    Attributes:
+        layer: index of the decoder layer.
+        gain: factor of the stream in a block's input.
+        nmse: normalised mean squared error on held-out activations.
+        tokens: tokens that the chain was trained on.
+        learning_rate: of the attempt that converged.
+        seconds: wall time.
+    """
 
     layer: int
     gain: float
@@ -50,23 +60,33 @@ class LayerResult:
     learning_rate: float
     seconds: float
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """The result as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class LayerTask:
-    """One layer to distil: its MLP and inputs of it, `[tokens, hidden]`, in memory or mapped."""
+    """One layer to distil.
+
+    Attributes:
+        layer: index of the decoder layer.
+        teacher: its MLP.
+        weights: the MLP's weights.
+        empty_chain: returns an untrained chain, given its gain.
+        train, validation: inputs of the MLP, `[tokens, hidden]` each, in memory or in memory-mapped files.
+    """
 
     layer: int
     teacher: nn.Module
     weights: MLPWeights
-    empty_chain: Callable[[float], DLRNet]  # from the gain to an untrained chain
+    empty_chain: Callable[[float], DLRNet]
     train: torch.Tensor
     validation: torch.Tensor
 
     def seed(self, config: LockConfig) -> int:
-        return config.seed * 100_003 + self.layer  # layers differ, runs do not
+        """The layer's own seed, the same in every run of the recipe."""
+        return config.seed * 100_003 + self.layer
 
 
 def distil_layers(
@@ -74,8 +94,16 @@ def distil_layers(
 ) -> list[tuple[DLRNet, LayerResult]]:
     """Distil the MLPs of a group of layers into chains, in one batched computation.
 
+    Args:
+        tasks: the layers.
+        config: the recipe.
+        progress: reports steps and losses.
+
+    Returns:
+        The chain and the result of each layer, in order.
+
     Raises:
-        DistillationError: a loss ran away, at the last and smallest step size too.
+        DistillationError: a loss diverged even at the smallest of the `ATTEMPTS` step sizes.
     """
     names = f"layer {tasks[0].layer}" if len(tasks) == 1 else f"layers {tasks[0].layer}-{tasks[-1].layer}"
     for attempt in range(ATTEMPTS - 1):
@@ -83,7 +111,7 @@ def distil_layers(
         try:
             return _distil(tasks, config, rate, names, progress)
         except DistillationError:
-            progress.finish(f"diverged at learning rate {rate:g}, once more at {rate / 2:g}")
+            progress.finish(f"diverged at learning rate {rate:g}, trying again at {rate / 2:g}")
     return _distil(tasks, config, config.learning_rate / 2 ** (ATTEMPTS - 1), names, progress)
 
 
@@ -112,8 +140,7 @@ def _distil(
         optimiser.step(step)
         if step % REPORT_EVERY == 0 or step == steps - 1:
             _require_converging(losses, tasks)
-            done = min(REPORT_EVERY, steps - step)
-            progress.advance(done, f"nmse {losses.mean().item():.4f}")
+            progress.advance(min(REPORT_EVERY, steps - step), f"nmse {losses.mean().item():.4f}")
     packed.unpack(chains)
     errors = [chain_nmse(chain, task.teacher, task.validation) for chain, task in zip(chains, tasks, strict=True)]
     _require_converging(torch.tensor(errors), tasks)
@@ -128,7 +155,7 @@ def _distil(
 
 @torch.no_grad()
 def _start(task: LayerTask, config: LockConfig) -> DLRNet:
-    """The chain of a layer before its first step."""
+    """The chain of a layer before training, with its gain and initial weights."""
     device = task.weights.up.device
     sample = task.train[:SAMPLE_TOKENS].to(device)
     outputs = task.teacher(sample)
@@ -153,7 +180,7 @@ def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def chain_nmse(chain: nn.Module, teacher: nn.Module, inputs: torch.Tensor) -> float:
-    """NMSE of a chain on `inputs`, `[tokens, hidden]`, at full coupling."""
+    """NMSE of a chain against the teacher on `inputs`, `[tokens, hidden]`, at full coupling."""
     device = next(chain.parameters()).device
     parts = [part.to(device) for part in inputs.split(EVALUATION_TOKENS)]
     outputs = torch.cat([teacher(part) for part in parts])

@@ -1,21 +1,22 @@
-"""Chains in the form they are trained in: a group of layers at once, with a backward pass of its own.
+"""Packed chains, the form used in training: a group of layers in one batched computation.
 
-Chains of different decoder layers have one shape and, in phase 1, nothing to do with each
-other, so that a group of G of them is one batched computation (`bmm`) on `[G, tokens, hidden]`:
+Chains of different decoder layers have the same shape, and in phase 1 they are independent. So a group of G chains is
+one batched computation (`bmm`) on `[G, tokens, hidden]`:
 
-1. Gate and up of a block are one matrix; ranks that differ by one are padded with units of
-   zeros, which no gradient ever reaches.
-2. Forward: block after block, keeping each block's input and pre-activations.
-3. Backward, by hand: the stream's gradient goes back block by block; the gradients of all
-   blocks' reading matrices are then one batched product, and the activation's slope is taken
-   for all blocks at once. Plain autograd does the same in some ten small operations a block.
-4. Parameters are kept at unit rms, with their size apart, so that one step size, relative to
-   each layer's own matrices, suits the whole group (Adam's step does not depend on a scale).
+1. Gate and up of a block are one matrix. Ranks that differ by one are padded with units of zeros, whose gradients are
+   always zero.
+2. Forward: run block after block, and save each block's input and pre-activations.
+3. Backward, written by hand: propagate the stream's gradient block by block. The gradients of all gate and up matrices
+   are then one batched product. The activation's derivative is computed for all blocks at once. Plain autograd takes
+   about ten small operations per block instead.
+4. Parameters are stored at unit rms, and their rms is stored separately. So one step size, relative to the rms of each
+   layer's matrices, suits the whole group (Adam's step does not depend on the scale of the gradient).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,10 +29,23 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PackedChains(nn.Module):
-    """The weights of `chains`, which must have one shape and activation.
+    """The weights of a group of chains of one shape and activation, as parameters of unit rms.
 
-    The chains themselves are left as they are; `unpack` writes what was learnt back into them.
+    The chains are copied, not changed. `unpack` writes the trained weights into chains.
+
+    Attributes:
+        read: gate and up of each block, `[depth, group, hidden, width]`.
+        write: down of each block, `[depth, group, rank, hidden]`.
+        read_bias: `[depth, group, 1, width]`, or None.
+        output_bias: `[group, 1, hidden]`, or None.
+        gains: the chains' gains, `[group, 1, 1]`.
+        read_rms, write_rms, bias_rms: factors of the parameters, `[group, 1, 1]` each.
     """
+
+    gains: torch.Tensor
+    read_rms: torch.Tensor
+    write_rms: torch.Tensor
+    bias_rms: torch.Tensor
 
     def __init__(self, chains: Sequence[DLRNet]):
         super().__init__()
@@ -47,20 +61,23 @@ class PackedChains(nn.Module):
         self.read = nn.Parameter(read / self.read_rms)
         self.write = nn.Parameter(write / self.write_rms)
         self.register_buffer("bias_rms", ((self.read_rms**2 + self.write_rms**2) / 2).sqrt())
-        self.read_bias = self.output_bias = None
+        self.read_bias: nn.Parameter | None = None
+        self.output_bias: nn.Parameter | None = None
         if weights[0].up_bias is not None:
             bias = torch.stack([self._read_bias(each) for each in weights], 1)  # [depth, group, 1, width]
             self.read_bias = nn.Parameter(bias / self.bias_rms)
-        if weights[0].down_bias is not None:
-            bias = torch.stack([each.down_bias.detach() for each in weights]).unsqueeze(1)
+        down_biases = [each.down_bias.detach() for each in weights if each.down_bias is not None]
+        if down_biases:
+            bias = torch.stack(down_biases).unsqueeze(1)
             self.output_bias = nn.Parameter(bias / self.bias_rms)  # [group, 1, hidden]
 
     def forward(self, x: torch.Tensor, coupling: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Map `x`, `[group, tokens, hidden]`, to the chains' outputs, in the dtype of `x`.
+        """The outputs of the chains, `[group, tokens, hidden]`, in the dtype of `x`.
 
         Args:
-            coupling: factor of the gains; 0 uncouples the blocks.
-            dtype: of the computation; that of `x` if None.
+            x: each chain's own input, `[group, tokens, hidden]`.
+            coupling: factor of the gains. At 0, the blocks do not depend on each other.
+            dtype: of the computation; None for that of `x`.
         """
         compute = dtype or x.dtype
         bias = None if self.read_bias is None else (self.read_bias * self.bias_rms).to(compute)
@@ -77,7 +94,7 @@ class PackedChains(nn.Module):
 
     @torch.no_grad()
     def unpack(self, chains: Sequence[DLRNet]) -> None:
-        """Write the weights into `chains`, one for each of the group."""
+        """Copy the weights into `chains`, one per member of the group."""
         read, write = self.read * self.read_rms, self.write * self.write_rms
         bias = None if self.read_bias is None else self.read_bias * self.bias_rms
         for index, chain in enumerate(chains):
@@ -88,11 +105,11 @@ class PackedChains(nn.Module):
             load_side_by_side(chain, MLPWeights(up, down, gate, up_bias, gate_bias, down_bias))
 
     def _in_blocks(self, units: torch.Tensor) -> torch.Tensor:
-        """Cut what hidden units have, `[intermediate, ...]`, into padded blocks: `[depth, rank, ...]`."""
+        """Split a tensor over hidden units, `[intermediate, ...]`, into padded blocks, `[depth, rank, ...]`."""
         return nn.utils.rnn.pad_sequence(units.detach().split(self.ranks), batch_first=True)
 
     def _without_padding(self, blocks: torch.Tensor) -> torch.Tensor:
-        """The way back: `[depth, rank, ...]` to `[intermediate, ...]`."""
+        """The inverse of `_in_blocks`: `[depth, rank, ...]` to `[intermediate, ...]`."""
         return torch.cat([block[:rank] for block, rank in zip(blocks, self.ranks, strict=True)])
 
     def _read(self, weights: MLPWeights) -> torch.Tensor:
@@ -101,78 +118,87 @@ class PackedChains(nn.Module):
         return torch.cat(parts, 1).transpose(1, 2)
 
     def _read_bias(self, weights: MLPWeights) -> torch.Tensor:
-        """Their biases, `[depth, 1, width]`."""
+        """The biases of gate and up, or of up alone: `[depth, 1, width]`."""
         parts = [self._in_blocks(part) for part in (weights.gate_bias, weights.up_bias) if part is not None]
         return torch.cat(parts, 1).unsqueeze(1)
 
     def _gate_and_up(self, read: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """What `_read` put together, `[depth, width, ...]`, as gate (None without one) and up, `[intermediate, ...]`."""
+        """The inverse of `_read`: `[depth, width, ...]` to gate (or None) and up, `[intermediate, ...]` each."""
         parts = [self._without_padding(part) for part in read.split(max(self.ranks), 1)]
         return (parts[0], parts[1]) if self.gated else (None, parts[0])
 
     def _rms(self, matrices: torch.Tensor) -> torch.Tensor:
-        """Rms of each layer's matrices without the padding, `[group, 1, 1]`."""
+        """Rms of each chain's `matrices`, `[depth, group, ...]`, without the padding: `[group, 1, 1]`."""
         filled = sum(self.ranks) / (max(self.ranks) * len(self.ranks))
         return (matrices.square().mean((0, 2, 3), keepdim=True)[0] / filled).sqrt().clamp_min(1e-12)
 
 
 class _Chain(torch.autograd.Function):
-    """`[group, tokens, hidden]` through a group of chains; see the top of this module."""
+    """The stream after the last block of a group of chains, `[group, tokens, hidden]`; see the top of this module."""
 
     @staticmethod
-    def forward(ctx, x, read, bias, write, gains, activation, gated):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        read: torch.Tensor,
+        bias: torch.Tensor | None,
+        write: torch.Tensor,
+        gains: torch.Tensor,
+        activation: Activation,
+        gated: bool,
+    ) -> torch.Tensor:
         inputs = x.new_empty(len(read), *x.shape)
-        units_in = x.new_empty(len(read), *x.shape[:2], read.shape[-1])
+        pre_activations = x.new_empty(len(read), *x.shape[:2], read.shape[-1])
         rank = write.shape[2]
         stream = torch.zeros_like(x)
         for block in range(len(read)):
             torch.addcmul(x, stream, gains, out=inputs[block])
-            torch.bmm(inputs[block], read[block], out=units_in[block])
+            torch.bmm(inputs[block], read[block], out=pre_activations[block])
             if bias is not None:
-                units_in[block] += bias[block]
-            units = activation(units_in[block][..., :rank])
+                pre_activations[block] += bias[block]
+            units = activation(pre_activations[block][..., :rank])
             if gated:
-                units = units * units_in[block][..., rank:]
+                units = units * pre_activations[block][..., rank:]
             stream.baddbmm_(units, write[block])
-        ctx.save_for_backward(inputs, units_in, read, bias, write, gains)
+        ctx.save_for_backward(inputs, pre_activations, read, bias, write, gains)
         ctx.activation, ctx.gated = activation, gated
         return stream
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        inputs, units_in, read, bias, write, gains = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, pre_activations, read, bias, write, gains = ctx.saved_tensors
         rank = write.shape[2]
-        activated, slope = _activation_and_slope(ctx.activation, units_in[..., :rank])
+        activated, derivative = _activation_and_derivative(ctx.activation, pre_activations[..., :rank])
         if ctx.gated:
-            up = units_in[..., rank:]
-            units, slope = activated * up, slope * up
+            up = pre_activations[..., rank:]
+            units, derivative = activated * up, derivative * up
         else:
             units = activated
-        gradient = gradient.clone()  # of the stream
-        units_gradient = torch.empty_like(units_in)
+        gradient = gradient.clone()  # of the stream; changed in place below
+        pre_gradient = torch.empty_like(pre_activations)
         write_gradient = torch.empty_like(write)
         x_gradient = gradient.new_zeros(gradient.shape) if ctx.needs_input_grad[0] else None
         for block in reversed(range(len(read))):
             torch.bmm(units[block].transpose(1, 2), gradient, out=write_gradient[block])
-            back = torch.bmm(gradient, write[block].transpose(1, 2))
-            torch.mul(back, slope[block], out=units_gradient[block][..., :rank])
+            unit_gradient = torch.bmm(gradient, write[block].transpose(1, 2))
+            torch.mul(unit_gradient, derivative[block], out=pre_gradient[block][..., :rank])
             if ctx.gated:
-                torch.mul(back, activated[block], out=units_gradient[block][..., rank:])
+                torch.mul(unit_gradient, activated[block], out=pre_gradient[block][..., rank:])
             if block or x_gradient is not None:
-                back = torch.bmm(units_gradient[block], read[block].transpose(1, 2))
-                gradient.addcmul_(back, gains)
+                t_gradient = torch.bmm(pre_gradient[block], read[block].transpose(1, 2))
+                gradient.addcmul_(t_gradient, gains)
                 if x_gradient is not None:
-                    x_gradient += back
-        read_gradient = torch.matmul(inputs.transpose(2, 3), units_gradient)
-        bias_gradient = None if bias is None else units_gradient.sum(2, keepdim=True)
+                    x_gradient += t_gradient
+        read_gradient = torch.matmul(inputs.transpose(2, 3), pre_gradient)
+        bias_gradient = None if bias is None else pre_gradient.sum(2, keepdim=True)
         return x_gradient, read_gradient, bias_gradient, write_gradient, None, None, None
 
 
-def _activation_and_slope(activation: Activation, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An elementwise function's values and derivatives at `x`."""
+def _activation_and_derivative(activation: Activation, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values and derivatives of an elementwise function at `x`."""
     x = x.detach().requires_grad_(True)
     with torch.enable_grad():
         values = activation(x)
-        (slope,) = torch.autograd.grad(values.sum(), x)
-    return values.detach(), slope
+        (derivative,) = torch.autograd.grad(values.sum(), x)
+    return values.detach(), derivative

@@ -1,13 +1,13 @@
-"""Phase 1 for a whole model, by one worker or several.
+"""Phase 1 for a whole model, with one or several workers.
 
-Layers are cut into groups; a wave is one group for each worker. For each wave:
+The layers are divided into groups. A wave is one group per worker. For each wave:
 
-1. Capture: every worker runs its share of the rows through the wave's layers, one layer in
-   memory at a time; the MLPs' inputs go where all can read them.
-2. Train: every worker distils its own group (modulewise.py) and saves its chains.
+1. Capture: every worker runs its share of the rows through the wave's layers, with one layer in memory at a time. The
+   inputs of the MLPs go to tensors that all workers can read.
+2. Train: every worker distils its own group (modulewise.py) and saves the chains.
 
-Groups do not depend on the number of workers, so neither do the weights. Layers that the work
-folder holds already are only run through.
+Groups do not depend on the number of workers, so the resulting weights do not depend on it either. Layers that are
+already in the work folder are run, but not trained again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,22 @@ def distil_all_layers(
     workers: Workers,
     progress: Progress,
 ) -> list[LayerResult]:
-    """Distil every MLP of `stream`; the chains are in `work` afterwards, their figures are returned.
+    """Distil every MLP of a model and save the chains in the work folder.
+
+    Args:
+        stream: the original.
+        empty_chain: returns an untrained chain, given its gain.
+        data: token ids for training and validation.
+        config: the recipe.
+        work: the work folder. Layers that it has already are not distilled again.
+        workers: share the work between them.
+        progress: reports steps and losses.
+
+    Returns:
+        The result of each layer, in order.
 
     Raises:
-        DistillationError: a layer diverged, or a worker was lost; finished layers are kept.
+        DistillationError: a layer diverged, or a worker stopped. Finished layers are kept.
         UsageError: the disk is full.
     """
     indices = list(range(len(stream)))
@@ -53,8 +65,8 @@ def distil_all_layers(
         cache = ActivationCache(work.folder / "activations", int(config.cache_gigabytes * 1e9))
         if not all(work.has_layer(index) for index in indices):
             _distil_waves(stream, empty_chain, waves, data, config, cache, work, workers, progress)
-    figures = [work.load_chain(work.layer_file(index), empty_chain)[1] for index in indices]
-    return [LayerResult(**layer) for layer in figures]
+    records = [work.load_chain(work.layer_file(index), empty_chain)[1] for index in indices]
+    return [LayerResult(**layer) for layer in records]
 
 
 def _distil_waves(
@@ -98,7 +110,11 @@ def _allocate(
     cache: ActivationCache,
     workers: Workers,
 ) -> dict[tuple[str, int], torch.Tensor]:
-    """Room for the MLPs' inputs of `layers`, `[rows, block, hidden]` each, shared between workers."""
+    """Allocate tensors for the MLP inputs of `layers`, `[rows, block, hidden]` each, shared between workers.
+
+    Returns:
+        The tensors by part (train, validation) and layer.
+    """
     shared = workers.count > 1
     slots = [(part, index, number) for number, index in enumerate(layers) for part in parts]
     shapes = {part: (*rows.shape, stream.config.hidden_size) for part, rows in parts.items()}
@@ -107,7 +123,7 @@ def _allocate(
     workers.wait()
     if not workers.first:
         tensors = {(p, i): cache.attach(f"{p}-inputs-{number}", shapes[p]) for p, i, number in slots}
-    workers.wait()  # names are used again in the next wave
+    workers.wait()  # the next wave uses the same names again
     return tensors
 
 
@@ -120,7 +136,7 @@ def _distil_group(
     work: Work,
     progress: Progress,
 ) -> None:
-    """Distil the layers of a group and save them; a group is computed as a whole or not at all."""
+    """Distil the layers of a group and save their chains. If one layer is missing, all of the group are distilled."""
     if all(work.has_layer(index) for index in group):
         return
     tasks = []

@@ -1,12 +1,12 @@
-"""What locking a model at each depth would cost, from its configuration alone.
+"""The cost of locking a model at each depth, computed from its configuration.
 
-No weights are read, so a plan is instant for a model of any size.
+No weights are read, so a plan takes no time for a model of any size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lockkit.dlr.cost import (
     dlr_parameters,
@@ -15,16 +15,12 @@ from lockkit.dlr.cost import (
     mlp_parameters,
     mlp_saved_values,
 )
-from lockkit.dlr.mlp import MLPShape
 from lockkit.dlr.net import block_ranks
 from lockkit.errors import UsageError
 from lockkit.files import schema_record
 from lockkit.lock.config import LockConfig
-from lockkit.models.families import Family, require_unlocked
+from lockkit.models.families import decoder_layers, mlp_weights, require_unlocked
 from lockkit.models.load import load_config, resolve_model
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SCHEMA = "lockkit-plan/1"
 DEPTHS = (8, 16, 32, 64, 96, 128)
@@ -32,10 +28,18 @@ DEPTHS = (8, 16, 32, 64, 96, 128)
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One depth: counts are for one decoder layer's MLP; bytes per token, 4-byte values.
+    """The cost of one depth.
 
-    `lock_memory_bytes` is what `lockkit lock` is expected to need beyond the interpreter and libraries with
-    its default settings and one layer in memory at a time, `lock_memory_all_layers_bytes` with all of them.
+    Attributes:
+        depth: blocks per chain.
+        rank, smallest_rank: units of the largest and of the smallest block.
+        mlp_parameters: parameters of one chain.
+        saved_bytes_per_token: activations that plain autograd saves for all chains, in float32.
+        saved_bytes_ratio: the same, over that of the original's MLPs.
+        expected_decode_slowdown: estimated factor for decoding one token on a CPU.
+        lock_memory_bytes: predicted peak memory of `lockkit lock` at default settings, without the interpreter and
+            libraries, with one layer in memory at a time.
+        lock_memory_all_layers_bytes: the same, with all layers in memory.
     """
 
     depth: int
@@ -51,7 +55,18 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model's sizes, and a row for every depth."""
+    """The sizes of a model, and one row per depth.
+
+    Attributes:
+        schema_version: name and version of this format; `schema` in JSON.
+        model_type: the model's family.
+        layers: number of decoder layers.
+        hidden_size, intermediate_size: of the MLPs.
+        parameters: of the whole model.
+        original_mlp_parameters: of one MLP.
+        original_saved_bytes_per_token: activations that plain autograd saves for all MLPs, in float32.
+        rows: one per depth.
+    """
 
     schema_version: str
     model_type: str
@@ -63,8 +78,8 @@ class Plan:
     original_saved_bytes_per_token: int
     rows: list[PlanRow]
 
-    def record(self) -> dict:
-        """The plan as JSON's values."""
+    def record(self) -> dict[str, Any]:
+        """The plan as JSON values."""
         return schema_record(self)
 
 
@@ -81,10 +96,10 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     from lockkit.models.layered import empty_model
 
     network = empty_model(config, family)
-    shape = _mlp_shape(network, family)
+    shape = mlp_weights(decoder_layers(network)[0].mlp, family).shape
     width, layers = shape.intermediate_size, config.num_hidden_layers
     parameters = sum(p.numel() for p in network.parameters())
-    layer_parameters = sum(p.numel() for p in network.model.layers[0].parameters())
+    layer_parameters = sum(p.numel() for p in decoder_layers(network)[0].parameters())
     for depth in depths or []:
         if not 1 <= depth <= width:
             raise UsageError(f"--depth {depth} is not between 1 and the MLP's width {width}: change it")
@@ -131,9 +146,3 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
         original_saved_bytes_per_token=4 * mlp_saved_values(shape) * layers,
         rows=rows,
     )
-
-
-def _mlp_shape(network: nn.Module, family: Family) -> MLPShape:
-    from lockkit.models.families import decoder_layers, mlp_weights
-
-    return mlp_weights(decoder_layers(network)[0].mlp, family).shape

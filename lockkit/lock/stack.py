@@ -1,4 +1,4 @@
-"""All layers' chains with their optimisers, in memory or, between a layer's turns, on disk."""
+"""The chains of all layers with their optimisers, in memory or on disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,11 +19,20 @@ from lockkit.lock.optimiser import RelativeAdam
 from lockkit.lock.packed import PackedChains
 from lockkit.models.layered import StreamedModel, return_free_memory
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+if TYPE_CHECKING:
+    from lockkit.models.families import DecoderLayer
+
+LayerFunction = Callable[..., torch.Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # the state of Adam, per parameter
 
 
 class PackedMLP(nn.Module):
-    """One packed chain with the interface of an MLP, `[..., hidden]` to `[..., hidden]`."""
+    """One packed chain with the interface of an MLP.
+
+    Args:
+        chain: its initial weights.
+        dtype: of the computation.
+    """
 
     def __init__(self, chain: DLRNet, dtype: torch.dtype):
         super().__init__()
@@ -30,16 +40,18 @@ class PackedMLP(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The chain's output, `[..., hidden]`, for `x`, `[..., hidden]`."""
         return self.packed(x.flatten(0, -2).unsqueeze(0), dtype=self.dtype).view_as(x)
 
 
 class ChainStack:
-    """The chains of a model in training.
+    """The chains of a model in training, with one optimiser per layer.
 
     Args:
-        stream: the teacher; kept in memory too unless `folder` is given.
-        start: from a layer's index to its chain before training.
-        folder: where layers live between their turns; None keeps all in memory.
+        stream: the teacher. Its layers stay in memory unless `folder` is given.
+        start: returns the chain of a layer before training, given the layer's index.
+        config: the recipe.
+        folder: for layers that are not in use; its contents are deleted. None keeps all layers in memory.
     """
 
     def __init__(
@@ -59,30 +71,33 @@ class ChainStack:
             folder.mkdir(parents=True)
 
     def chain(self, index: int) -> nn.Module:
-        """The chain of a layer as it is now, for a forward pass."""
+        """The current chain of a layer, for a forward pass."""
         return self._take(index)[0]
 
     def unpacked(self, index: int) -> DLRNet:
-        """The chain of a layer as it is now, in the form that is published."""
+        """The current chain of a layer as a `DLRNet`, the form that is published."""
         chain = self.start(index)
         self._take(index)[0].packed.unpack([chain])
         return chain
 
     @contextmanager
-    def both(self, index: int) -> Iterator[tuple[Callable, Callable]]:
-        """A decoder layer as functions of hidden states: with its own MLP, and with its chain."""
+    def both(self, index: int) -> Iterator[tuple[LayerFunction, LayerFunction]]:
+        """A decoder layer with its own MLP, and the same layer with its chain.
+
+        Both are functions of hidden states, `[rows, block, hidden]`, and the layer's keyword arguments.
+        """
         mlp = self.chain(index)
         with self.stream.layer(index) as layer:
 
-            def student(hidden: torch.Tensor, **arguments) -> torch.Tensor:
+            def student(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
                 with mlp_replaced(layer, mlp):
                     return layer(hidden, **arguments)
 
             yield layer, student
 
     @contextmanager
-    def trained(self, index: int) -> Iterator[tuple[nn.Module, PackedMLP, RelativeAdam]]:
-        """A decoder layer with its chain in it, the chain, and its optimiser; kept afterwards."""
+    def trained(self, index: int) -> Iterator[tuple[DecoderLayer, PackedMLP, RelativeAdam]]:
+        """A decoder layer that contains its chain, the chain, and its optimiser. Changes are kept after the `with` block."""
         mlp, optimiser = self._take(index)
         with self.stream.layer(index) as layer, mlp_replaced(layer, mlp):
             yield layer, mlp, optimiser
@@ -90,39 +105,39 @@ class ChainStack:
             _write(self._file(self.folder, index), mlp, optimiser)
 
     def keep_input(self, index: int, hidden: torch.Tensor) -> None:
-        """Keep the student's input of a layer, `[rows, block, hidden]`, for the backward pass."""
+        """Save the student's input of a layer, `[rows, block, hidden]`, for the backward pass."""
         if self.folder:
             save_file({"hidden": hidden}, self.folder / f"input-{index}")
         else:
             self.inputs[index] = hidden
 
     def take_input(self, index: int) -> torch.Tensor:
-        """What `keep_input` kept."""
+        """The input that `keep_input` saved for a layer, `[rows, block, hidden]`."""
         if self.folder:
             return load_file(self.folder / f"input-{index}", device=str(self.stream.device))["hidden"]
         return self.inputs.pop(index)
 
     def restart(self, learning_rate: float, steps: int) -> None:
-        """Back to the chains before training, with new optimisers for `steps` steps."""
+        """Reset to the chains before training, with new optimisers for `steps` steps at this learning rate."""
         self.learning_rate, self.steps = learning_rate, steps
         self.reset()
 
     def reset(self) -> None:
-        """Back to the chains before training."""
+        """Reset to the chains before training, with new optimisers."""
         self.held.clear()
         if self.folder:
             for file in self.folder.iterdir():
                 file.unlink()
 
     def save(self, folder: Path, with_optimiser: bool = False) -> None:
-        """Write every layer's state into `folder`."""
+        """Write the chain of every layer, and if asked its optimiser, into `folder`."""
         for index in range(len(self.stream)):
             mlp, optimiser = self._take(index)
             _write(self._file(folder, index), mlp, optimiser if with_optimiser else None)
             return_free_memory()
 
     def load(self, folder: Path, with_optimiser: bool = False) -> None:
-        """Read every layer's state from `folder`, as `save` wrote it."""
+        """Read the chain of every layer, and if asked its optimiser, from a `folder` that `save` wrote."""
         for index in range(len(self.stream)):
             mlp, optimiser = self._new(index)
             _read(self._file(folder, index), mlp, optimiser if with_optimiser else None)
@@ -133,6 +148,7 @@ class ChainStack:
                 self.held[index] = mlp, optimiser
 
     def _take(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
+        """The current chain of a layer and its optimiser, from memory or disk, or new."""
         if index in self.held:
             return self.held[index]
         mlp, optimiser = self._new(index)

@@ -1,27 +1,49 @@
-"""The model families that lockkit can lock, and how each names the parts of its MLP.
+"""The model families that lockkit can lock, and the names of the parts of their MLPs.
 
-To add a family: one entry in `FAMILIES`, one in `lockkit/export/builders.py`, and its tiny
-configuration in `tests/tiny.py`; the tests then take it through lock, save, load and export.
+To add a family: one entry in `_ALL` below, one in `lockkit/export/builders.py`, and a tiny configuration in
+`tests/tiny.py`. The tests then lock, save, load and export it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lockkit.dlr.mlp import MLPWeights
 from lockkit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    class DecoderLayer(nn.Module):
+        """A decoder layer of any family, as a type for mypy."""
+
+        mlp: Any  # the family's own MLP; in a locked model, a `DLRNet`
+
+    class DecoderLayers(nn.ModuleList):
+        """The decoder layers of a model, as a type for mypy."""
+
+        def __iter__(self) -> Iterator[DecoderLayer]: ...
+        def __getitem__(self, index: Any) -> Any: ...
+
 
 LOCKED_PREFIX = "dlr_lock_"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family: its classes in transformers and the names inside its MLP."""
+    """One family: its classes in transformers, and the names of the linear layers in its MLP.
+
+    Attributes:
+        model_type: the family's name in `config.json`.
+        config_class, model_class: names of its classes in transformers.
+        up, down: names of the up and down projections.
+        gate: name of the gate projection; None for an MLP of two layers.
+        packed_gate_up: name of one matrix that holds the rows of gate and then those of up; None if they are separate.
+    """
 
     model_type: str
     config_class: str
@@ -29,14 +51,16 @@ class Family:
     up: str = "up_proj"
     down: str = "down_proj"
     gate: str | None = "gate_proj"
-    packed_gate_up: str | None = None  # one matrix, gate rows above up rows
+    packed_gate_up: str | None = None
 
     @property
     def gated(self) -> bool:
+        """Whether the MLP has a gate."""
         return self.gate is not None
 
     @property
     def locked_model_type(self) -> str:
+        """The `model_type` of locked models of this family."""
         return LOCKED_PREFIX + self.model_type
 
 
@@ -58,15 +82,15 @@ FAMILIES = {family.model_type: family for family in _ALL}
 
 
 def is_locked(config: PreTrainedConfig) -> bool:
-    """Whether `config` belongs to a model that lockkit has locked."""
+    """Whether `config` is the configuration of a locked model."""
     return (config.model_type or "").startswith(LOCKED_PREFIX)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of an original or a locked model.
+    """The family of an original or a locked model.
 
     Raises:
-        UnsupportedModelError: naming what the model is, and what to use instead.
+        UnsupportedModelError: there is no such family, or the model is quantised. The message says what to use instead.
     """
     model_type = config.model_type or "unknown"
     family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
@@ -80,7 +104,11 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def require_unlocked(config: PreTrainedConfig, model: str) -> Family:
-    """`family_of`, refusing a model that is locked already; `model` is what the user called it."""
+    """The family of an original. `model` is the name that the user gave, for the message.
+
+    Raises:
+        UnsupportedModelError: the model is locked already, or there is no such family.
+    """
     if is_locked(config):
         raise UnsupportedModelError(f"{model} is locked already: give MODEL the original")
     return family_of(config)
@@ -102,7 +130,7 @@ def _why_unsupported(config: PreTrainedConfig) -> str:
 
 
 def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
-    """Read the weights of a family's MLP; packed matrices are returned as views of their parts."""
+    """The weights of an original's MLP, not copied. Gate and up are views if the family packs them into one matrix."""
     down = getattr(mlp, family.down)
     if family.packed_gate_up is None:
         up = getattr(mlp, family.up)
@@ -118,11 +146,11 @@ def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
     return weights
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of an original or a locked model; each has its MLP as `.mlp`."""
+def decoder_layers(model: PreTrainedModel) -> DecoderLayers:
+    """The decoder layers of an original or a locked model, an `nn.ModuleList`. `layer.mlp` is the MLP or chain."""
     return model.model.layers
 
 
 def activation_name(config: PreTrainedConfig) -> str:
-    """The MLP's activation, by the name transformers knows it."""
+    """The name of the MLP's activation function in transformers."""
     return getattr(config, "hidden_activation", None) or config.hidden_act

@@ -1,12 +1,11 @@
-"""A pretrained model that is never in memory as a whole: decoder layers are read one at a time.
+"""A pretrained model in memory one decoder layer at a time.
 
-1. A skeleton of the model has its weights on the `meta` device, where they take no memory; its
-   buffers (rotary frequencies, scales) are real.
-2. What is not in a decoder layer (embeddings, last norm, head) is read once and stays.
-3. `layer(i)` reads one decoder layer from the checkpoint, in the dtype asked for; when its block
-   ends, the memory is free again.
-4. What happens before the first layer and after the last one is the model's own forward pass,
-   with the layers replaced by functions that do nothing.
+1. The model is created with its weights on the `meta` device, where they take no memory. Its buffers (rotary
+   frequencies, scales) are real.
+2. Weights outside the decoder layers (embeddings, last norm, head) are read once and stay in memory.
+3. `layer(i)` reads one decoder layer from the checkpoint and frees its memory at the end of the `with` block.
+4. The computation before the first and after the last layer is the model's own forward pass, with the layers replaced
+   by functions that do not compute anything.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -28,12 +28,17 @@ from lockkit.errors import UsageError
 from lockkit.models.families import Family, decoder_layers
 from lockkit.models.load import check_safetensors
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lockkit.models.families import DecoderLayer
+
 
 class Checkpoint:
-    """The tensors in a folder of safetensors, read by the names a model gives them.
+    """The tensors of a folder of safetensors, read by their names in the model.
 
     Raises:
-        UsageError: no safetensors, or broken ones.
+        UsageError: there are no safetensors, or a file is broken.
     """
 
     def __init__(self, folder: Path):
@@ -50,12 +55,12 @@ class Checkpoint:
                     self.files.update(dict.fromkeys(tensors.keys(), file))
 
     def stored_name(self, name: str) -> str | None:
-        """The name a tensor is stored under: with or without the base model's prefix."""
+        """The name of a tensor in the files, with or without the base model's prefix. None if it is not there."""
         candidates = (name, name.removeprefix("model."), f"model.{name}")
         return next((candidate for candidate in candidates if candidate in self.files), None)
 
     def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Those of `names` that the checkpoint has; integers keep their dtype."""
+        """Read the tensors of `names` that the checkpoint has, as `dtype`. Integer tensors keep their dtype."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             if stored := self.stored_name(name):
@@ -70,51 +75,62 @@ class Checkpoint:
 
 
 class LayeredModel:
-    """A causal language model taken apart: what comes before its decoder layers, the layers, what comes after.
+    """A causal language model in three parts: before its decoder layers, the layers, and after them.
 
     Args:
         model: an original or a locked model, in memory as a whole or with its layers on `meta`.
-        device: where it is computed.
+        device: for the computation.
     """
 
-    def __init__(self, model: nn.Module, device: str | torch.device):
-        self.model, self.device, self.config = model, torch.device(device), model.config
+    def __init__(self, model: PreTrainedModel, device: str | torch.device):
+        self.model, self.device = model, torch.device(device)
+        self.config: PreTrainedConfig = model.config
         self.layers = decoder_layers(model)
 
     def __len__(self) -> int:
         return len(self.layers)
 
     @torch.no_grad()
-    def begin(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict]]:
-        """The first layer's input for token ids `[rows, block]`, and every layer's other arguments.
+    def begin(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """Compute what comes before the decoder layers, for token ids `[rows, block]`.
 
         Returns:
-            Hidden states, `[rows, block, hidden]`, and keyword arguments by layer (masks, positions).
+            The first layer's input, `[rows, block, hidden]`, and the keyword arguments of every layer (masks,
+            positions).
         """
-        arguments: list[dict] = [{} for _ in self.layers]
+        arguments: list[dict[str, Any]] = [{} for _ in self.layers]
         first: list[torch.Tensor] = []
 
-        def note(index, hidden, **others):
+        def record(index: int, hidden: torch.Tensor, **others: Any) -> torch.Tensor:
             arguments[index] = others
             first.append(hidden)
             return hidden
 
-        with self._layers_doing(note):
+        with self._layers_replaced(record):
             self.model.model(ids.to(self.device), use_cache=False)
         return first[0], arguments
 
     def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, `[rows, block, vocab]`, from token ids and the last layer's output; differentiable in `hidden`."""
+        """Compute what comes after the decoder layers. Differentiable with respect to `hidden`.
+
+        Args:
+            ids: token ids, `[rows, block]`.
+            hidden: output of the last layer, `[rows, block, hidden]`.
+
+        Returns:
+            Logits, `[rows, block, vocab]`.
+        """
         last = len(self) - 1
 
-        def stand_in(index, own, **_):
+        def result(index: int, own: torch.Tensor, **_: Any) -> torch.Tensor:
             return hidden if index == last else own
 
-        with self._layers_doing(stand_in):
+        with self._layers_replaced(result):
             return self.model(ids.to(self.device), use_cache=False).logits
 
     @contextmanager
-    def _layers_doing(self, function: Callable) -> Iterator[None]:
+    def _layers_replaced(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Replace the forward pass of every layer by `function(index, hidden, **arguments)` inside the `with` block."""
         for index, layer in enumerate(self.layers):
             layer.forward = functools.partial(function, index)
         try:
@@ -125,15 +141,17 @@ class LayeredModel:
 
 
 class StreamedModel(LayeredModel):
-    """A causal language model for inference, one decoder layer at a time.
+    """A causal language model for inference, in memory one decoder layer at a time.
 
     Args:
-        folder: a checkpoint of `family`, with `config`.
-        device: where layers are computed.
+        folder: the model's checkpoint.
+        config: its configuration.
+        family: its family.
+        device: for the computation.
         dtype: of weights and activations.
 
     Raises:
-        UsageError: the checkpoint is broken or lacks tensors.
+        UsageError: the checkpoint is broken or incomplete.
     """
 
     def __init__(
@@ -142,10 +160,11 @@ class StreamedModel(LayeredModel):
         super().__init__(empty_model(config, family).to(dtype).eval().requires_grad_(False), device)
         self.folder, self.family, self.dtype = folder, family, dtype
         self.checkpoint = Checkpoint(folder)
-        self.keep_layers = False  # whether `layer` leaves weights in memory for the next time
-        self._read_everything_else()
+        self.keep_layers = False  # whether `layer` leaves the weights in memory at the end of its `with` block
+        self._read_outside()
 
-    def _read_everything_else(self) -> None:
+    def _read_outside(self) -> None:
+        """Read the weights outside the decoder layers, and check that the checkpoint has those of the layers."""
         outside = [name for name in self.model.state_dict() if ".layers." not in name]
         found = self.checkpoint.read(outside, self.device, self.dtype)
         self._assign(self.model, found)
@@ -156,7 +175,7 @@ class StreamedModel(LayeredModel):
                 if buffer is not None and not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
         for index in range(len(self)):
-            prefix = self._prefix(index)
+            prefix = f"model.layers.{index}."
             missing = [n for n in self.layers[index].state_dict() if not self.checkpoint.stored_name(prefix + n)]
             self._require_complete({prefix + name: None for name in missing})
 
@@ -178,12 +197,9 @@ class StreamedModel(LayeredModel):
         module.load_state_dict(tensors, strict=False, assign=True)
         module.requires_grad_(False)
 
-    def _prefix(self, index: int) -> str:
-        return f"model.layers.{index}."
-
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """One decoder layer with its weights, for as long as the block lasts."""
+    def layer(self, index: int) -> Iterator[DecoderLayer]:
+        """One decoder layer with its weights, inside the `with` block."""
         layer = self.read_layer(index)
         try:
             yield layer
@@ -191,10 +207,10 @@ class StreamedModel(LayeredModel):
             if not self.keep_layers:
                 self.drop_layer(index)
 
-    def read_layer(self, index: int) -> nn.Module:
-        """One decoder layer with its weights, until `drop_layer`; read only if they are not there."""
+    def read_layer(self, index: int) -> DecoderLayer:
+        """One decoder layer with its weights, until `drop_layer`. Weights in memory are not read again."""
         layer = self.layers[index]
-        prefix = self._prefix(index)
+        prefix = f"model.layers.{index}."
         names = [prefix + name for name, value in layer.state_dict().items() if value.is_meta]
         if names:
             found = self.checkpoint.read(names, self.device, self.dtype)
@@ -207,28 +223,28 @@ class StreamedModel(LayeredModel):
         return_free_memory()
 
     def drop_layers(self) -> None:
-        """Free all decoder layers' weights, and keep none from now on."""
+        """Free the weights of all decoder layers, and keep none in memory from now on."""
         self.keep_layers = False
         for index in range(len(self)):
             self.drop_layer(index)
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system; glibc's allocator keeps it otherwise, layer after layer."""
+    """Return freed memory to the system. Otherwise glibc's allocator keeps it, for layer after layer."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def import_model_class(family: Family) -> type[nn.Module]:
-    """The family's class; transformers imports some 80 MB of libraries for the first of them."""
+def import_model_class(family: Family) -> type[PreTrainedModel]:
+    """The family's model class. The first import of such a class loads libraries that take some 80 MB of memory."""
     import accelerate  # noqa: F401
     import transformers
 
     return getattr(transformers, family.model_class)
 
 
-def empty_model(config: PreTrainedConfig, family: Family) -> nn.Module:
-    """The model of `config` without memory for its weights; its buffers are real."""
+def empty_model(config: PreTrainedConfig, family: Family) -> PreTrainedModel:
+    """A model with its weights on the `meta` device. Its buffers are real."""
     from accelerate import init_empty_weights
 
     model_class = import_model_class(family)

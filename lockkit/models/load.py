@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
@@ -38,10 +38,10 @@ TOKENIZER_FILES = [
 
 
 def resolve_model(model: str, option: str = "MODEL") -> Path:
-    """Return the local folder of `demo`, of a local path, or of a Hub id (downloaded).
+    """The local folder of `demo`, of a local path, or of a Hub id, which is downloaded.
 
     Raises:
-        UsageError: naming `option`, when there is no such model.
+        UsageError: there is no such model. The message names `option`.
     """
     if model == "demo":
         return DEMO
@@ -66,11 +66,10 @@ def _download(repository: str, option: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
     except HFValidationError as error:
-        raise UsageError(f"there is no folder {repository}, and it is no Hub id either: change {option}") from error
-    except Exception as error:  # dozens of kinds: no network, no such repository, no permission, ...
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"there is no folder {repository}, and it is not a Hub id: change {option}") from error
+    except Exception as error:  # many kinds: no network, no such repository, no permission, ...
         raise UsageError(
-            f"there is no folder {repository}, and the Hub did not deliver it ({reason}): change {option}"
+            f"there is no folder {repository}, and the Hub did not deliver it ({first_line(error)}): change {option}"
         ) from error
 
 
@@ -89,7 +88,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         if family is not None and model_type.startswith(LOCKED_PREFIX):
             config = locked_classes(family)[0].from_pretrained(folder)
-            chain_config(config)  # refuses a broken description of the chains
+            chain_config(config)  # raises ValueError if the description of the chains is not valid
             return config
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -100,7 +99,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
         raise UsageError(f"{folder}/config.json cannot be used ({first_line(error)}): change MODEL") from error
 
 
-def _read_config(folder: Path) -> dict:
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
@@ -121,7 +120,7 @@ def load_model(
 
     Raises:
         UsageError: weights are missing, broken, incomplete or not safetensors.
-        UnsupportedModelError: no family of lockkit's.
+        UnsupportedModelError: lockkit does not support the model's family.
     """
     import transformers
 
@@ -152,7 +151,7 @@ def load_model(
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars out of ours."""
+    """Turn off transformers' progress bars inside the `with` block."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -168,7 +167,7 @@ def check_safetensors(folder: Path) -> None:
     """Open every safetensors file of a folder, without reading its tensors.
 
     Raises:
-        UsageError: there is none, one is missing or one is broken.
+        UsageError: there is no file, one is missing, or one is broken.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -196,14 +195,14 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
     """Load the tokenizer of a model folder or of an export.
 
     Raises:
-        UsageError: there is none, or it is broken.
+        UsageError: there is no tokenizer, or it is broken. The message names `option`.
     """
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
     try:
-        # Left open, trust_remote_code makes transformers ask the user on a locked folder.
+        # Without trust_remote_code=False, transformers asks the user a question on a locked folder.
         tokenizer = AutoTokenizer.from_pretrained(
             folder, config=_tokenizer_config(folder), local_files_only=True, trust_remote_code=False
         )
@@ -211,13 +210,13 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
         raise UsageError(
             f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): change {option}"
         ) from error
-    # Whole documents are tokenized and cut into blocks afterwards: no warning about their length.
+    # lockkit tokenizes whole documents and cuts them into blocks later: turn off the warning about their length.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
 
 
 def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:
-    """The original's configuration for a locked folder, whose own model type transformers warns about."""
+    """The original's configuration for a locked folder, else None. transformers warns about locked model types."""
     if not (folder / "config.json").is_file():
         return None
     model_type = str(_read_config(folder).get("model_type", ""))

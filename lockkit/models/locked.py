@@ -1,7 +1,7 @@
-"""Locked models as classes: for this process, and as a file inside a checkpoint.
+"""The classes of locked models, in this process and as a file in a checkpoint.
 
-The source of both is `remote_code/modeling_dlr_lock.py`. `locked_classes` derives its classes
-from a family's own; `render_modeling_file` writes the same as one self-contained file.
+The source of both is `remote_code/modeling_dlr_lock.py`. `locked_classes` derives classes from those of a family.
+`render_modeling_file` writes the same classes as one self-contained file.
 """
 
 from __future__ import annotations
@@ -9,35 +9,35 @@ from __future__ import annotations
 import functools
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lockkit.dlr import net
 from lockkit.dlr.net import ChainConfig, DLRNet
 from lockkit.models.families import Family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 MODELING_FILE = "modeling_dlr_lock.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_dlr_lock.DLRLockConfig",
     "AutoModelForCausalLM": "modeling_dlr_lock.DLRLockForCausalLM",
 }
-# What the modelling file in a checkpoint has from lockkit/dlr/net.py.
+# The definitions of lockkit/dlr/net.py that the modelling file contains.
 _TRAVELLING = (net.block_ranks, net.ChainConfig, net.DLRBlock, net.DLRNet)
 _TEMPLATE = Path(__file__).parent / "remote_code" / MODELING_FILE
 
 
 def empty_chain(config: PreTrainedConfig, chains: ChainConfig, gain: float) -> DLRNet:
-    """An untrained chain for one decoder layer of a model with `config`, as its locked form has them."""
+    """An untrained chain for one decoder layer of a model with configuration `config`."""
     from lockkit.models.remote_code import modeling_dlr_lock
 
     return modeling_dlr_lock.empty_chain(config, chains, gain)
 
 
 @functools.cache
-def locked_classes(family: Family) -> tuple[type, type]:
-    """Return (config class, model class) of the locked form of `family`."""
+def locked_classes(family: Family) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """The configuration class and the model class of locked models of a family."""
     import transformers
 
     from lockkit.models.remote_code import modeling_dlr_lock as template
@@ -48,7 +48,7 @@ def locked_classes(family: Family) -> tuple[type, type]:
         "DLRLockConfig", (base_config,), {"model_type": family.locked_model_type, "__module__": __name__}
     )
 
-    def __init__(self, config):
+    def __init__(self: Any, config: PreTrainedConfig) -> None:
         base_model.__init__(self, config)
         template.swap_mlps(self, config)
 
@@ -61,7 +61,7 @@ def locked_classes(family: Family) -> tuple[type, type]:
 
 
 def chain_config(config: PreTrainedConfig) -> ChainConfig | None:
-    """The chains that a locked model's configuration describes; None for an original's.
+    """The description of the chains in a locked model's configuration; None for an original.
 
     Raises:
         ValueError: the entry `dlr` is not valid.
@@ -71,7 +71,7 @@ def chain_config(config: PreTrainedConfig) -> ChainConfig | None:
 
 
 def locked_config(config: PreTrainedConfig, family: Family, chains: ChainConfig) -> PreTrainedConfig:
-    """The configuration of the locked form of a model with `config`."""
+    """The configuration of the locked model whose original has configuration `config`."""
     values = _values(config)
     config_class, model_class = locked_classes(family)
     locked = config_class(**values, dlr=chains.to_dict())
@@ -80,19 +80,19 @@ def locked_config(config: PreTrainedConfig, family: Family, chains: ChainConfig)
     return locked
 
 
-# What a class decides for itself, and RoPE settings under names from before `rope_parameters`.
+# Entries that depend on the class, and names of RoPE settings older than `rope_parameters`.
 _NOT_COPIED = (
     *("model_type", "architectures", "auto_map", "transformers_version", "dlr"),
     *("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
 )
 
 
-def _values(config: PreTrainedConfig) -> dict:
+def _values(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _NOT_COPIED}
 
 
 def base_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
-    """The configuration of the original model, recovered from a locked one's."""
+    """The configuration of the original, recovered from that of its locked model."""
     import transformers
 
     base = getattr(transformers, family.config_class)(**_values(config))
@@ -101,8 +101,8 @@ def base_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
 
 
 def render_modeling_file(family: Family) -> str:
-    """The modelling file of `family`, with the DLR-Net's source in it, free of lockkit."""
-    definitions = "\n\n\n".join(inspect.getsource(part) for part in _TRAVELLING)
+    """The text of the modelling file for a family. It contains the source of `DLRNet` and does not import lockkit."""
+    definitions = "\n\n".join(inspect.getsource(part) for part in _TRAVELLING)
     replacements = {
         "from transformers import LlamaConfig as BaseConfig": f"from transformers import {family.config_class} as BaseConfig",
         "from transformers import LlamaForCausalLM as BaseForCausalLM": (

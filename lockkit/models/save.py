@@ -1,4 +1,4 @@
-"""Writing a locked checkpoint: an ordinary Hugging Face folder that loads without lockkit."""
+"""Write a locked checkpoint: an ordinary Hugging Face folder that loads without lockkit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lockkit.dlr.net import ChainConfig, DLRNet
     from lockkit.models.layered import StreamedModel
 
-# Layers are collected up to this size before they are written (safetensors needs twice that to write
-# them): it bounds memory, not the model.
+# Size of the tensors that are collected before a file is written. It limits memory: writing safetensors takes twice
+# this size.
 SHARD_BYTES = 48 * 2**20
 
 
@@ -36,9 +36,11 @@ def save_locked_weights(
     """Write weights, configuration, modelling file and tokenizer of a locked model, one layer at a time.
 
     Args:
-        stream: the original; everything but its MLPs is taken over, rounded to `dtype`.
-        chain: from a layer's index to its chain, already in `dtype`.
-        chains: their description, gains included.
+        stream: the original. All its weights except the MLPs are copied, rounded to `dtype`.
+        chain: returns the chain of a layer, in `dtype`, given the layer's index.
+        folder: the folder to write to.
+        chains: description of the chains, with their gains.
+        dtype: of the weights.
     """
     _write_shards(_locked_tensors(stream, chain, dtype), folder)
     _write_config(stream, folder, chains, dtype)
@@ -50,8 +52,8 @@ def save_locked_weights(
         stream.model.generation_config.save_pretrained(folder)
 
 
-def save_description(folder: Path, record: dict, card: str) -> None:
-    """Write `lockkit.json` and the model card beside the weights."""
+def save_description(folder: Path, record: dict[str, Any], card: str) -> None:
+    """Write `lockkit.json` (`record`) and the model card (`card`, Markdown) into a locked checkpoint."""
     write_json(folder / LOCK_RECORD, record)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -59,8 +61,8 @@ def save_description(folder: Path, record: dict, card: str) -> None:
 def _locked_tensors(
     stream: StreamedModel, chain: Callable[[int], DLRNet], dtype: torch.dtype
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The locked model's tensors by name: what is outside the layers, then layer by layer."""
-    # Tied matrices (a head that is the embedding) appear once, under their first name.
+    """The locked model's tensors by name: first those outside the decoder layers, then layer by layer."""
+    # A tied matrix (a head that is the embedding) is written once, under its first name.
     outside = {id(value): (name, value) for name, value in reversed(stream.model.state_dict(keep_vars=True).items())}
     rest = {name: value for name, value in reversed(outside.values()) if ".layers." not in name}
     yield {name: _published(value, dtype) for name, value in rest.items()}
@@ -76,10 +78,10 @@ def _published(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _write_shards(pieces: Iterator[dict[str, torch.Tensor]], folder: Path) -> None:
-    """Write pieces into as few safetensors as their size allows, with an index if there are several."""
+    """Write the pieces into safetensors files of about `SHARD_BYTES`, with an index if there are several files."""
     shards: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
-    total = 0
+    total_bytes = 0
 
     def flush() -> None:
         save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
@@ -87,11 +89,11 @@ def _write_shards(pieces: Iterator[dict[str, torch.Tensor]], folder: Path) -> No
         pending.clear()
 
     for piece in pieces:
-        size = sum(value.nbytes for value in piece.values())
-        if pending and size + sum(value.nbytes for value in pending.values()) > SHARD_BYTES:
+        size_bytes = sum(value.nbytes for value in piece.values())
+        if pending and size_bytes + sum(value.nbytes for value in pending.values()) > SHARD_BYTES:
             flush()
         pending.update(piece)
-        total += size
+        total_bytes += size_bytes
     flush()
     count = len(shards)
     names = (
@@ -99,11 +101,11 @@ def _write_shards(pieces: Iterator[dict[str, torch.Tensor]], folder: Path) -> No
     )
     for number, name in enumerate(names):
         (folder / f"shard-{number}").rename(folder / name)
-        (folder / name).chmod(0o644)  # the library writes them for the owner alone
+        (folder / name).chmod(0o644)  # the library makes them readable for the owner only
     if count > 1:
         weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
         write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         )
 
 
@@ -118,10 +120,10 @@ def _write_config(stream: StreamedModel, folder: Path, chains: ChainConfig, dtyp
     write_json(file, config | transformers_4_rope(config))
 
 
-def transformers_4_rope(config: dict) -> dict:
-    """RoPE settings under the names transformers 4 reads; without them it takes its defaults, silently.
+def transformers_4_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The RoPE settings under the names that transformers 4 reads. Without them it uses defaults, without a warning.
 
-    transformers 5 keeps them in `rope_parameters`: one set, or one for each kind of layer.
+    transformers 5 has them in `rope_parameters`: one set, or one set per type of layer.
     """
     parameters = config.get("rope_parameters") or {}
     if "full_attention" in parameters:
@@ -136,7 +138,7 @@ def transformers_4_rope(config: dict) -> dict:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files as they are, so that a newer transformers cannot rewrite them."""
+    """Copy the tokenizer's files unchanged. Saving them with another version of transformers could change them."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -1,1 +1,1 @@
-"""The modelling file that travels inside a locked checkpoint, and how it is written."""
+"""The template of the modelling file in a locked checkpoint."""

@@ -1,8 +1,8 @@
 """A causal language model whose MLPs are deep low-rank residual networks (DLR-Lock).
 
-This file travels inside every locked checkpoint: it needs PyTorch and transformers (4.57 or 5),
-not lockkit. Only the MLPs differ from the base model; attention, embeddings, cache and
-generation are the base model's own. `config.dlr` describes the chains: see `ChainConfig`.
+Every locked checkpoint contains this file. It needs PyTorch and transformers (4.57 or 5), not lockkit.
+Only the MLPs differ from the base model. Attention, embeddings, cache and generation are the base
+model's own. The entry `dlr` of `config.json` describes the chains: see `ChainConfig`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from transformers.activations import ACT2FN
 from lockkit.dlr.net import ChainConfig, DLRNet
 
 
-def empty_chain(config, chains: ChainConfig, gain: float) -> DLRNet:
-    """An untrained chain for one decoder layer of a model with the configuration `config`."""
+def empty_chain(config: BaseConfig, chains: ChainConfig, gain: float) -> DLRNet:
+    """An untrained chain for one decoder layer of a model with configuration `config`."""
     return chains.empty_chain(config.hidden_size, config.intermediate_size, ACT2FN[chains.activation], gain)
 
 
-def swap_mlps(model, config) -> None:
-    """Replace the MLP of every decoder layer by an untrained DLR-Net, in place."""
+def swap_mlps(model: BaseForCausalLM, config: BaseConfig) -> None:
+    """Replace the MLP of every decoder layer by an untrained chain, in place."""
     chains = ChainConfig.from_dict(config.dlr)
     for layer, gain in zip(model.model.layers, chains.gains, strict=True):
         layer.mlp = empty_chain(config, chains, gain).to(model.dtype)
-    # Tensor-parallel plans of the base model name projections that are no longer there.
+    # The base model's tensor-parallel plan names projections that no longer exist.
     if getattr(model, "_tp_plan", None):
         model._tp_plan = {name: plan for name, plan in model._tp_plan.items() if ".mlp." not in name}
 
@@ -36,10 +36,10 @@ class DLRLockConfig(BaseConfig):
 
 
 class DLRLockForCausalLM(BaseForCausalLM):
-    """The base model with a DLR-Net in place of every MLP."""
+    """The base model with a chain (`DLRNet`) in place of every MLP."""
 
     config_class = DLRLockConfig
 
-    def __init__(self, config):
+    def __init__(self, config: DLRLockConfig):
         super().__init__(config)
         swap_mlps(self, config)
