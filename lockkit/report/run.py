@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lockkit.errors import UsageError
+from lockkit.files import write_text
 from lockkit.report.render import html_page, markdown
 from lockkit.report.sections import sections
 from lockkit.version import __version__, git_hash
@@ -64,7 +64,10 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         out.with_suffix(".json"): json.dumps(record, indent=2, ensure_ascii=False) + "\n",
     }
     for path, text in texts.items():
-        _write(path, text)
+        try:
+            write_text(path, text)
+        except OSError as error:
+            raise UsageError(f"cannot write {path} ({error.strerror}): change --out") from error
     return Report(*texts, sections=len(parts))
 
 
@@ -108,14 +111,3 @@ def _with_rows(summary: dict, path: Path) -> dict:
             except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{file}, line {number}, is not a row ({error}): remove it, or change DIR") from error
     return summary | {"rows": [rows[key] for key in summary.get("row_keys", []) if key in rows]}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror}): change --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)

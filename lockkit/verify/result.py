@@ -8,12 +8,12 @@ fields may be added without it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lockkit.files import write_text
 from lockkit.verify.config import VerifyConfig
 
 SCHEMA = "lockkit-verify/1"
@@ -135,9 +135,4 @@ class VerifyResult(_Record):
 
     def write(self, path: Path) -> None:
         """Write the result as JSON; `path` is either complete or as it was before."""
-        temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
-            temporary.write_text(self.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, self.model_dump_json(indent=2, by_alias=True) + "\n")
