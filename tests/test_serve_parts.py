@@ -56,7 +56,7 @@ def copied(exports, tmp_path):
 
 
 def streamed(ids: list[int], stops: list[str]) -> tuple[str, bool]:
-    stream, text = TextStream(TOKENIZER, [5, 6], stops), ""
+    stream, text = TextStream(TOKENIZER.decode, [5, 6], stops), ""
     for token in ids:
         text += stream.push(token)
         if stream.stopped:
@@ -65,10 +65,10 @@ def streamed(ids: list[int], stops: list[str]) -> tuple[str, bool]:
 
 
 def test_pieces_are_whole_characters():
-    stream = TextStream(TOKENIZER, TOKENIZER.encode("x").ids)
+    stream = TextStream(TOKENIZER.decode, TOKENIZER.encode("x").ids)
     pieces = [stream.push(token) for token in TOKENIZER.encode("aß☃b").ids]
     assert "".join(pieces) == "aß☃b" and pieces.count("") >= 3
-    half = TextStream(TOKENIZER, [5])
+    half = TextStream(TOKENIZER.decode, [5])
     assert half.push(TOKENIZER.encode("☃").ids[0]) + half.flush() == ""
 
 
