@@ -10,8 +10,8 @@ import torch
 
 from lockkit import text
 from lockkit.errors import UsageError
-from lockkit.files import sha256_of_file
 from lockkit.models.families import is_locked
+from lockkit.models.identity import weight_hashes
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.lock_record import read_lock_record
 
@@ -34,10 +34,7 @@ class Reference:
 
     def has_weights(self, sha256: dict[str, str]) -> bool:
         """Whether the folder's weight files have the names and hashes in `sha256`."""
-        return all(
-            (self.folder / name).is_file() and sha256_of_file(self.folder / name) == value
-            for name, value in sha256.items()
-        )
+        return sha256.items() <= weight_hashes(self.folder).items()
 
 
 @dataclass
