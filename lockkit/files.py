@@ -1,4 +1,4 @@
-"""Output folders and files that are complete or absent, JSON, and hashes of files."""
+"""Atomic output folders and files, JSON, and hashes of files."""
 
 from __future__ import annotations
 
@@ -140,31 +140,43 @@ def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
 
 
 def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is complete, or as it was before: it is written beside and then renamed."""
-    if _is_special(path):
-        path.write_bytes(content)
-        return
-    path = path.resolve()  # a link stays one
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`: what is written there replaces `path` if the block succeeds.
+
+    On any failure the temporary file is removed, and a file that stood at `path` before is untouched.
+    """
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8; see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write a text file in UTF-8, atomically: `path` is either complete or as it was before.
+
+    A link keeps pointing to its file. A device or a pipe cannot be replaced, so it is written as it is.
+    """
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    with replaced(path.resolve()) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON; see `write_bytes`."""
+    """Write JSON as `write_text` does.
+
+    Raises:
+        ValueError: a figure is not finite; nothing is written.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

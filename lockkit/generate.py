@@ -21,14 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST
+from lockkit.text_stream import TextStream
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from lockkit.runners import Runner
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of half a character
 
 
 class GenerateConfig(BaseModel):
@@ -60,7 +59,7 @@ class TextModel:
 class Generation:
     """What was generated."""
 
-    text: str
+    text: str  # whole characters; a part of one at the end is left out
     token_ids: list[int]  # without the prompt's, without the end-of-text token
     ends: list[int]  # for each token, the characters of `text` that are whole once it is there
     stopped: Literal["end of text", "max_new_tokens", "context"]
@@ -145,20 +144,16 @@ def generate(
         raise UsageError(
             f"the prompt has {len(prompt_ids)} tokens, {model.name} has room for {model.context}: shorten --prompt"
         )
-    # Some tokenizers drop the space before a first token, so text is decoded along with the prompt's end.
-    before = prompt_ids[-4:]
-    hidden = len(model.tokenizer.decode(before))
+    stream = TextStream(model.tokenizer.decode, prompt_ids)
     ids: list[int] = []
     ends: list[int] = []
-    text, shown = "", 0
+    text = ""
     for token in _tokens(model, prompt_ids, room, config):
         ids.append(token)
-        text = model.tokenizer.decode(before + ids)[hidden:]
-        if not text.endswith(UNFINISHED):
-            on_text(text[shown:])
-            shown = len(text)
-        ends.append(shown)
-    on_text(text[shown:])
+        if piece := stream.push(token):
+            text += piece
+            on_text(piece)
+        ends.append(len(text))
     limit = "max_new_tokens" if room == config.max_new_tokens else "context"
     stopped = "end of text" if len(ids) < room else limit
     return Generation(text, ids, ends, stopped)
@@ -187,9 +182,8 @@ def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator
         return int(logits.argmax())
     # Subtracting the highest first keeps a tiny temperature from overflowing.
     probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
-    if (
-        top_p < 1
-    ):  # nucleus sampling (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1)
+    # Nucleus sampling (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
+    if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         probabilities[order[before >= top_p]] = 0

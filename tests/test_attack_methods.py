@@ -35,6 +35,7 @@ from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.dlr.view import load_side_by_side
 from lockkit.errors import UsageError
 from lockkit.models.families import decoder_layers
+from lockkit.models.load import DEMO, load_tokenizer
 
 GRADIENT = {name: attack for name, attack in registry().items() if issubclass(attack, GradientAttack)}
 SLOW_START = ("mezo",)  # eight steps of zeroth order say nothing
@@ -321,10 +322,16 @@ def test_a_broken_task_is_refused_before_anything_is_run(cli, originals, locks, 
 
 def test_a_text_that_is_no_task_is_refused_by_its_own_option(tmp_path):
     file = tmp_path / "notes.txt"
-    for text, says in (("", "holds no text"), ("one passage", "too few to train on"), ("\xff", "not UTF-8")):
+    for text, says in (
+        ("", "holds no text"),
+        ("one passage", "train has 0 tokens and needs 32"),
+        ("\xff", "not UTF-8"),
+    ):
         file.write_bytes(text.encode("latin-1"))
         with pytest.raises(UsageError, match=says) as refused:
-            load_task(str(file), None, block_tokens=32, train_tokens=64, held_out_tokens=64, distilled_on=None)
+            load_task(
+                str(file), load_tokenizer(DEMO), block_tokens=32, train_tokens=64, held_out_tokens=64, distilled_on=None
+            )
         assert str(file) in str(refused.value)
         assert "--task" in str(refused.value)
         assert "--data" not in str(refused.value)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -34,6 +35,8 @@ def export(tmp_path_factory):
     (folder / "outside").write_text("not yours")
     (folder / "export" / "dir").mkdir(parents=True)
     (folder / "export" / "a.txt").write_text("text")
+    (folder / "export" / "config.json").write_text("{}")
+    onnx.save(onnx.ModelProto(), folder / "export" / "model.onnx")
     write_manifest(
         folder / "export",
         Manifest(

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from tiny import save_tiny
+from transformers import ByT5Tokenizer
 
 from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
@@ -106,19 +107,30 @@ def test_next_token_follows_the_distribution():
     torch.testing.assert_close(shares, (logits / 2).softmax(-1), atol=0.03, rtol=0)
 
 
-def test_text_never_shows_half_a_character(folder):
-    model = open_model(str(folder))
-    ids = model.tokenizer("aß☃b")["input_ids"]
+class Script:
+    """A model that writes these tokens."""
 
-    class Script:
-        def extend(self, given, cache):
-            step = 0 if cache is None else cache
-            return torch.nn.functional.one_hot(torch.tensor([[ids[step]]]), 4096).float(), step + 1
+    def __init__(self, ids: list[int]):
+        self.ids = ids
 
-    model.runner, pieces = Script(), []
-    found = generate(model, "x", GenerateConfig(max_new_tokens=len(ids)), pieces.append)
+    def extend(self, given, cache):
+        step = 0 if cache is None else cache
+        return torch.nn.functional.one_hot(torch.tensor([[self.ids[step]]]), 4096).float(), step + 1
+
+
+@pytest.mark.parametrize("tokenizer", ["bundled", "in Python"])
+def test_text_never_shows_a_part_of_a_character(folder, tokenizer):
+    model, pieces = open_model(str(folder)), []
+    if tokenizer == "in Python":  # no Rust behind it
+        model.tokenizer = ByT5Tokenizer()
+    ids = model.tokenizer("aß☃b", add_special_tokens=False)["input_ids"]
     assert len(ids) > 4  # bytes of a character are tokens of their own
+    model.runner = Script(ids)
+    found = generate(model, "x", GenerateConfig(max_new_tokens=len(ids)), pieces.append)
     assert found.text == "".join(pieces) == "aß☃b" and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    for count in range(1, len(ids)):  # cut off anywhere, in the middle of a character too
+        cut = generate(model, "x", GenerateConfig(max_new_tokens=count))
+        assert cut.text == found.text[: found.ends[count - 1]] and cut.ends == found.ends[:count]
 
 
 def test_parting():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import QUICK
 from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
+from lockkit.lock.work import Work
 
 # A process that imports everything once and then lets forked copies of itself lock: a kill costs
 # no start of an interpreter. It runs no tensor operation itself, so that forking is safe.
@@ -131,14 +133,28 @@ def test_another_recipe_is_refused_with_the_difference(originals, unfinished):
 
 
 def test_two_locks_do_not_share_a_work_folder(originals, unfinished):
-    import fcntl
-
     work = unfinished.parent / ".out.lockkit-work"
-    with (work / "in-use").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another lockkit lock is at work"):
-            lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK))
+    holder = Work(work)
+    holder.open()
+    with pytest.raises(UsageError, match="another lockkit lock is at work"):
+        lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK))
     assert (work / "layer-0000.safetensors").is_file()
+    holder.close(finished=False)
+    lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK))
+    assert [path.name for path in unfinished.parent.iterdir()] == ["out"]
+
+
+def test_the_folder_of_a_killed_process_is_free(tmp_path):
+    """The marker stays, the lock does not."""
+    code = "import os, pathlib, sys; from lockkit.lock.work import Work\nWork(pathlib.Path(sys.argv[1])).open(); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "work")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "work" / "in-use").is_file()
+    work = Work(tmp_path / "work")
+    work.open()
+    assert work.claimed
+    work.close(finished=True)
+    assert not work.claimed and not (tmp_path / "work").exists()
 
 
 def test_a_folder_of_somebody_else_is_no_work_folder(originals, tmp_path):

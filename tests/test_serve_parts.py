@@ -56,7 +56,7 @@ def copied(exports, tmp_path):
 
 
 def streamed(ids: list[int], stops: list[str]) -> tuple[str, bool]:
-    stream, text = TextStream(TOKENIZER, [5, 6], stops), ""
+    stream, text = TextStream(TOKENIZER.decode, [5, 6], stops), ""
     for token in ids:
         text += stream.push(token)
         if stream.stopped:
@@ -65,10 +65,10 @@ def streamed(ids: list[int], stops: list[str]) -> tuple[str, bool]:
 
 
 def test_pieces_are_whole_characters():
-    stream = TextStream(TOKENIZER, TOKENIZER.encode("x").ids)
+    stream = TextStream(TOKENIZER.decode, TOKENIZER.encode("x").ids)
     pieces = [stream.push(token) for token in TOKENIZER.encode("aß☃b").ids]
     assert "".join(pieces) == "aß☃b" and pieces.count("") >= 3
-    half = TextStream(TOKENIZER, [5])
+    half = TextStream(TOKENIZER.decode, [5])
     assert half.push(TOKENIZER.encode("☃").ids[0]) + half.flush() == ""
 
 
@@ -246,6 +246,16 @@ def test_nothing_is_read_that_nobody_vouches_for(copied):
         assert f"does not list {name}" in refusal(copied)
 
 
+def test_weights_that_are_not_listed_are_not_read(copied):
+    """A manifest that fits, but for the file that the graph has its weights in."""
+    manifest = read_manifest(copied)
+    del manifest.files["model.onnx_data"]
+    (copied / EXPORT_MANIFEST).write_text(manifest.model_dump_json(by_alias=True))
+    assert "model.onnx reads weights from 'model.onnx_data', which is not in the manifest" in refusal(copied)
+    with pytest.raises(UsageError, match=r"model\.onnx_data"):
+        ExportSession(copied)
+
+
 def test_weights_outside_the_folder_are_not_read(copied, tmp_path):
     """A manifest that fits, and a graph whose weights lie elsewhere."""
     (copied / "model.onnx_data").rename(tmp_path / "elsewhere")
@@ -256,9 +266,32 @@ def test_weights_outside_the_folder_are_not_read(copied, tmp_path):
                 entry.value = "../elsewhere"
     onnx.save(graph, copied / "model.onnx")
     write_manifest(copied, read_manifest(copied))
-    model = open_served_model(copied)
-    with pytest.raises(UsageError, match=r"model\.onnx"):
-        open_rows(model, 1, 16, "cpu", 1)
+    assert "reads weights from '../elsewhere', which is not in the manifest" in refusal(copied)
+
+
+def nested(tensor: onnx.TensorProto) -> onnx.GraphProto:
+    """A graph in which a tensor is an initialiser."""
+    return onnx.helper.make_graph([], "inner", [], [], [tensor])
+
+
+@pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "function", "subgraph of a function"])
+def test_weights_are_found_wherever_a_graph_has_them(copied, place):
+    tensor = onnx.TensorProto(name="hidden", data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="evil.bin")
+    node = onnx.helper.make_node("If", ["condition"], [], then_branch=nested(tensor))
+    constant = onnx.helper.make_node("Constant", [], ["hidden"], value=tensor)
+    graph = onnx.load(copied / "model.onnx", load_external_data=False)
+    if place == "initializer":
+        graph.graph.initializer.append(tensor)
+    elif "function" in place:
+        body = [node if "subgraph" in place else constant]
+        graph.functions.append(onnx.helper.make_function("evil", "Evil", [], [], body, []))
+    else:
+        graph.graph.node.append(node if place == "subgraph" else constant)
+    onnx.save(graph, copied / "model.onnx")
+    write_manifest(copied, read_manifest(copied))
+    (copied / "evil.bin").write_bytes(b"0" * 64)
+    assert "reads weights from 'evil.bin', which is not in the manifest" in refusal(copied)
 
 
 def test_code_in_an_export_never_runs(originals, tmp_path):

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lockkit.text import documents, split_of, token_blocks
+from lockkit.training import shuffled_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,7 +192,7 @@ def train(model: PreTrainedModel, rows: torch.Tensor, held_out: torch.Tensor, ar
         step = state["step"]
         print(f"resuming from step {step}", flush=True)
     started, first = time.perf_counter(), step
-    order = epoch_order(len(rows), args)
+    order = shuffled_order(len(rows), args.steps * args.batch, args.seed)
     while step < args.steps:
         factor = learning_rate_factor(step, args)
         for optimizer, rates in zip(optimizers, base, strict=True):
@@ -216,13 +217,6 @@ def train(model: PreTrainedModel, rows: torch.Tensor, held_out: torch.Tensor, ar
                 state_file.with_suffix(".tmp"),
             )
             state_file.with_suffix(".tmp").rename(state_file)
-
-
-def epoch_order(rows: int, args: argparse.Namespace) -> torch.Tensor:
-    """Indices of rows, `[epochs * rows]`, in a random order for each epoch."""
-    generator = torch.Generator().manual_seed(args.seed)
-    epochs = math.ceil(args.steps * args.batch / rows)
-    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
 
 
 @torch.no_grad()

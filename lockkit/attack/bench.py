@@ -6,7 +6,6 @@ Models are loaded from their folders for each use, so that no attack sees what a
 from __future__ import annotations
 
 import functools
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,13 +16,13 @@ from lockkit.attack.config import AuditConfig
 from lockkit.attack.tasks import Task, load_task
 from lockkit.devices import choose_device
 from lockkit.errors import UsageError
-from lockkit.files import LOCK_RECORD, read_json
 from lockkit.measure.metrics import Comparison, Perplexity
 from lockkit.models.families import Family, decoder_layers, family_of, is_locked
 from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
+from lockkit.models.lock_record import read_lock_record
 from lockkit.models.locked import chain_config
-from lockkit.text import documents, token_blocks
+from lockkit.text import Need, documents_by_split, read_rows, rows_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,49 +66,38 @@ class Bench:
         self.family = _matching_family(self.folders, locked, original)
         self.tokenizer = _matching_tokenizer(self.folders, original)
         self.device = torch.device(choose_device(config.device))
-        self.record = self._lock_record()
+        self.lock = read_lock_record(self.folders["locked"], "LOCKED")
+        self.record = self.lock.values
         context = getattr(load_config(self.folders["original"]), "max_position_embeddings", None) or 2**31
         if config.block_tokens > context:
             raise UsageError(
                 f"--block-tokens {config.block_tokens} exceed the model's context of {context}: lower them"
             )
-        self.source = self._source()
+        self.source = self.lock.source(locked) if config.data == "auto" else config.data
         self.text_block = min(TEXT_BLOCK_TOKENS, context)
-        self.unlabelled = self._text("distill", max(config.unlock_tokens, config.redistill_tokens))
-        self.evaluation = self._text("evaluate", config.evaluation_tokens)
+        self.unlabelled, self.evaluation = self._text(
+            distill=max(config.unlock_tokens, config.redistill_tokens), evaluate=config.evaluation_tokens
+        )
         self.tasks = {name: self._task(name) for name in config.tasks}
         self.hashes = {name: weights_sha256(folder) for name, folder in self.folders.items()}
         self._kept: dict[str, PreTrainedModel] = {}
         self._quality: dict[str, Quality] = {}
 
-    def _lock_record(self) -> dict:
-        path = self.folders["locked"] / LOCK_RECORD
-        return read_json(path, "LOCKED") if path.is_file() else {}
-
-    def _source(self) -> str:
-        if self.config.data != "auto":
-            return self.config.data
-        source = (self.record.get("recipe") or {}).get("data")
-        if source in (None, "", "auto", "self", "stdlib"):
-            return "stdlib"
-        if "/" not in source and not Path(source).exists():  # the record keeps names, never paths
-            raise UsageError(f"the lock was distilled on '{source}', which is not here: give its path as --data")
-        return source
-
-    def _text(self, split: str, tokens: int) -> torch.Tensor:
-        return token_blocks(
-            self.tokenizer, documents(self.source, split), self.text_block, max(tokens, 2 * self.text_block)
-        )
+    def _text(self, **tokens: int) -> tuple[torch.Tensor, ...]:
+        """Rows of the splits in `tokens`, up to so many tokens of each."""
+        block = self.text_block
+        needs = {split: Need(block, max(count, 2 * block)) for split, count in tokens.items()}
+        rows = read_rows(self.tokenizer, documents_by_split(self.source), block, needs, self.source)
+        return tuple(rows[split] for split in tokens)
 
     def _task(self, name: str) -> Task:
-        distilled_on = (self.record.get("recipe") or {}).get("data")
         task = load_task(
             name,
             self.tokenizer,
             block_tokens=self.config.block_tokens,
             train_tokens=self.config.steps * self.config.batch_rows * self.config.block_tokens,
             held_out_tokens=self.config.held_out_tokens,
-            distilled_on=None if distilled_on in (None, "self", "auto") else self.source,
+            distilled_on=self.source if self.lock.distilled_on else None,
         )
         shared = {tuple(row) for row in task.train.ids.tolist()} & {tuple(row) for row in task.held_out.ids.tolist()}
         if shared:
@@ -167,8 +155,7 @@ class Bench:
     @property
     def lock_tokens(self) -> int:
         """Tokens that the lock was distilled on, both phases; 0 if its record does not say."""
-        recipe = self.record.get("recipe") or {}
-        return recipe.get("tokens", 0) + recipe.get("end_to_end_tokens", 0)
+        return self.lock.tokens
 
     @property
     def lock_shape(self) -> dict:
@@ -186,16 +173,12 @@ class Bench:
         return {
             "locked_sha256": self.hashes["locked"],
             "original_sha256": self.hashes["original"],
-            "unlabelled_sha256": _sha256(self.unlabelled),
-            "evaluation_sha256": _sha256(self.evaluation),
+            "unlabelled_sha256": rows_sha256(self.unlabelled),
+            "evaluation_sha256": rows_sha256(self.evaluation),
             "unlock_tokens": self.config.unlock_tokens,
             "redistill_tokens": self.config.redistill_tokens,
             "device": self.device.type,
         }
-
-
-def _sha256(rows: torch.Tensor) -> str:
-    return hashlib.sha256(rows.to(torch.int32).numpy().tobytes()).hexdigest()
 
 
 def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Family:

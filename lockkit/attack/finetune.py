@@ -28,6 +28,7 @@ from lockkit.attack.cost import Cost, ProcessMemory, StepCost, measure_step
 from lockkit.attack.savers import saver
 from lockkit.attack.tasks import IGNORED, Rows, Task
 from lockkit.devices import synchronise
+from lockkit.training import learning_rate_share, shuffled_batches
 
 EVALUATION_ROWS = 16
 COUNTED_STEPS = 3  # after the first, which makes the optimiser's state
@@ -52,6 +53,10 @@ class FinetuneConfig(BaseModel):
     saver: str = Field("none", description="Memory saver, see savers.py.")
     evaluations: int = Field(8, ge=1, description="Points of the held-out curve after the first.")
     seed: int = Field(0, ge=0, description="Seed of the order of rows and of anything random in the attack.")
+
+    def learning_rate_share(self, step: int) -> float:
+        """Share of the peak learning rate at `step`, counted from 0."""
+        return learning_rate_share(step, self.steps, self.warm_up, self.schedule)
 
 
 @dataclass
@@ -150,22 +155,8 @@ def held_out_loss(model: nn.Module, rows: Rows, device: torch.device) -> float:
 
 def batches(rows: Rows, batch_rows: int, steps: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield `steps` batches of ids and labels, `[batch_rows, block]`: whole passes in random orders."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch_rows:
-            order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
-        chosen, order = order[:batch_rows], order[batch_rows:]
+    for chosen in itertools.islice(shuffled_batches(len(rows), batch_rows, seed), steps):
         yield rows.ids[chosen], rows.labels[chosen]
-
-
-def learning_rate_share(step: int, config: FinetuneConfig) -> float:
-    """Share of the peak learning rate at `step`, counted from 0."""
-    if step < config.warm_up:
-        return (step + 1) / (config.warm_up + 1)
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - config.warm_up) / max(1, config.steps - config.warm_up)))
 
 
 def evaluation_steps(config: FinetuneConfig) -> set[int]:
@@ -197,7 +188,7 @@ def finetune(
     def one_step() -> None:
         nonlocal steps_done
         ids, labels = (part.to(device) for part in next(source))
-        share = learning_rate_share(steps_done, config)
+        share = config.learning_rate_share(steps_done)
         losses.append(_step(training, config, ids, labels, share, rates))
         steps_done += 1
 

@@ -85,9 +85,7 @@ def run_audit(
         audit = Audit(bench, out, controls or [], progress or NoProgress())
         audit.run(chosen)
         summary = finite(summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps))
-        temporary = out / f".{SUMMARY}.partial"
-        write_json(temporary, summary)
-        temporary.replace(out / SUMMARY)
+        write_json(out / SUMMARY, summary)
     return summary
 
 

@@ -11,8 +11,9 @@ Any other name is a path or a Hub dataset: plain text (a language-modelling task
 `finetune` split), or chat-format JSON lines (`.jsonl`: {"messages": [{"role": ..., "content":
 ...}]}), where the loss counts what the assistant says.
 
-Documents are held out by a hash of their name; a document whose content is also in the lock's
-distillation text is left out, and the counts and hashes are kept as proof.
+Documents are held out by a hash of their name (of a user's own task at least a quarter, see
+`fill_shares`); a document whose content is also in the lock's distillation text is left out, and the
+counts and hashes are kept as proof.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +30,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lockkit.errors import UsageError
-from lockkit.text import Document, documents, token_blocks
+from lockkit.models.identity import public_name
+from lockkit.text import Document, Need, documents, fill_shares, read_rows, rows_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 BUILT_IN = ("docstrings", "signatures")
 IGNORED = -100  # the label of a position whose prediction does not count
 HELD_OUT_PERCENT = 25
+TRAIN, HELD_OUT = "train", "held-out"  # the parts of a task
 MIN_PROSE_CHARACTERS = 80
 
 
@@ -54,8 +58,8 @@ class Rows:
         return self.ids.numel()
 
     def sha256(self) -> str:
-        both = torch.stack([self.ids, self.labels]).to(torch.int32)
-        return hashlib.sha256(both.numpy().tobytes()).hexdigest()
+        """Hash of the ids, then the labels."""
+        return rows_sha256(self.ids, self.labels)
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class Example:
     name: str
     turns: list[tuple[str, bool]]  # text, and whether it is learned
 
+    @property
+    def text(self) -> str:
+        """The prompt and the answer."""
+        return "".join(text for text, _ in self.turns)
+
 
 def load_task(
     name: str,
@@ -112,27 +121,17 @@ def load_task(
     if name == "signatures" or name.endswith(".jsonl"):
         examples = list(signature_examples()) if name == "signatures" else chat_examples(Path(name), tokenizer)
         return _example_task(name, examples, tokenizer, block_tokens, train_tokens, held_out_tokens, forbidden)
-    try:
-        found = list(docstring_documents() if name == "docstrings" else documents(name, "finetune"))
-        kept = [document for document in found if _content(document.text) not in forbidden]
-        train, held_out = _separate(kept)
-        if not train or not held_out:
-            raise UsageError(
-                f"{len(kept)} passages in the split `finetune` (10 % by a hash) are too few to train on and to hold "
-                "out: give more text with --task"
-            )
-        rows = [
-            _language_rows(token_blocks(tokenizer, iter(part), block_tokens, max(tokens, block_tokens)))
-            for part, tokens in ((train, train_tokens), (held_out, held_out_tokens))
-        ]
-    except UsageError as error:  # of a text, which other commands take as --data
-        raise UsageError(f"task {name}: {str(error).replace('--data', '--task')}") from error
-    return Task(public_task_name(name), rows[0], rows[1], len(kept), len(found) - len(kept))
-
-
-def public_task_name(name: str) -> str:
-    """A name fit to publish: a built-in task, a Hub id, or a file's last part."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    found = list(docstring_documents() if name == "docstrings" else documents(name, "finetune", "--task"))
+    kept = [document for document in found if _content(document.text) not in forbidden]
+    parts = _parts(((document.name, len(document.text)) for document in kept), fill=name not in BUILT_IN)
+    needs = {
+        part: Need(block_tokens, max(tokens, block_tokens), "--block-tokens")
+        for part, tokens in ((TRAIN, train_tokens), (HELD_OUT, held_out_tokens))
+    }
+    named = ((parts[document.name], document) for document in kept)
+    rows = read_rows(tokenizer, named, block_tokens, needs, f"the split `finetune` of {name}", "--task")
+    train, held_out = (_language_rows(rows[part]) for part in (TRAIN, HELD_OUT))
+    return Task(public_name(name), train, held_out, len(kept), len(found) - len(kept))
 
 
 def docstring_documents() -> Iterator[Document]:
@@ -248,15 +247,17 @@ def _distillation_contents(source: str | None) -> set[str]:
     return {_content(document.text) for document in documents(source, "distill")}
 
 
+def _parts(characters: Iterable[tuple[str, int]], fill: bool) -> Mapping[str, str]:
+    """The part of each name, by a hash; with `fill`, the held-out part has at least its share of the characters."""
+    sizes: Counter[str] = Counter()
+    for name, count in characters:
+        sizes[name] += count
+    parts = {name: HELD_OUT if _is_held_out(name) else TRAIN for name in sizes}
+    return parts | fill_shares(sizes, parts, {HELD_OUT: HELD_OUT_PERCENT}, TRAIN) if fill else parts
+
+
 def _is_held_out(name: str) -> bool:
     return int(hashlib.sha256(f"held out: {name}".encode()).hexdigest()[:8], 16) % 100 < HELD_OUT_PERCENT
-
-
-def _separate(named: Iterable) -> tuple[list, list]:
-    parts: tuple[list, list] = ([], [])
-    for item in named:
-        parts[_is_held_out(item.name)].append(item)
-    return parts
 
 
 def _rows(ids: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -277,13 +278,13 @@ def _example_task(
     held_out_tokens: int,
     forbidden: set[str],
 ) -> Task:
-    kept = [e for e in examples if _content("".join(text for text, _ in e.turns)) not in forbidden]
-    train, held_out = _separate(kept)
-    rows = [
-        _example_rows(part, tokenizer, block_tokens, tokens, name)
-        for part, tokens in ((train, train_tokens), (held_out, held_out_tokens))
-    ]
-    return Task(public_task_name(name), rows[0], rows[1], len(kept), len(examples) - len(kept))
+    kept = [e for e in examples if _content(e.text) not in forbidden]
+    parts = _parts(((e.name, len(e.text)) for e in kept), fill=name not in BUILT_IN)
+    train, held_out = (
+        _example_rows([e for e in kept if parts[e.name] == part], tokenizer, block_tokens, tokens, f"{part} of {name}")
+        for part, tokens in ((TRAIN, train_tokens), (HELD_OUT, held_out_tokens))
+    )
+    return Task(public_name(name), train, held_out, len(kept), len(examples) - len(kept))
 
 
 def _example_rows(
@@ -299,7 +300,7 @@ def _example_rows(
     ids: list[int] = []
     labels: list[int] = []
     # Seeded by content: neighbours in a file (methods of one class) do not fill a row together.
-    for example in sorted(examples, key=lambda e: _content(e.name + "".join(text for text, _ in e.turns))):
+    for example in sorted(examples, key=lambda e: _content(e.name + e.text)):
         new_ids, new_labels = _encode(example, tokenizer, separator)
         new_ids, new_labels = new_ids[:block], new_labels[:block]
         if not any(label != IGNORED for label in new_labels):
@@ -313,7 +314,10 @@ def _example_rows(
     if ids and (len(rows) * block < max_tokens):
         rows.append((ids, labels))
     if not rows:
-        raise UsageError(f"{name} has too few examples to train on and to hold out: give more with --task")
+        raise UsageError(
+            f"{name} has {len(examples)} examples, and needs one whose answer begins within a row of {block} tokens: "
+            "give more with --task, or raise --block-tokens"
+        )
     filled = [(i + [padding] * (block - len(i)), label + [IGNORED] * (block - len(label))) for i, label in rows]
     return _rows(torch.tensor([i for i, _ in filled]), torch.tensor([label for _, label in filled]))
 

@@ -1,14 +1,16 @@
 """The manifest of an export: what was written, from what, with what.
 
 `lockkit_manifest.json` lists every other file of the folder with its size and SHA-256, so that
-whoever runs an export can tell that it is the one that was written. Files that the manifest does
-not list (a README added later, say) are nobody's business here.
+whoever runs an export can tell that it is the one that was written. Everything that is read to run
+the export must be listed: the graph, the files that its weights are in, the configurations, the
+tokenizer. Other files (a README added later, say) are ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +18,14 @@ from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST, read_json, sha256_of_file, write_json
 from lockkit.settings import shown
 
+if TYPE_CHECKING:
+    import onnx
+    from google.protobuf.message import Message
+
 SCHEMA = "lockkit-export-manifest/1"
+MODEL_FILE = "model.onnx"
+NEEDED = (MODEL_FILE, "config.json")
+READ_IF_THERE = ("generation_config.json", "genai_config.json")  # and the tokenizer's files
 
 
 def _inside_the_folder(name: str) -> str:
@@ -104,8 +113,9 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
     """Compare an export with its manifest and return the manifest.
 
     Raises:
-        UsageError: naming the first file that is missing, is a link out of the folder, or whose
-            size or hash is not the manifest's; or the manifest itself is missing or broken.
+        UsageError: naming the first file that is missing, is a link out of the folder, whose
+            size or hash is not the manifest's, or which is read to run the export and not listed;
+            or the manifest itself is missing or broken.
     """
     manifest = read_manifest(folder, option)
     root = folder.resolve()
@@ -122,4 +132,53 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
             )
         if sha256_of_file(path) != record.sha256:
             raise UsageError(f"{path} is not the file that was exported (SHA-256): export again, or change {option}")
+    _require_everything_listed(folder, manifest, option)
     return manifest
+
+
+def _require_everything_listed(folder: Path, manifest: Manifest, option: str) -> None:
+    """Refuse an export of which something is read that the manifest does not list."""
+    from lockkit.models.load import TOKENIZER_FILES
+
+    for name in NEEDED:
+        if name not in manifest.files:
+            raise UsageError(f"the manifest of {folder} does not list {name}: export again, or change {option}")
+    for name in (*READ_IF_THERE, *TOKENIZER_FILES):
+        if (folder / name).exists() and name not in manifest.files:
+            raise UsageError(f"{folder / name} is not in the manifest: remove it, export again, or change {option}")
+    for name in sorted(_weight_files(folder / MODEL_FILE, option) - manifest.files.keys()):
+        raise UsageError(
+            f"{folder / MODEL_FILE} reads weights from {shown(name)}, which is not in the manifest: "
+            f"export again, or change {option}"
+        )
+
+
+def _weight_files(graph: Path, option: str) -> set[str]:
+    """Names of the files that a graph reads tensors from, as the graph gives them."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise UsageError(f"{graph} is not an ONNX graph: export again, or change {option}") from error
+    outside = (tensor for tensor in _tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL)
+    return {
+        name
+        for tensor in outside
+        for name in [entry.value for entry in tensor.external_data if entry.key == "location"] or [""]
+    }
+
+
+def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """All tensors in a graph: initialisers and attributes, in subgraphs and functions too."""
+    import onnx
+    from google.protobuf.message import Message
+
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_MESSAGE:
+            for part in [value] if isinstance(value, Message) else value:
+                yield from _tensors(part)

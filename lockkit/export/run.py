@@ -24,7 +24,8 @@ from lockkit.errors import LockkitError, UsageError
 from lockkit.export.config import ExportConfig, Precision, Provider
 from lockkit.export.manifest import Manifest, write_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import check_apart, check_output_folder, new_folder, sha256_of_file
+from lockkit.files import check_apart, check_output_folder, new_folder
+from lockkit.models.identity import weight_hashes
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: Ex
         precision=export.precision.value,
         provider=export.provider.value,
         block_size=export.block_size if export.precision.quantised else None,
-        source_sha256={path.name: sha256_of_file(path) for path in sorted(source.glob("*.safetensors"))},
+        source_sha256=weight_hashes(source),
         files={},
     )
 

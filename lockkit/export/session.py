@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
-from lockkit.export.manifest import check_manifest, read_manifest
+from lockkit.export.manifest import MODEL_FILE, check_manifest, read_manifest
 from lockkit.files import EXPORT_MANIFEST, read_json
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-MODEL_FILE = "model.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Operators that do the work; the others look after shapes, which belong on the CPU.
 HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention"}

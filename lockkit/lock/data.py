@@ -6,17 +6,15 @@ sampled from the teacher with different seeds.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
 from lockkit.models.load import load_model
-from lockkit.text import documents, token_blocks
+from lockkit.text import Need, documents_by_split, read_rows, rows_sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,19 +46,16 @@ class DistillationData:
             else None,
             "block_tokens": self.train.shape[1],
             "train_tokens": self.train.numel(),
-            "train_sha256": _sha256(self.train),
+            "train_sha256": rows_sha256(self.train),
             "validation_tokens": self.validation.numel(),
-            "validation_sha256": _sha256(self.validation),
+            "validation_sha256": rows_sha256(self.validation),
             "evaluation_tokens": self.evaluation.numel(),
-            "evaluation_sha256": _sha256(self.evaluation),
+            "evaluation_sha256": rows_sha256(self.evaluation),
         }
 
 
-def _sha256(rows: torch.Tensor) -> str:
-    return hashlib.sha256(rows.to(torch.int32).numpy().tobytes()).hexdigest()
-
-
 def effective_source(config: LockConfig, model: str) -> str:
+    """The source of text for a lock of `model`, where `--data auto` is decided."""
     if config.data != "auto":
         return config.data
     return "stdlib" if model == "demo" else "self"
@@ -75,23 +70,17 @@ def load_data(
         UsageError: there is too little text, or it cannot be read.
     """
     block, wanted = _sizes(config, model_config)
-    train = token_blocks(tokenizer, documents(source, "distill"), block, wanted)
-    if train.numel() * MAX_PASSES < wanted:
-        raise UsageError(
-            f"{source} has only {train.numel():,} tokens to distil on, --tokens {wanted:,} would repeat them more "
-            f"than {MAX_PASSES} times: give more text with --data, or lower --tokens"
-        )
-    try:
-        held_out = [
-            token_blocks(tokenizer, documents(source, split), block, config.validation_tokens)
-            for split in ("validate", "evaluate")
-        ]
-    except UsageError as error:
-        raise UsageError(
-            f"{source} is too short to hold text out of it (13 % of its passages are, by a hash): "
-            "give more text with --data"
-        ) from error
-    return DistillationData(source, train, *held_out)
+    option = "--tokens" if config.tokens >= config.end_to_end_tokens else "--end-to-end-tokens"
+    held_out = max(block, config.validation_tokens)
+    needs = {
+        "distill": Need(
+            max(block, math.ceil(wanted / MAX_PASSES)), wanted, option, f"{option} {wanted:,} in {MAX_PASSES} passes"
+        ),
+        "validate": Need(held_out, held_out, "--validation-tokens"),
+        "evaluate": Need(held_out, held_out, "--validation-tokens"),
+    }
+    rows = read_rows(tokenizer, documents_by_split(source), block, needs, source)
+    return DistillationData(source, rows["distill"], rows["validate"], rows["evaluate"])
 
 
 def _sizes(config: LockConfig, model_config: PreTrainedConfig) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
 from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.progress import Progress
+from lockkit.training import shuffled_order
 from lockkit.workers import Workers
 
 EVALUATIONS = 4
@@ -98,7 +99,7 @@ class EndToEnd:
         self.config, self.work, self.workers, self.progress = config, work, workers, progress
         self.batch_rows = min(len(train), max(1, config.end_to_end_batch_tokens // train.shape[1]))
         self.steps = config.end_to_end_tokens // (self.batch_rows * train.shape[1])
-        order = _row_order(len(train), self.steps * self.batch_rows, config.seed)
+        order = shuffled_order(len(train), self.steps * self.batch_rows, config.seed)
         self.batches = order.split(self.batch_rows)
 
     def run(self) -> EndToEndResult:
@@ -245,9 +246,3 @@ class EndToEnd:
         loss = mean_kl_divergence(self.stream.logits(ids, student), target) * share
         (gradient,) = torch.autograd.grad(loss, student)
         return loss, gradient
-
-
-def _row_order(available: int, wanted: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    passes = [torch.randperm(available, generator=generator) for _ in range(-(-wanted // available) or 1)]
-    return torch.cat(passes)[:wanted]

@@ -29,9 +29,10 @@ from lockkit.dlr.net import DLRNet
 from lockkit.errors import DistillationError
 from lockkit.lock.config import LockConfig
 from lockkit.lock.initialise import start_from_noise, start_from_teacher
-from lockkit.lock.optimiser import RelativeAdam
+from lockkit.lock.optimiser import ScheduledAdam
 from lockkit.lock.packed import PackedChains
 from lockkit.progress import Progress
+from lockkit.training import shuffled_order
 
 EVALUATION_TOKENS = 4096  # in one forward pass
 SAMPLE_TOKENS = 4096
@@ -124,11 +125,11 @@ def _distil(
     available = len(tasks[0].train)
     batch = min(config.batch_tokens, available)
     steps = max(1, config.tokens // batch)
-    orders = [_token_order(available, steps * batch, task.seed(config)).split(batch) for task in tasks]
+    orders = [shuffled_order(available, steps * batch, task.seed(config)).split(batch) for task in tasks]
     ramp_steps = config.ramp_share * steps if config.init == "continuation" else 0
 
     packed = PackedChains(chains)
-    optimiser = RelativeAdam(packed.parameters(), learning_rate, steps)
+    optimiser = ScheduledAdam(packed.parameters(), learning_rate, steps)
     progress.start(names, steps)
     for step in range(steps):
         x = torch.stack([task.train[order[step]].to(device) for task, order in zip(tasks, orders, strict=True)])
@@ -185,13 +186,6 @@ def chain_nmse(chain: nn.Module, teacher: nn.Module, inputs: torch.Tensor) -> fl
     parts = [part.to(device) for part in inputs.split(EVALUATION_TOKENS)]
     outputs = torch.cat([teacher(part) for part in parts])
     return nmse(torch.cat([chain(part) for part in parts]), outputs).item()
-
-
-def _token_order(available: int, wanted: int, seed: int) -> torch.Tensor:
-    """Indices of `wanted` tokens: whole random passes over those available."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = [torch.randperm(available, generator=generator) for _ in range(-(-wanted // available))]
-    return torch.cat(passes)[:wanted]
 
 
 def _require_converging(errors: torch.Tensor, tasks: Sequence[LayerTask]) -> None:

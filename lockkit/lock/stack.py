@@ -15,7 +15,7 @@ from torch import nn
 from lockkit.dlr.net import DLRNet
 from lockkit.lock.config import LockConfig
 from lockkit.lock.meter import mlp_replaced
-from lockkit.lock.optimiser import RelativeAdam
+from lockkit.lock.optimiser import ScheduledAdam
 from lockkit.lock.packed import PackedChains
 from lockkit.models.layered import StreamedModel, return_free_memory
 
@@ -63,7 +63,7 @@ class ChainStack:
     ):
         self.stream, self.start, self.config, self.folder = stream, start, config, folder
         self.learning_rate, self.steps = config.end_to_end_learning_rate or 0.0, 1
-        self.held: dict[int, tuple[PackedMLP, RelativeAdam]] = {}
+        self.held: dict[int, tuple[PackedMLP, ScheduledAdam]] = {}
         self.inputs: dict[int, torch.Tensor] = {}
         stream.keep_layers = folder is None
         if folder:
@@ -96,7 +96,7 @@ class ChainStack:
             yield layer, student
 
     @contextmanager
-    def trained(self, index: int) -> Iterator[tuple[DecoderLayer, PackedMLP, RelativeAdam]]:
+    def trained(self, index: int) -> Iterator[tuple[DecoderLayer, PackedMLP, ScheduledAdam]]:
         """A decoder layer that contains its chain, the chain, and its optimiser. Changes are kept after the `with` block."""
         mlp, optimiser = self._take(index)
         with self.stream.layer(index) as layer, mlp_replaced(layer, mlp):
@@ -147,7 +147,7 @@ class ChainStack:
             else:
                 self.held[index] = mlp, optimiser
 
-    def _take(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
+    def _take(self, index: int) -> tuple[PackedMLP, ScheduledAdam]:
         """The current chain of a layer and its optimiser, from memory or disk, or new."""
         if index in self.held:
             return self.held[index]
@@ -158,16 +158,16 @@ class ChainStack:
             _read(self._file(self.folder, index), mlp, optimiser)
         return mlp, optimiser
 
-    def _new(self, index: int) -> tuple[PackedMLP, RelativeAdam]:
+    def _new(self, index: int) -> tuple[PackedMLP, ScheduledAdam]:
         mlp = PackedMLP(self.start(index), self.config.torch_compute_dtype).to(self.stream.device)
-        return mlp, RelativeAdam(mlp.parameters(), self.learning_rate, self.steps)
+        return mlp, ScheduledAdam(mlp.parameters(), self.learning_rate, self.steps)
 
     @staticmethod
     def _file(folder: Path, index: int) -> Path:
         return folder / f"layer-{index:04}.safetensors"
 
 
-def _write(file: Path, mlp: PackedMLP, optimiser: RelativeAdam | None) -> None:
+def _write(file: Path, mlp: PackedMLP, optimiser: ScheduledAdam | None) -> None:
     tensors = {f"chain.{name}": value.contiguous() for name, value in mlp.state_dict().items()}
     if optimiser:
         for number, state in optimiser.optimiser.state_dict()["state"].items():
@@ -175,7 +175,7 @@ def _write(file: Path, mlp: PackedMLP, optimiser: RelativeAdam | None) -> None:
     save_file(tensors, file)
 
 
-def _read(file: Path, mlp: PackedMLP, optimiser: RelativeAdam | None) -> None:
+def _read(file: Path, mlp: PackedMLP, optimiser: ScheduledAdam | None) -> None:
     tensors = load_file(file, device=str(next(mlp.parameters()).device))
     mlp.load_state_dict({n.removeprefix("chain."): v for n, v in tensors.items() if n.startswith("chain.")})
     moments = {name: value for name, value in tensors.items() if name.startswith("optimiser.")}

@@ -1,33 +1,32 @@
-"""The work folder of a lock: what is finished stays on disk, so that a killed lock goes on.
+"""The work folder of a lock: finished parts stay on disk, so that an interrupted lock resumes.
 
-    in-use                      locked by the process that works here
+    in-use                      marks a work folder; locked by the process that works here
     fingerprint.json            model, recipe, data and versions everything here was made with
     rows.safetensors            token ids of the text, once read or sampled
     layer-0007.safetensors      the chain of a finished layer, with its figures
     end-to-end/snapshot-120/    phase 2 after 120 steps: weights, optimiser, position
     end-to-end/best-120/        phase 2's best held-out state so far
-    activations/, working-0/    scratch, worth nothing after a crash
+    activations/, working-0/    scratch, of no use after a crash
 
-Every file and folder is written beside and renamed: what has its final name is complete.
+Every file and folder is written under another name and renamed: what has its final name is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lockkit.dlr.net import DLRNet
 from lockkit.errors import UsageError
-from lockkit.files import readable_disk_errors, write_json
+from lockkit.files import readable_disk_errors, replaced, write_json
 
 SCHEMA = "lockkit-work/1"
 
@@ -48,8 +47,12 @@ class Work:
     def __init__(self, folder: Path, first: bool = True):
         self.folder, self.first = folder.absolute(), first
         self.end_to_end = self.folder / "end-to-end"
-        self._in_use = None
-        self.claimed = False
+        self._in_use = FileLock(self.folder / "in-use", timeout=0)
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this process holds the folder."""
+        return self._in_use.is_locked
 
     def open(self) -> None:
         """Claim the folder for this lock.
@@ -64,15 +67,13 @@ class Work:
                 raise UsageError(f"cannot make the folder {self.folder} ({error.strerror}): change --work") from error
             if any(self.folder.iterdir()) and not (self.folder / "in-use").exists():
                 raise UsageError(f"{self.folder} is not a work folder of lockkit: change --work")
-            self._in_use = (self.folder / "in-use").open("w")
-        try:
-            fcntl.flock(self._in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(f"another lockkit lock is at work in {self.folder}: change OUT or --work") from error
-        self.claimed = True
+            try:
+                self._in_use.acquire()
+            except Timeout as error:
+                raise UsageError(f"another lockkit lock is at work in {self.folder}: change OUT or --work") from error
 
     def require_shared(self) -> None:
-        """Refuse to go on where another worker does not see the folder that the first one opened.
+        """Stop a worker that does not see the folder that the first one opened.
 
         Raises:
             UsageError: the folder is not there.
@@ -83,7 +84,7 @@ class Work:
             )
 
     def require_same(self, fingerprint: dict) -> None:
-        """Go on only with what the folder was made with; remember it if the folder is new.
+        """Resume only with what the folder was made with; remember it if the folder is new.
 
         Raises:
             UsageError: naming what differs.
@@ -104,7 +105,8 @@ class Work:
                     "change that back, change --work, or delete that folder"
                 )
         else:
-            self._write(file, lambda path: write_json(path, fingerprint))
+            with readable_disk_errors(self.folder, "--work"):
+                write_json(file, fingerprint)
 
     # --- finished pieces
 
@@ -166,13 +168,8 @@ class Work:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, file: Path, write: Callable[[Path], object]) -> None:
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        try:
-            with readable_disk_errors(self.folder, "--work"):
-                write(partial)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        with readable_disk_errors(self.folder, "--work"), replaced(file) as partial:
+            write(partial)
 
     # --- the end
 
@@ -181,17 +178,20 @@ class Work:
         return any(self.folder.glob("layer-*.safetensors"))
 
     def close(self, finished: bool) -> None:
-        """Let go of the folder; delete it if the lock is finished or nothing in it is worth keeping.
+        """Release the folder; delete it if the lock is finished or nothing in it is worth keeping.
 
         A folder that was never claimed (it is another lock's, or no work folder at all) is left alone.
         """
-        if self.claimed and (finished or not self.worth_keeping()):
+        if not self.claimed:
+            return
+        if finished or not self.worth_keeping():
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif self.claimed:
+        else:
             for scratch in [self.folder / "activations", *self.folder.glob("working-*")]:
                 shutil.rmtree(scratch, ignore_errors=True)
-        if self._in_use:
-            self._in_use.close()
+        self._in_use.release()
+        if self.folder.exists():
+            (self.folder / "in-use").touch()  # some versions of filelock delete it
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

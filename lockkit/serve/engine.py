@@ -215,7 +215,7 @@ class Engine:
         import torch
 
         job.length = len(job.prompt)
-        job.stream = TextStream(self._tokenizer, job.prompt, job.stops)
+        job.stream = TextStream(self._tokenizer.decode, job.prompt, job.stops)
         if job.temperature > 0:
             seed = secrets.randbits(63) if job.seed is None else job.seed
             job.random = torch.Generator().manual_seed(seed)

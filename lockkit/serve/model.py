@@ -1,9 +1,8 @@
 """The export that is served: verified, then opened.
 
-1. Compare every file with the manifest; refuse links that leave the folder.
-2. Refuse an export whose graph, weights or configuration the manifest does not list, and files
-   that a tokenizer would read but nobody vouches for.
-3. Load the tokenizer. No code from the folder ever runs: where `lockkit kernel` has been run on it, the
+1. Compare every file with the manifest (`check_manifest`). Links that leave the folder are refused, and
+   an export of which anything is read that the manifest does not list.
+2. Load the tokenizer. No code from the folder ever runs: where `lockkit kernel` has been run on it, the
    library that this user compiled on this machine is loaded, not the folder's copy of one.
 """
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-NEEDED = (MODEL_FILE, "config.json")
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,9 @@ def open_served_model(folder: Path) -> ServedModel:
         UsageError: it is not an export, or not the one that was written.
     """
     from lockkit.generate import special_tokens
-    from lockkit.models.load import TOKENIZER_FILES, load_tokenizer
+    from lockkit.models.load import load_tokenizer
 
     manifest = check_manifest(folder)
-    for name in NEEDED:
-        if name not in manifest.files:
-            raise UsageError(f"the manifest of {folder} does not list {name}: export again, or change EXPORT")
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (folder / name).exists() and name not in manifest.files:
-            raise UsageError(f"{folder / name} is not in the manifest: remove it, or export again")
     config = read_json(folder / "config.json", "EXPORT")
     tokenizer = load_tokenizer(folder, "EXPORT")
     if not tokenizer.is_fast:

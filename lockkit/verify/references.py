@@ -10,9 +10,10 @@ import torch
 
 from lockkit import text
 from lockkit.errors import UsageError
-from lockkit.files import LOCK_RECORD, read_json, sha256_of_file
 from lockkit.models.families import is_locked
+from lockkit.models.identity import weight_hashes
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
+from lockkit.models.lock_record import read_lock_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,10 +34,7 @@ class Reference:
 
     def has_weights(self, sha256: dict[str, str]) -> bool:
         """Whether the folder's weight files have the names and hashes in `sha256`."""
-        return all(
-            (self.folder / name).is_file() and sha256_of_file(self.folder / name) == value
-            for name, value in sha256.items()
-        )
+        return sha256.items() <= weight_hashes(self.folder).items()
 
 
 @dataclass
@@ -125,13 +123,4 @@ def _rows(folder: Path, option: str, source: str, block: int, tokens: int) -> to
 
 def _recorded_source(locked: Reference | None) -> str:
     """The text a locked model was distilled on, by its own record; else the standard library."""
-    if locked is None or not (locked.folder / LOCK_RECORD).is_file():
-        return "stdlib"
-    recipe = read_json(locked.folder / LOCK_RECORD, "--reference").get("recipe")
-    source = recipe.get("data") if isinstance(recipe, dict) else None
-    # `self` is text that the original wrote itself: nothing to measure a model on.
-    if not isinstance(source, str) or source in ("", "auto", "self", "stdlib"):
-        return "stdlib"
-    if "/" not in source and not Path(source).exists():  # the record keeps names, never paths
-        raise UsageError(f"{locked.name} was distilled on '{source}', which is not here: give its path as --data")
-    return source
+    return read_lock_record(locked.folder, "--reference").source(locked.name) if locked else "stdlib"

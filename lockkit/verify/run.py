@@ -13,7 +13,6 @@ Memory: each reference in float32, the export, and one batch of logits of each.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lockkit.measure.metrics import Comparison
 from lockkit.models.load import load_model
 from lockkit.progress import NoProgress, Progress
 from lockkit.runners import OnnxRunner, Runner, TorchRunner
+from lockkit.text import rows_sha256
 from lockkit.verify import parity
 from lockkit.verify.config import DEFAULT_GATES, Gates, VerifyConfig
 from lockkit.verify.references import SPLIT, Reference, held_out_rows, tell_apart
@@ -105,7 +105,7 @@ def verify_export(
             split=SPLIT,
             rows=len(rows),
             block_tokens=rows.shape[1],
-            token_sha256=hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest(),
+            token_sha256=rows_sha256(rows),
         ),
         **vars(measured),
         gates=outcomes,

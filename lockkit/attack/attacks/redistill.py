@@ -11,7 +11,6 @@ Earlier points show an attack that was stopped early. Each budget is a run of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,6 +23,7 @@ from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import ordinary_model
 from lockkit.lock.modulewise import nmse
 from lockkit.models.families import decoder_layers
+from lockkit.training import shuffled_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +100,7 @@ class Redistill(UnlockAttack):
         parameters = [p for student in students for p in student.parameters()]
         optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        batches = _batches(len(rows), config.seed)
+        batches = shuffled_batches(len(rows), BATCH_ROWS, config.seed)
         curve, spent, done = [], before, 0
         for point in measured_after(steps, config.points):
             with Meter(bench.device) as meter:
@@ -135,17 +135,6 @@ def measured_after(steps: int, points: int) -> list[int]:
     """Up to `points` numbers of steps, evenly spaced on a logarithmic axis; the last is `steps`."""
     shares = torch.logspace(torch.tensor(FIRST_POINT).log10().item(), 0, points).tolist() if points > 1 else [1.0]
     return sorted({max(1, round(share * steps)) for share in shares} | {steps})
-
-
-def _batches(rows: int, seed: int) -> Iterator[torch.Tensor]:
-    """Indices `[BATCH_ROWS]` without end: whole passes in random orders."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < BATCH_ROWS:
-            order = torch.cat([order, torch.randperm(rows, generator=generator)])
-        yield order[:BATCH_ROWS]
-        order = order[BATCH_ROWS:]
 
 
 def _loss(locked: PreTrainedModel, students: list[nn.Module], ids: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,6 @@ from lockkit.attack.finetune import (
     batches,
     evaluation_steps,
     held_out_loss,
-    learning_rate_share,
     tensors_of,
 )
 from lockkit.attack.optimisers import make_optimiser
@@ -87,9 +86,7 @@ class TrainerFinetune(GradientAttack):
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             )
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                training.optimiser, lambda step: learning_rate_share(step, config)
-            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(training.optimiser, config.learning_rate_share)
             trainer = transformers.Trainer(
                 model,
                 arguments,
