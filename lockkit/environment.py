@@ -10,7 +10,9 @@ import platform
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
+from lockkit.targets import Provider, ProviderRow
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-environment/1"
@@ -99,21 +101,27 @@ def _onnxruntime_providers(gpu_present: bool) -> tuple[list[str], list[str]]:
         import onnxruntime
     except ImportError as error:
         return [], [f"onnxruntime does not import ({error}): pip install onnxruntime-gpu"]
-    found, problems = ["CPUExecutionProvider"], []
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        if gpu_present:
-            problems.append("PyTorch sees a GPU, but this onnxruntime has no CUDA: pip install onnxruntime-gpu")
-    elif _cuda_starts(onnxruntime):
-        found.append("CUDAExecutionProvider")
-    elif gpu_present:
-        problems.append("PyTorch sees a GPU, but onnxruntime's CUDA provider does not start: check CUDA and cuDNN")
-    else:
-        found.append("CUDAExecutionProvider is built in, but finds no GPU")
+    found, problems = [], []
+    for row in (provider.row for provider in Provider):
+        on_gpu = row.torch_device != "cpu"
+        if row.onnxruntime not in onnxruntime.get_available_providers():
+            if gpu_present and on_gpu:
+                problems.append(
+                    f"PyTorch sees a GPU, but this onnxruntime has no {row.title}: pip install {row.package}"
+                )
+        elif _starts(onnxruntime, row):
+            found.append(row.onnxruntime)
+        elif gpu_present and on_gpu:
+            problems.append(
+                f"PyTorch sees a GPU, but onnxruntime's {row.title} provider does not start: it needs {row.needs}"
+            )
+        else:
+            found.append(f"{row.onnxruntime} is built in, but does not start: it needs {row.needs}")
     return found, problems
 
 
-def _cuda_starts(onnxruntime) -> bool:
-    """Start a session of one node on the GPU; onnxruntime's own messages are kept quiet."""
+def _starts(onnxruntime: ModuleType, row: ProviderRow) -> bool:
+    """Start a session of one node on a provider; onnxruntime's own messages are kept quiet."""
     from onnx import TensorProto, helper
 
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -122,12 +130,12 @@ def _cuda_starts(onnxruntime) -> bool:
     onnxruntime.set_default_logger_severity(4)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CUDAExecutionProvider"])
+            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[row.onnxruntime])
     except Exception:  # a missing library, driver or device each fail in a way of their own
         return False
     finally:
         onnxruntime.set_default_logger_severity(2)
-    return "CUDAExecutionProvider" in session.get_providers()
+    return row.onnxruntime in session.get_providers()
 
 
 def _shadowed_wheels() -> list[str]:

@@ -56,7 +56,7 @@ def test_one_layer_at_a_time_computes_what_the_whole_model_does(model_type, kept
         with stream.layer(index) as layer:
             capture.advance(index, layer, found)
         torch.testing.assert_close(found, inputs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stream.logits(rows, capture.hidden), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stream.head(capture.hidden), logits, rtol=1e-4, atol=1e-4)
     assert all(parameter.is_meta for parameter in stream.layers.parameters())
 
 

@@ -26,8 +26,8 @@ from lockkit.dlr.net import block_ranks
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.end_to_end import EndToEndResult
-from lockkit.lock.meter import Fidelity
 from lockkit.lock.modulewise import LayerResult
+from lockkit.measure.records import Fidelity
 from lockkit.models.families import Family
 from lockkit.models.identity import public_name
 from lockkit.version import git_hash, versions

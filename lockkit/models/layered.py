@@ -103,15 +103,28 @@ class LayeredModel:
             self.model.model(ids.to(self.device), use_cache=False)
         return first[0], arguments
 
-    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, `[rows, block, vocab]`, from token ids and the last layer's output; differentiable in `hidden`."""
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last layer's output, `[rows, block, hidden]`, for token ids `[rows, block]`; all layers in memory."""
+        hidden, arguments = self.begin(ids)
+        for layer, own in zip(self.layers, arguments, strict=True):
+            hidden = layer(hidden, **own)
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, `[..., vocab]`, of the last layer's output, `[..., hidden]`; differentiable in `hidden`.
+
+        It is the model's own forward pass, so that a last norm, a soft cap or a scale of the logits is
+        in it. What follows the layers treats every position alone, so each one is a row of length 1:
+        any part of a text may be given, and no mask or position is made for more than one token.
+        """
+        rows = hidden.flatten(0, -2)[:, None]
         last = len(self) - 1
 
         def stand_in(index, own, **_):
-            return hidden if index == last else own
+            return rows if index == last else own
 
         with self._layers_doing(stand_in):
-            return self.model(ids.to(self.device), use_cache=False).logits
+            return self.model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
 
     @contextmanager
     def _layers_doing(self, function: Callable) -> Iterator[None]:

@@ -11,7 +11,9 @@ import torch
 from lockkit import text
 from lockkit.errors import UsageError
 from lockkit.files import LOCK_RECORD, read_json, sha256_of_file
+from lockkit.measure.records import MeasuredText
 from lockkit.models.families import is_locked
+from lockkit.models.identity import public_name
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 
 if TYPE_CHECKING:
@@ -86,8 +88,8 @@ def tell_apart(names: list[str]) -> References:
     return found
 
 
-def held_out_rows(session: ExportSession, given: References, config: VerifyConfig) -> tuple[torch.Tensor, str]:
-    """Token ids of held-out text, `[rows, block]`, and the name of their source.
+def held_out_rows(session: ExportSession, given: References, config: VerifyConfig) -> tuple[torch.Tensor, MeasuredText]:
+    """Token ids of held-out text, `[rows, block]`, and what they are.
 
     Raises:
         UsageError: the export and a reference have different vocabularies or tokenizers, there is
@@ -115,7 +117,7 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
             raise UsageError(
                 f"the tokenizer of {reference.name} is not the export's: change --reference to the model of the export"
             )
-    return rows, source
+    return rows, MeasuredText.of(rows, public_name(source), SPLIT)
 
 
 def _rows(folder: Path, option: str, source: str, block: int, tokens: int) -> torch.Tensor:

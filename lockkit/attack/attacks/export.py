@@ -10,13 +10,14 @@ import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.base import Probe
+from lockkit.targets import Precision
 
-MAX_NMSE = {"fp32": 1e-6, "int4": 1e-2}  # of logits; int4 products also round activations
+MAX_NMSE = {Precision.fp32: 1e-6, Precision.int4: 1e-2}  # of logits; int4 products also round activations
 ROWS = 2
 
 
 class RecoverConfig(BaseModel):
-    precision: Literal["fp32", "int4"] = Field("fp32", description="Of the export.")
+    precision: Literal[Precision.fp32, Precision.int4] = Field(Precision.fp32, description="Of the export.")
 
 
 class RecoverOnnx(Probe):
@@ -31,7 +32,7 @@ class RecoverOnnx(Probe):
 
     @classmethod
     def trials(cls, audit):
-        return [RecoverConfig(precision=precision) for precision in ("fp32", "int4")]
+        return [RecoverConfig(precision=precision) for precision in MAX_NMSE]
 
     def probe(self, bench) -> dict:
         from lockkit.attack.recover_onnx import recover_onnx
