@@ -29,7 +29,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lockkit.attack.config import audit_config
+from lockkit.lock.config import LockConfig
+from lockkit.measure.totals import perplexity
 from lockkit.text import documents, split_of, token_blocks
+from lockkit.verify.config import VerifyConfig
 
 END_OF_TEXT = "<|endoftext|>"
 PROMPT = 'def find_files(path, pattern):\n    """'
@@ -192,7 +196,9 @@ def train(model, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Name
             speed = (step - first) * args.batch * args.block / (time.perf_counter() - started)
             print(f"step {step}/{args.steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
         if step % 100 == 0 or step == args.steps:
-            print(f"step {step} held-out perplexity {perplexity(model, held_out[:32]):.2f}", flush=True)
+            model.eval()
+            print(f"step {step} held-out perplexity {perplexity(model, held_out[:32], 4):.2f}", flush=True)
+            model.train()
             torch.save(
                 {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step},
                 state_file.with_suffix(".tmp"),
@@ -206,16 +212,19 @@ def epoch_order(rows: int, args: argparse.Namespace) -> torch.Tensor:
     return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
 
 
-@torch.no_grad()
-def perplexity(model, rows: torch.Tensor) -> float:
-    model.eval()
-    total = count = 0
-    for chunk in rows.to(next(model.parameters()).device).split(4):
-        logits = model(chunk[:, :-1]).logits.float()
-        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
-        count += chunk[:, 1:].numel()
-    model.train()
-    return math.exp(total / count)
+def beginnings(model, tokenizer) -> str:
+    """Perplexities on the beginning of the split `evaluate`, as each command measures them by default."""
+    commands = {
+        "verify": VerifyConfig().tokens,
+        "lock": LockConfig().validation_tokens,
+        "attack --suite standard": audit_config("standard").evaluation_tokens,
+        "attack": audit_config("quick").evaluation_tokens,
+    }
+    found = []
+    for command, tokens in commands.items():
+        rows = token_blocks(tokenizer, documents("stdlib", "evaluate"), VerifyConfig().block_tokens, tokens)
+        found.append(f"{perplexity(model, rows, 4):.2f} on {tokens:,} tokens (`lockkit {command}`)")
+    return ", ".join(found)
 
 
 def bigram_perplexity(train_rows: torch.Tensor, rows: torch.Tensor, vocab: int) -> float:
@@ -266,7 +275,8 @@ and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exist
 |---|---|
 | data | sources and docstrings of the standard library of Python {platform.python_version()}, {figures["documents"]:,} modules in the split `train` |
 | tokens | {figures["train_tokens"]:,} in that split, {figures["seen_tokens"]:,} seen ({args.steps:,} steps of {args.batch} x {args.block}) |
-| held-out perplexity | **{figures["perplexity"]:.2f}** a token on {figures["evaluate_tokens"]:,} tokens of the split `evaluate` |
+| held-out perplexity | **{figures["perplexity"]:.2f}** per token on {figures["evaluate_tokens"]:,} tokens of stdlib: all of the split `evaluate`, in rows of {args.block} |
+| on the beginning of that split, in rows of {VerifyConfig().block_tokens} | {figures["beginnings"]} |
 | unigram-plus-bigram baseline | {figures["baseline"]:.1f} on the same tokens (interpolated counts of the training text, best weight) |
 | optimiser | Muon (learning rate {args.muon_lr:g}) for layer matrices, AdamW ({args.adam_lr:g}) for the rest; warm-up 40 steps, linear decay over the last {args.decay:.0%} |
 | seed, precision | {args.seed}; trained in float32, stored in bfloat16 |
@@ -314,7 +324,8 @@ def main() -> None:
         "train_tokens": train_rows.numel(),
         "seen_tokens": args.steps * args.batch * args.block,
         "evaluate_tokens": held_out.numel(),
-        "perplexity": perplexity(model, held_out),
+        "perplexity": perplexity(model, held_out, 4),
+        "beginnings": beginnings(model, tokenizer),
         "baseline": bigram_perplexity(train_rows, held_out.cpu(), args.vocab),
         "machine": f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch {torch.__version__}",
         "command": "python " + " ".join(sys.argv),

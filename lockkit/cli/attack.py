@@ -111,6 +111,8 @@ def _print(summary: dict) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from lockkit.measure.records import MeasuredText
+
     if summary["first_line"]:
         console.print(summary["first_line"])
     for task, figures in summary["tasks"].items():
@@ -128,6 +130,7 @@ def _print(summary: dict) -> None:
             if found:
                 best = f" ({found['best_attack']})" if found["best_attack"] else ""
                 console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
+    console.print(f"perplexity and KL divergence on {MeasuredText(**summary['quality']['fidelity']['text'])}:")
     for label, unlock in summary["unlocks"].items():
         console.print(
             f"{label}: perplexity {unlock['perplexity']:.3f}, KL to the lock {unlock['kl_to_lock']:.5f}", soft_wrap=True

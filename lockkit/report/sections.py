@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockkit.measure.records import MeasuredText
+
 
 @dataclass
 class Table:
@@ -56,6 +58,12 @@ def number(value: Any, form: str = ".4g") -> str:
     return f"{value:,}" if isinstance(value, int) else format(value, form)
 
 
+def measured_on(text: dict | None) -> str:
+    """A sentence that names the text of perplexities and KL divergences, from its record."""
+    named = MeasuredText(**text) if text else "text that this result does not name"
+    return f"Perplexity and KL divergence were measured on {named}."
+
+
 def sections(results: list[dict]) -> list[Section]:
     """All sections, audits first: they are what a reader must know."""
     from lockkit.report.audit import audit_sections
@@ -82,14 +90,14 @@ def lock_section(record: dict) -> Section:
         ("perplexity, locked over original", number(fidelity.get("perplexity_ratio"), ".4f")),
         ("perplexity, locked", number(fidelity.get("perplexity"), ".3f")),
         ("perplexity, original", number(fidelity.get("original_perplexity"), ".3f")),
-        ("KL to the original, nats a token", number(fidelity.get("kl_divergence"), ".5f")),
+        ("KL to the original, nats per token", number(fidelity.get("kl_divergence"), ".5f")),
         ("same most likely token", number(fidelity.get("top1_agreement"), ".2%")),
         ("depth", number(dlr.get("depth"))),
     ]
     data = record.get("data", {})
     section.text.append(
-        f"Distilled on {data.get('source', 'unknown text')} ({number(data.get('train_tokens'))} tokens) and measured on "
-        f"{number(data.get('evaluation_tokens'))} others; {number(record.get('seconds'), '.0f')} seconds."
+        f"Distilled on {data.get('source', 'unknown text')} ({number(data.get('train_tokens'))} tokens); "
+        f"{number(record.get('seconds'), '.0f')} seconds. {measured_on(fidelity.get('text'))}"
     )
     rows = [
         [str(layer["layer"]), number(layer.get("nmse"), ".5f"), number(layer.get("gain"), ".4g")] for layer in layers
@@ -111,6 +119,7 @@ def verify_section(record: dict) -> Section:
         ("perplexity, ONNX over original", number(ratios.get("onnx_over_original"), ".4f")),
         ("perplexity, ONNX over locked", number(ratios.get("onnx_over_locked"), ".4f")),
     ]
+    section.text.append(measured_on(record.get("text")))
     section.tables.append(
         Table(
             ["way of running", "tokens", "KL, nats", "same top-1", "largest difference"],
