@@ -22,9 +22,9 @@ from lockkit.export.run import export_model
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.measure import totals
-from lockkit.measure.metrics import kl_divergence, nmse, top1_agreement
+from lockkit.measure.metrics import LOGIT_FIGURES, kl_divergence, nmse, top1_agreement
 from lockkit.measure.records import Fidelity, MeasuredText
-from lockkit.measure.totals import NMSE, Comparison, LogitComparison, Outputs, TextFigures, perplexity
+from lockkit.measure.totals import NMSE, Comparison, Outputs, TextFigures, perplexity
 from lockkit.models.families import FAMILIES
 from lockkit.models.layered import LayeredModel
 from lockkit.verify import VerifyConfig, verify_export
@@ -88,12 +88,12 @@ def test_comparison_sums_over_batches_and_keeps_nan(monkeypatch):
     monkeypatch.setattr(totals, "CHUNK_LOGITS", 25)  # chunks of two positions
     torch.manual_seed(0)
     reference, candidate = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
-    comparison = LogitComparison()
+    comparison = Comparison(LOGIT_FIGURES)
     comparison.add(reference[:1], candidate[:1])
     comparison.add(reference[1:], candidate[1:])
     difference = (reference - candidate).abs()
     found = comparison.figures()
-    assert found["tokens"] == 10
+    assert comparison.tokens == 10
     assert found["max_difference"] == pytest.approx(difference.max().item())
     assert found["mean_difference"] == pytest.approx(difference.mean().item())
     assert found["kl_divergence"] == pytest.approx(kl_divergence(reference, candidate).mean().item())
@@ -102,7 +102,7 @@ def test_comparison_sums_over_batches_and_keeps_nan(monkeypatch):
     broken = candidate.clone()
     broken[0, 1, 3] = math.nan
     for first, second in ((broken, candidate), (candidate, broken)):  # NaN early and NaN late
-        comparison = LogitComparison()
+        comparison = Comparison(LOGIT_FIGURES)
         comparison.add(reference, first)
         comparison.add(reference, second)
         found = comparison.figures()
@@ -110,7 +110,7 @@ def test_comparison_sums_over_batches_and_keeps_nan(monkeypatch):
     assert not top1_agreement(broken, broken)[0, 1]
     with pytest.raises(ValueError, match="shape"):
         comparison.add(reference, candidate[:1])
-    assert math.isnan(Comparison().kl_divergence) and math.isnan(LogitComparison().figures()["max_difference"])
+    assert math.isnan(Comparison().kl_divergence) and math.isnan(Comparison(LOGIT_FIGURES).figures()["max_difference"])
 
 
 def by_hand(ids: np.ndarray, reference: np.ndarray, candidate: np.ndarray) -> dict[str, float]:

@@ -7,6 +7,9 @@ passes into the mean, and a position with NaN logits never counts as an agreemen
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,36 @@ def absolute_difference(reference: torch.Tensor, candidate: torch.Tensor) -> tor
     """|reference - candidate| in float64; equal infinities differ by 0."""
     difference = (reference.double() - candidate.double()).abs()
     return torch.where(reference == candidate, torch.zeros_like(difference), difference)
+
+
+class Pair(NamedTuple):
+    """What two models predict at a few positions: logits, and their `log_probabilities`; each `[tokens, vocab]`."""
+
+    p: torch.Tensor  # of the reference
+    q: torch.Tensor  # of the candidate
+    log_p: torch.Tensor
+    log_q: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PairFigure:
+    """A figure of two models: its value at each position, `[tokens]`, and whether the mean or the largest is told."""
+
+    values: Callable[[Pair], torch.Tensor]
+    largest: bool = False
+
+
+# Of two models' predictions, by the names they have in every result.
+PREDICTION_FIGURES: Mapping[str, PairFigure] = {
+    "kl_divergence": PairFigure(lambda pair: kl_of_log_probabilities(pair.log_p, pair.log_q)),
+    "top1_agreement": PairFigure(lambda pair: top1_agreement(pair.p, pair.q)),
+}
+# Of two implementations of one model, whose logits themselves should be equal.
+LOGIT_FIGURES: Mapping[str, PairFigure] = {
+    "max_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).amax(-1), largest=True),
+    "mean_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).mean(-1)),
+    **PREDICTION_FIGURES,
+}
 
 
 def perplexity_of_loss(total: float, predictions: int) -> float:

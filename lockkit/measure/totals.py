@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from lockkit.measure.metrics import (
-    absolute_difference,
-    kl_of_log_probabilities,
+    PREDICTION_FIGURES,
+    Pair,
+    PairFigure,
     log_probabilities,
     perplexity_of_loss,
-    top1_agreement,
 )
 from lockkit.measure.records import Fidelity, MeasuredText
 
@@ -68,10 +68,16 @@ class Perplexity:
 
 
 class Comparison:
-    """How far one model's predictions are from a reference's: KL divergence and top-1 agreement."""
+    """How far one model's predictions are from a reference's.
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)  # KL, equal top tokens, positions
+    Args:
+        figures: what is measured, by name.
+    """
+
+    def __init__(self, figures: Mapping[str, PairFigure] = PREDICTION_FIGURES) -> None:
+        self._measured = figures
+        self.sums = torch.zeros(len(figures) + 1, dtype=torch.float64)  # of each figure, then positions
+        self._largest = torch.full([len(figures)], -torch.inf, dtype=torch.float64)
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
         """Add two sets of logits of the same shape, `[..., vocab]`."""
@@ -80,54 +86,32 @@ class Comparison:
         reference, candidate = reference.flatten(0, -2), candidate.flatten(0, -2)
         for part in chunks(len(reference), reference.shape[-1]):
             p, q = reference[part], candidate[part]
-            self.add_chunk(p, q, log_probabilities(p), log_probabilities(q))
+            self.add_chunk(Pair(p, q, log_probabilities(p), log_probabilities(q)))
 
-    def add_chunk(self, p: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> None:
-        """Add the logits of a few positions, `[tokens, vocab]`, whose `log_probabilities` are known."""
-        divergence = kl_of_log_probabilities(log_p, log_q).sum().item()
-        agreements = top1_agreement(p, q).sum().item()
-        self.sums += torch.tensor([divergence, agreements, len(p)], dtype=torch.float64)
+    def add_chunk(self, pair: Pair) -> None:
+        """Add a few positions."""
+        values = [figure.values(pair).double() for figure in self._measured.values()]
+        self.sums += torch.tensor([*(value.sum().item() for value in values), len(pair.p)], dtype=torch.float64)
+        largest = torch.tensor([value.max().item() for value in values], dtype=torch.float64)
+        self._largest = torch.maximum(self._largest, largest)  # keeps a NaN
 
     @property
     def tokens(self) -> int:
         """How many positions were compared."""
-        return int(self.sums[2])
+        return int(self.sums[-1])
+
+    def figures(self) -> dict[str, float]:
+        """All figures by name; NaN where nothing was compared."""
+        means = (self.sums[:-1] / self.sums[-1]).tolist()
+        found = {}
+        for (name, figure), mean, largest in zip(self._measured.items(), means, self._largest.tolist(), strict=True):
+            found[name] = largest if figure.largest and self.tokens else mean
+        return found
 
     @property
     def kl_divergence(self) -> float:
         """Mean KL(reference || candidate) per token, in nats."""
-        return (self.sums[0] / self.sums[2]).item()
-
-    @property
-    def top1_agreement(self) -> float:
-        """Share of positions with the same highest token, 0 to 1."""
-        return (self.sums[1] / self.sums[2]).item()
-
-
-class LogitComparison(Comparison):
-    """A comparison of the logits themselves, too: largest and mean absolute difference."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._total_difference = 0.0  # of means over the vocabulary
-        self._max_difference = torch.zeros((), dtype=torch.float64)
-
-    def add_chunk(self, p: torch.Tensor, q: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> None:
-        super().add_chunk(p, q, log_p, log_q)
-        difference = absolute_difference(p, q)
-        self._max_difference = torch.maximum(self._max_difference, difference.max().cpu())  # keeps a NaN
-        self._total_difference += difference.mean(dim=-1).sum().item()
-
-    def figures(self) -> dict[str, float]:
-        """All figures by name."""
-        empty = torch.tensor(torch.nan)
-        return {
-            "tokens": self.tokens,
-            "max_difference": (self._max_difference if self.tokens else empty).item(),
-            "mean_difference": (self._total_difference / self.sums[2]).item(),
-            "kl_divergence": self.kl_divergence,
-            "top1_agreement": self.top1_agreement,
-        }
+        return self.figures()["kl_divergence"]
 
 
 class TextFigures:
@@ -159,7 +143,7 @@ class TextFigures:
             for name, perplexity in self.perplexity.items():
                 perplexity.add(logs[name], targets[part].to(logs[name].device))
             for (p, q), comparison in self.comparison.items():
-                comparison.add_chunk(logits[p], logits[q], logs[p], logs[q])
+                comparison.add_chunk(Pair(logits[p], logits[q], logs[p], logs[q]))
 
     @property
     def sums(self) -> list[torch.Tensor]:
@@ -172,8 +156,7 @@ class TextFigures:
         own, original = self.perplexity[candidate].value, self.perplexity[reference].value
         return Fidelity(
             tokens=comparison.tokens,
-            kl_divergence=comparison.kl_divergence,
-            top1_agreement=comparison.top1_agreement,
+            **comparison.figures(),
             perplexity=own,
             original_perplexity=original,
             perplexity_ratio=own / original,

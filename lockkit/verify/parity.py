@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from lockkit.measure.totals import LogitComparison, Outputs, TextFigures
+from lockkit.measure.metrics import LOGIT_FIGURES
+from lockkit.measure.totals import Comparison, Outputs, TextFigures
 from lockkit.progress import Progress
 from lockkit.runners import Runner
 from lockkit.verify.figures import Continuations, Parting
@@ -36,13 +37,13 @@ def measure_text(
     rows: torch.Tensor,
     batch: int,
     progress: Progress,
-) -> tuple[TextFigures, LogitComparison]:
+) -> tuple[TextFigures, Comparison]:
     """Over `rows`, `[rows, block]`: perplexities and fidelity, and the candidate's parity in prefill.
 
     `references` has `original`, `locked` or both; the candidate, `onnx`, is compared with `compared_with`.
     """
     pairs = [("original", "locked")] if len(references) == 2 else []
-    figures, parity = TextFigures([*references, "onnx"], pairs), LogitComparison()
+    figures, parity = TextFigures([*references, "onnx"], pairs), Comparison(LOGIT_FIGURES)
     progress.start("held-out text", len(rows))
     for ids in rows.split(batch):
         logits = {name: runner.logits(ids) for name, runner in (references | {"onnx": candidate}).items()}
@@ -53,9 +54,9 @@ def measure_text(
     return figures, parity
 
 
-def compare_cache_tokens(reference: Runner, candidate: Runner, rows: torch.Tensor, steps: int) -> LogitComparison:
+def compare_cache_tokens(reference: Runner, candidate: Runner, rows: torch.Tensor, steps: int) -> Comparison:
     """All but the last `steps` tokens of `rows`, `[rows, block]`, at once; then one by one."""
-    result = LogitComparison()
+    result = Comparison(LOGIT_FIGURES)
     expected = reference.logits(rows)
     prefix = rows.shape[1] - steps
     _, cache = candidate.extend(rows[:, :prefix])
@@ -65,12 +66,12 @@ def compare_cache_tokens(reference: Runner, candidate: Runner, rows: torch.Tenso
     return result
 
 
-def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor) -> LogitComparison:
+def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor) -> Comparison:
     """Half of each row, then the rest but one token in one chunk, then that token; row by row.
 
     One row at a time: onnxruntime's GroupQueryAttention takes a chunk after a cache for one row only.
     """
-    result = LogitComparison()
+    result = Comparison(LOGIT_FIGURES)
     prefix = rows.shape[1] // 2
     for row in rows[:, None]:
         expected = reference.logits(row)
@@ -81,9 +82,9 @@ def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor
     return result
 
 
-def compare_padded(reference: Runner, candidate: Runner, rows: torch.Tensor, lengths: list[int]) -> LogitComparison:
+def compare_padded(reference: Runner, candidate: Runner, rows: torch.Tensor, lengths: list[int]) -> Comparison:
     """One batch of the first `lengths` tokens of `rows`, `[rows, block]`, and one token more for each."""
-    result = LogitComparison()
+    result = Comparison(LOGIT_FIGURES)
     shortened = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     next_ids = torch.stack([row[length] for row, length in zip(rows, lengths, strict=True)])
     pairs = zip(reference.unequal(shortened, next_ids), candidate.unequal(shortened, next_ids), strict=True)

@@ -137,7 +137,9 @@ def measure(
         )
     values = {name: found.value for name, found in figures.perplexity.items()}
     return Measured(
-        parity=[Parity(mode=mode, **comparison.figures()) for mode, comparison in modes.items()],
+        parity=[
+            Parity(mode=mode, tokens=comparison.tokens, **comparison.figures()) for mode, comparison in modes.items()
+        ],
         continuations=continuations,
         perplexity=PerplexityFigures.of(
             figures.perplexity["onnx"].predictions, values["onnx"], values.get("original"), values.get("locked")
