@@ -109,16 +109,19 @@ def predict(
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        logits_bytes=logits_bytes(vocab_size, block, config),
+        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters, config),
         writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
         buffer_bytes=BUFFER_BYTES,
         phase_2_keeps_all_layers=kept > 1,
     )
 
 
-def logits_bytes(vocab_size: int, block: int, config: LockConfig) -> int:
-    """What logits take at most: all of a batch in phase 2's loss, or a chunk in the meter."""
-    measured = METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size)
+def logits_bytes(vocab_size: int, block: int, outside_bytes: int, config: LockConfig) -> int:
+    """What logits take at most: all of a batch in phase 2's loss, or a chunk in the meter.
+
+    The last measurement is of the model as written, whose embeddings and head are there beside the original's.
+    """
+    measured = METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
     if not config.end_to_end_tokens:
         return measured
     return max(measured, FLOAT_BYTES * COPIES_OF_LOGITS * config.end_to_end_batch_tokens * vocab_size)

@@ -45,7 +45,7 @@ class FidelityMeter:
         begun = [stream.begin(batch) for batch in self.batches]
         self.first = [hidden.cpu() for hidden, _ in begun]
         self.arguments = {len(hidden): arguments for hidden, arguments in begun}
-        self.original = self._last_hidden(None)
+        self.original = self._last_hidden(stream, self.first)
 
     @classmethod
     def on(
@@ -56,24 +56,39 @@ class FidelityMeter:
         text = MeasuredText.of(rows, public_name(data.source), splits[part] if splits else None)
         return cls(stream, rows, text, workers)
 
+    def measure(self, chains: Chains) -> Fidelity:
+        """Fidelity of the original with `chains(layer)` in place of each MLP."""
+        return self._compare(self.stream, self._last_hidden(self.stream, self.first, chains))
+
+    def measure_model(self, locked: StreamedModel) -> Fidelity:
+        """Fidelity of a locked model, with its own embeddings, attention and head."""
+        first = [locked.begin(batch)[0].cpu() for batch in self.batches]
+        return self._compare(locked, self._last_hidden(locked, first))
+
     @torch.no_grad()
-    def _last_hidden(self, chains: Chains | None) -> list[torch.Tensor]:
-        hidden = list(self.first)
-        for index in range(len(self.stream)):
-            with self.stream.layer(index) as layer, mlp_replaced(layer, chains(index) if chains else layer.mlp):
+    def _last_hidden(
+        self, stream: StreamedModel, first: list[torch.Tensor], chains: Chains | None = None
+    ) -> list[torch.Tensor]:
+        """The last layer's output for every batch, `[rows, block, hidden]`, from the `first` layer's input."""
+        hidden = list(first)
+        for index in range(len(stream)):
+            with stream.layer(index) as layer, mlp_replaced(layer, chains(index) if chains else layer.mlp):
                 for number, value in enumerate(hidden):
                     arguments = self.arguments[len(value)][index]
-                    hidden[number] = layer(value.to(self.stream.device), **arguments).cpu()
+                    hidden[number] = layer(value.to(stream.device), **arguments).cpu()
         return hidden
 
     @torch.no_grad()
-    def measure(self, chains: Chains) -> Fidelity:
-        """Fidelity of the model with `chains(layer)` in place of each MLP."""
-        device, head = self.stream.device, self.stream.head
+    def _compare(self, locked: StreamedModel, states: list[torch.Tensor]) -> Fidelity:
+        """Compare with the original; `states` are the locked model's last hidden states, by batch."""
+        device = self.stream.device
         figures = TextFigures(["original", "locked"], [("original", "locked")])
-        for ids, own, student in zip(self.batches, self.original, self._last_hidden(chains), strict=True):
-            states = {"original": own.to(device), "locked": student.to(device)}
-            figures.add(ids.to(device), {name: Outputs(found, head) for name, found in states.items()})
+        for ids, own, student in zip(self.batches, self.original, states, strict=True):
+            outputs = {
+                "original": Outputs(own.to(device), self.stream.head),
+                "locked": Outputs(student.to(device), locked.head),
+            }
+            figures.add(ids.to(device), outputs)
         return_free_memory()
         self.workers.sum_(figures.sums)
         return figures.fidelity(self.text)

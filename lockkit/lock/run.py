@@ -42,7 +42,7 @@ from lockkit.lock.work import Work, work_folder
 from lockkit.measure.records import Fidelity
 from lockkit.models.families import Family, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
-from lockkit.models.layered import Checkpoint, StreamedModel, import_model_class
+from lockkit.models.layered import StreamedModel, import_model_class
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.save import save_description, save_locked_weights
 from lockkit.progress import NoProgress, Progress
@@ -251,16 +251,8 @@ class _Lock:
 
         gains = [layer.gain for layer in layers]
         save_locked_weights(self.stream, rounded, folder, self.config.depth, gains, self.dtype)
-        written = Checkpoint(folder)
-
-        def published(layer: int) -> DLRNet:
-            chain = self.empty_chain(gains[layer])
-            prefix = f"model.layers.{layer}.mlp."
-            tensors = written.read([prefix + name for name in chain.state_dict()], self.device, torch.float32)
-            chain.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
-            return chain.to(self.device)
-
-        fidelity = FidelityMeter.on("evaluation", self.stream, data).measure(published)
+        written = StreamedModel(folder, load_config(folder), self.family, self.device)
+        fidelity = FidelityMeter.on("evaluation", self.stream, data).measure_model(written)
         if not fidelity.kl_divergence < float("inf"):
             raise DistillationError(
                 f"the locked model's held-out KL divergence is {fidelity.kl_divergence}: lower --learning-rate or "

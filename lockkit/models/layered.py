@@ -25,8 +25,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lockkit.errors import UsageError
-from lockkit.models.families import Family, decoder_layers
+from lockkit.models.families import Family, decoder_layers, is_locked
 from lockkit.models.load import check_safetensors
+from lockkit.models.locked import locked_classes
 
 
 class Checkpoint:
@@ -141,7 +142,7 @@ class StreamedModel(LayeredModel):
     """A causal language model for inference, one decoder layer at a time.
 
     Args:
-        folder: a checkpoint of `family`, with `config`.
+        folder: a checkpoint of `family`, original or locked, with `config`.
         device: where layers are computed.
         dtype: of weights and activations.
 
@@ -244,7 +245,7 @@ def empty_model(config: PreTrainedConfig, family: Family) -> nn.Module:
     """The model of `config` without memory for its weights; its buffers are real."""
     from accelerate import init_empty_weights
 
-    model_class = import_model_class(family)
+    model_class = locked_classes(family)[1] if is_locked(config) else import_model_class(family)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     model.tie_weights()
