@@ -71,7 +71,9 @@ def summarise(folder: Path, lock_seconds: float, seconds: float) -> None:
     record = json.loads((folder / "locked" / "lockkit.json").read_text())
     figures = json.loads((folder / "verify.json").read_text())
     table = Table(title=f"\ndemo, locked at depth {record['dlr']['depth']} and exported", title_justify="left")
-    table.add_column("measured on held-out text")
+    text = figures["text"]
+    tokens = text["rows"] * text["block_tokens"]
+    table.add_column(f"on {tokens:,} tokens of {text['source']}, split '{text['split']}'")
     table.add_column("value", justify="right")
     for name, value in rows(record, figures):
         table.add_row(name, value)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from lockkit.files import schema_record
+from lockkit.targets import Provider, ProviderRow
 from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-environment/1"
@@ -115,21 +116,27 @@ def _onnxruntime_providers(gpu_present: bool) -> tuple[list[str], list[str]]:
         import onnxruntime
     except ImportError as error:
         return [], [f"onnxruntime does not import ({error}): pip install onnxruntime-gpu"]
-    found, problems = ["CPUExecutionProvider"], []
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        if gpu_present:
-            problems.append("PyTorch sees a GPU, but this onnxruntime has no CUDA: pip install onnxruntime-gpu")
-    elif _cuda_starts(onnxruntime):
-        found.append("CUDAExecutionProvider")
-    elif gpu_present:
-        problems.append("PyTorch sees a GPU, but onnxruntime's CUDA provider does not start: check CUDA and cuDNN")
-    else:
-        found.append("CUDAExecutionProvider is built in, but finds no GPU")
+    found, problems = [], []
+    for row in (provider.row for provider in Provider):
+        on_gpu = row.torch_device != "cpu"
+        if row.onnxruntime not in onnxruntime.get_available_providers():
+            if gpu_present and on_gpu:
+                problems.append(
+                    f"PyTorch sees a GPU, but this onnxruntime has no {row.title}: pip install {row.package}"
+                )
+        elif _starts(onnxruntime, row):
+            found.append(row.onnxruntime)
+        elif gpu_present and on_gpu:
+            problems.append(
+                f"PyTorch sees a GPU, but onnxruntime's {row.title} provider does not start: it needs {row.needs}"
+            )
+        else:
+            found.append(f"{row.onnxruntime} is built in, but does not start: it needs {row.needs}")
     return found, problems
 
 
-def _cuda_starts(onnxruntime: ModuleType) -> bool:
-    """Whether a session with one node starts on the GPU. onnxruntime's messages are suppressed."""
+def _starts(onnxruntime: ModuleType, row: ProviderRow) -> bool:
+    """Whether a session with one node starts on a provider. onnxruntime's messages are suppressed."""
     from onnx import TensorProto, helper
 
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -138,12 +145,12 @@ def _cuda_starts(onnxruntime: ModuleType) -> bool:
     onnxruntime.set_default_logger_severity(4)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CUDAExecutionProvider"])
+            session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[row.onnxruntime])
     except Exception:  # missing libraries, drivers and devices raise different errors
         return False
     finally:
         onnxruntime.set_default_logger_severity(2)
-    return "CUDAExecutionProvider" in session.get_providers()
+    return row.onnxruntime in session.get_providers()
 
 
 def _conflicting_packages() -> list[str]:

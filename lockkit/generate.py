@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST
+from lockkit.targets import Provider, provider_called
 from lockkit.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class GenerateConfig(BaseModel):
     max_new_tokens: int = Field(64, ge=1, description="Tokens to generate at most.")
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 takes the most likely token, 1 samples.")
     seed: int = Field(0, description="Seed of the sampling.")
-    provider: Literal["cpu", "cuda"] = Field(
-        "cpu", description="Where an export runs, in onnxruntime; cuda runs PyTorch there too, if it can."
+    provider: Provider = Field(
+        Provider.cpu, description="Where an export runs, in onnxruntime; cuda runs PyTorch there too, if it can."
     )
 
 
@@ -71,7 +72,7 @@ class Generation:
         return self.ends[tokens - 1] if tokens else 0
 
 
-def open_model(name: str, provider: str = "cpu", option: str = "MODEL") -> TextModel:
+def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -> TextModel:
     """Load `demo`, a model folder, an export or a Hub id; PyTorch models run in float32, as `verify` runs them.
 
     Raises:
@@ -88,8 +89,7 @@ def open_model(name: str, provider: str = "cpu", option: str = "MODEL") -> TextM
         runner, folder, config = OnnxRunner(session), session.folder, session.config
     else:
         folder = resolve_model(name, option)
-        device = "cuda" if provider == "cuda" and torch.cuda.is_available() else "cpu"
-        model, _ = load_model(folder, torch.float32, device)
+        model, _ = load_model(folder, torch.float32, provider_called(provider).reference_device)
         runner, config = TorchRunner(model), model.config.to_dict()
     tokenizer = load_tokenizer(folder, option)
     start_id, end_ids = special_tokens(folder, config, tokenizer)

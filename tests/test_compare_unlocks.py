@@ -28,5 +28,6 @@ def test_uncoupled_blocks_give_the_teacher_back(originals, tmp_path):
     assert unlocks["corrected, 0 tokens"]["kl_to_lock"] < 1e-6
     assert unlocks["warm, 1024 tokens"]["kl_to_lock"] < unlocks["features, 1024 tokens"]["kl_to_lock"]
     assert "2 stages" not in unlocks  # 10 + 10 + 10 + 9 + 9 units
-    table = (tmp_path / "unlocks.md").read_text().splitlines()
+    text, _, *table = (tmp_path / "unlocks.md").read_text().splitlines()
+    assert text == "Perplexity and KL divergence on 4,096 tokens of stdlib, split 'evaluate'."
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1

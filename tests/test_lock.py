@@ -18,8 +18,10 @@ from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig, make_config
 from lockkit.lock.initialise import scrub_teacher_rows, start_from_teacher
 from lockkit.lock.meter import FidelityMeter
-from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers, nmse
+from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers
 from lockkit.lock.run import lock_model
+from lockkit.measure.metrics import nmse
+from lockkit.measure.records import MeasuredText
 from lockkit.models.families import FAMILIES, decoder_layers, mlp_weights
 from lockkit.models.load import load_model
 from lockkit.progress import NoProgress
@@ -154,8 +156,8 @@ def test_phase_2_never_ends_worse_than_phase_1(originals, tmp_path, offload):
 def test_a_step_of_phase_2_is_one_of_plain_autograd(originals, tmp_path):
     """Layer-wise backward passes move the weights as one through the whole model does."""
     from lockkit.lock.end_to_end import EndToEnd
-    from lockkit.lock.meter import mean_kl_divergence
     from lockkit.lock.stack import ChainStack
+    from lockkit.measure.metrics import mean_kl_divergence
     from lockkit.models.layered import StreamedModel
     from lockkit.models.load import load_config
     from lockkit.workers import Workers
@@ -199,10 +201,12 @@ def test_fidelity_of_a_perfect_copy(originals):
     model, family = load_model(originals("llama"), torch.float32)
     stream = StreamedModel(originals("llama"), load_config(originals("llama")), family, "cpu")
     rows = torch.randint(1, 4096, (5, 64), generator=torch.Generator().manual_seed(0))
-    fidelity = FidelityMeter(stream, rows).measure(lambda index: decoder_layers(model)[index].mlp)
+    text = MeasuredText.of(rows, "random", "evaluate")
+    fidelity = FidelityMeter(stream, rows, text).measure(lambda index: decoder_layers(model)[index].mlp)
     with torch.no_grad():
         loss = model(rows, labels=rows).loss  # transformers' own, over the same next tokens
-    assert fidelity.kl_divergence == pytest.approx(0, abs=1e-6)
+    assert fidelity.kl_divergence == pytest.approx(0, abs=1e-9)
+    assert fidelity.tokens == 5 * 63 and fidelity.text == text
     assert fidelity.top1_agreement == 1
     assert fidelity.perplexity == pytest.approx(loss.exp().item(), rel=1e-4) == fidelity.original_perplexity
 

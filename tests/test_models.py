@@ -59,7 +59,7 @@ def test_one_layer_at_a_time_gives_the_mlp_inputs_and_logits_of_the_whole_model(
         with stream.layer(index) as layer:
             capture.advance(index, layer, found)
         torch.testing.assert_close(found, inputs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(stream.logits(rows, capture.hidden), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stream.head(capture.hidden), logits, rtol=1e-4, atol=1e-4)
     assert all(parameter.is_meta for parameter in stream.layers.parameters())
 
 

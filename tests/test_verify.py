@@ -13,9 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
@@ -23,11 +20,13 @@ from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.export.run import export_model
 from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, sha256_of_file
-from lockkit.measure import metrics
+from lockkit.measure.records import MeasuredText
 from lockkit.progress import NoProgress
 from lockkit.runners import OnnxRunner, TorchRunner
-from lockkit.verify import DEFAULT_GATES, VerifyConfig, VerifyResult, parity, verify_export
-from lockkit.verify.run import judge, measure
+from lockkit.targets import Precision
+from lockkit.verify import VerifyConfig, VerifyResult, parity, verify_export
+from lockkit.verify.figures import GATES, Gates, judge
+from lockkit.verify.run import measure
 
 SMALL = {"tokens": 512, "block_tokens": 64, "prompts": 2, "new_tokens": 8}
 OPTIONS = ["--tokens", 512, "--block-tokens", 64, "--prompts", 2, "--new-tokens", 8]
@@ -50,110 +49,6 @@ def onnx_of(tmp_path_factory):
 
 def rows_of(count: int, block: int, vocab: int = 4096, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, vocab, (count, block), generator=torch.Generator().manual_seed(seed))
-
-
-# --- metrics -------------------------------------------------------------------------------------
-
-logits_arrays = arrays.arrays(
-    np.float32, st.tuples(st.integers(1, 4), st.integers(2, 9)), elements=st.floats(-50, 50, width=32)
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(logits_arrays, st.integers(0, 10_000))
-def test_kl_divergence_is_the_definition(reference, seed):
-    candidate = reference + np.random.default_rng(seed).normal(size=reference.shape).astype(np.float32)
-    p = np.exp(reference.astype(np.longdouble))
-    q = np.exp(candidate.astype(np.longdouble))
-    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    expected = (p * np.log(p / q)).sum(-1).astype(np.float64)
-    found = metrics.kl_divergence(torch.tensor(reference), torch.tensor(candidate))
-    assert found.dtype == torch.float64
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-13)
-    by_torch = torch.nn.functional.kl_div(
-        torch.tensor(candidate).double().log_softmax(-1),
-        torch.tensor(reference).double().log_softmax(-1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
-    torch.testing.assert_close(found, by_torch.clamp_min(0), rtol=1e-9, atol=1e-12)
-
-
-@settings(deadline=None, max_examples=40)
-@given(logits_arrays, st.floats(-20, 20, width=32))
-def test_logits_shifted_as_a_whole_are_the_same_distribution(reference, shift):
-    logits = torch.tensor(reference).double()
-    assert metrics.kl_divergence(logits, logits).max() == 0
-    assert metrics.kl_divergence(logits, logits + shift).max() < 1e-12
-
-
-def test_kl_divergence_of_a_coin():
-    p, q = math.log(0.9 / 0.1), math.log(0.5 / 0.5)
-    found = metrics.kl_divergence(torch.tensor([p, 0.0]), torch.tensor([q, 0.0])).item()
-    assert found == pytest.approx(0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5), rel=1e-6)
-
-
-def test_kl_divergence_of_tokens_ruled_out():
-    out = -math.inf
-    one = torch.tensor([0.0, 0.0, out])
-    assert metrics.kl_divergence(one, one).item() == 0
-    assert metrics.kl_divergence(one, torch.tensor([0.0, out, 0.0])).item() == math.inf
-
-
-def test_comparison_sums_over_batches_and_keeps_nan(monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", 25)  # pieces of two positions
-    torch.manual_seed(0)
-    reference, candidate = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
-    found = metrics.Comparison()
-    found.add(reference[:1], candidate[:1])
-    found.add(reference[1:], candidate[1:])
-    assert found.tokens == 10
-    difference = (reference - candidate).abs()
-    assert found.max_difference == pytest.approx(difference.max().item())
-    assert found.mean_difference == pytest.approx(difference.mean().item())
-    assert found.kl_divergence == pytest.approx(metrics.kl_divergence(reference, candidate).mean().item())
-    assert found.top1_agreement == (reference.argmax(-1) == candidate.argmax(-1)).float().mean().item()
-
-    broken = candidate.clone()
-    broken[0, 1, 3] = math.nan
-    for first, second in ((broken, candidate), (candidate, broken)):  # NaN early and NaN late
-        found = metrics.Comparison()
-        found.add(reference, first)
-        found.add(reference, second)
-        assert math.isnan(found.max_difference) and math.isnan(found.mean_difference)
-        assert math.isnan(found.kl_divergence)
-    assert not metrics.top1_agreement(broken, broken)[0, 1]
-    with pytest.raises(ValueError, match="shape"):
-        found.add(reference, candidate[:1])
-
-
-class Bigram(torch.nn.Module):
-    """The next token depends on the last one alone, by a table of logits."""
-
-    def __init__(self, table: torch.Tensor):
-        super().__init__()
-        self.table = torch.nn.Parameter(table)
-
-    def forward(self, input_ids, use_cache):
-        return type("Output", (), {"logits": self.table[input_ids]})
-
-
-def test_perplexity_by_hand():
-    # After 0 comes 1 with 3/4, after 1 comes 0 with 1/2.
-    table = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
-    rows = torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 1]])
-    probabilities = [0.75, 0.5, 0.25, 0.75, 0.5, 0.5]
-    expected = math.prod(probabilities) ** (-1 / 6)
-    for batch_rows in (1, 2, 8):
-        assert metrics.perplexity(Bigram(table), rows, batch_rows) == pytest.approx(expected, rel=1e-6)
-    assert math.isnan(metrics.perplexity(Bigram(table * math.nan), rows))
-
-
-def test_perplexity_is_transformers_own_loss():
-    model, rows = tiny_model("llama"), rows_of(5, 32)
-    with torch.no_grad():
-        expected = math.exp(model(input_ids=rows, labels=rows).loss)
-    assert metrics.perplexity(model, rows, batch_rows=2) == pytest.approx(expected, rel=1e-5)
 
 
 # --- comparisons, with PyTorch on both sides ------------------------------------------------------
@@ -193,8 +88,9 @@ def measured_with(session, model):
     torch.manual_seed(0)
     rows, config = rows_of(6, 48), VerifyConfig(**SMALL)
     runners = {"original": TorchRunner(model)}
-    found = measure(OnnxRunner(session), runners, "original", rows, config, NoProgress())
-    return found, judge(config.gates("fp32"), found)
+    text = MeasuredText.of(rows, "random", "evaluate")
+    found = measure(OnnxRunner(session), runners, "original", rows, text, config, NoProgress())
+    return found, judge(config.limits(Precision.fp32), found)
 
 
 def test_the_same_model_has_no_divergence():
@@ -234,7 +130,7 @@ def test_nan_fails_every_gate():
     torch.nn.init.constant_(broken.lm_head.weight[7:8], math.nan)
     _, outcomes = measured_with(FakeSession(broken), model)
     assert not any(outcome.passed for outcome in outcomes if outcome.gate != "min_continuations")
-    with_no_limit = VerifyConfig(max_kl=math.inf, max_perplexity_ratio=math.inf).gates("int4")
+    with_no_limit = VerifyConfig(max_kl=math.inf, max_perplexity_ratio=math.inf).limits(Precision.int4)
     found, _ = measured_with(FakeSession(broken), model)
     outcomes = judge(with_no_limit, found)
     assert not any(outcome.passed for outcome in outcomes if outcome.gate.startswith("max"))
@@ -287,7 +183,9 @@ def test_a_locked_export_passes(locks, originals, onnx_of, cli, tmp_path):
     assert figures.onnx_over_original == pytest.approx(figures.onnx / figures.original)
     assert figures.locked_over_original == pytest.approx(figures.locked / figures.original)
     assert figures.onnx_over_locked == pytest.approx(1, abs=1e-5)
-    assert result.fidelity.tokens == 512 and result.fidelity.kl_divergence > 1e-4
+    assert result.fidelity.tokens == 8 * 63 == figures.predictions and result.fidelity.kl_divergence > 1e-4
+    assert result.fidelity.text == result.text
+    assert "512 tokens of stdlib, split 'evaluate'" in outcome.out
 
 
 def test_an_unlocked_export_and_its_python_api(originals, onnx_of):
@@ -380,17 +278,23 @@ def test_auto_takes_the_source_of_the_lock(locks, onnx_of, tmp_path, monkeypatch
 
 
 def test_gates_by_precision_and_by_option():
-    assert VerifyConfig().gates("fp32") == DEFAULT_GATES["fp32"]
-    assert VerifyConfig(max_kl=0.5).gates("int4").max_kl == 0.5
-    assert VerifyConfig(max_kl=0.5).gates("int4").min_top1 == DEFAULT_GATES["int4"].min_top1
-    limits = [gates.max_kl for gates in DEFAULT_GATES.values()]
-    assert limits[0] == 1e-6 and limits[0] < min(limits[1:]) and max(limits) == DEFAULT_GATES["int4"].max_kl
+    rows = {precision: precision.row.gates for precision in Precision}
+    assert VerifyConfig().limits(Precision.fp32) == rows[Precision.fp32]
+    assert VerifyConfig(max_kl=0.5).limits(Precision.int4) == rows[Precision.int4] | {"max_kl": 0.5}
+    limits = [row["max_kl"] for row in rows.values()]
+    assert limits[0] == 1e-6 and limits[0] < min(limits[1:]) and max(limits) == rows[Precision.int4]["max_kl"]
+    # A precision without a limit for a gate has it off; a name that is no gate's would never be noticed.
+    assert all(set(row) <= set(GATES) for row in rows.values())
+    assert set(GATES) == set(Gates.model_fields) <= set(VerifyConfig.model_fields)
+    for name in GATES:
+        assert "0.8 int4" in VerifyConfig.model_fields["min_top1"].description
+        assert all(str(precision) in VerifyConfig.model_fields[name].description for precision in Precision)
 
 
 def test_the_schema_describes_every_field():
     schema = VerifyResult.model_json_schema()
     for name, part in {"VerifyResult": schema, **schema["$defs"]}.items():
-        for field, entry in part["properties"].items():
+        for field, entry in part.get("properties", {}).items():
             assert entry.get("description") or "$ref" in str(entry), f"{name}.{field} is not described"
 
 

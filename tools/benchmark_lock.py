@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from lockkit.dlr.cost import mlp_parameters
 from lockkit.dlr.mlp import MLPShape
 from lockkit.files import write_json
-from lockkit.lock.modulewise import nmse
 from lockkit.lock.packed import PackedChains
+from lockkit.measure.metrics import nmse
 from lockkit.version import git_hash, versions
 
 SHAPES = {"demo": (256, 768, 4), "qwen3-0.6b": (1024, 3072, 8)}

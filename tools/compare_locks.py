@@ -24,6 +24,7 @@ from lockkit.errors import DistillationError
 from lockkit.files import write_json
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
+from lockkit.measure.records import MeasuredText
 from lockkit.report.sections.audit import RESOURCES
 from lockkit.version import git_hash, versions
 
@@ -96,6 +97,7 @@ def _row(name: str, summary: dict) -> dict:
         "lock": name,
         "perplexity_ratio": summary["quality"]["perplexity_ratio"],
         "kl_divergence": summary["quality"]["locked"]["kl_to_original"],
+        "text": summary["quality"]["fidelity"]["text"],
         "depth": depth["depth"],
         "effective_depth": {key: depth[key] for key in ("says", "kl_limit", "says_within_5_percent", "kl_by_stages")},
         "unlocks": {
@@ -137,6 +139,7 @@ def markdown(record: dict) -> str:
         "",
         "Attacks: " + (tried if isinstance(tried, str) else ", ".join(f"`{name}`" for name in tried)) + ".",
         "",
+        *(f"Perplexity and KL divergence on {MeasuredText(**row['text'])}.\n" for row in rows[:1]),
         "| lock | perplexity over the original's | KL, nats | effective depth | within 5 % perplexity "
         "| unlock ratio | owner's advantage |",
         "|---|---|---|---|---|---|---|",

@@ -42,6 +42,7 @@ from lockkit.attack.base import CannotRun, Unlocked
 from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.files import read_json, write_json
+from lockkit.measure.records import MeasuredText
 from lockkit.models.families import decoder_layers, mlp_weights
 from lockkit.models.identity import public_name
 from lockkit.version import git_hash, versions
@@ -110,6 +111,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
         "recipe": bench.record.get("recipe"),
         "kl_to_original": lock.kl_to_original,
         "perplexity_ratio": lock.perplexity / base,
+        "text": bench.text.record(),
         "row_correlation": row_correlation(bench),
         "unlocks": unlocks,
         "commit": git_hash(),
@@ -145,7 +147,9 @@ def _keep_output(into: list[torch.Tensor], _module: object, _args: tuple, output
 def markdown(rows: list[dict]) -> str:
     """Cells of unlocks: KL to the lock / KL to the original / perplexity over the original's."""
     names = list(dict.fromkeys(name for row in rows for name in row["unlocks"]))
+    texts = {str(MeasuredText(**row["text"])) for row in rows if "text" in row}
     lines = [
+        *(f"Perplexity and KL divergence on {text}.\n" for text in sorted(texts)),
         "| lock | KL to the original | perplexity over the original's | row correlation | " + " | ".join(names) + " |",
         "|---|---|---|---|" + "---|" * len(names),
     ]

@@ -31,8 +31,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lockkit.attack.config import audit_config
+from lockkit.lock.config import LockConfig
+from lockkit.measure.totals import perplexity
 from lockkit.text import documents, split_of, token_blocks
 from lockkit.training import shuffled_order
+from lockkit.verify.config import VerifyConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -211,7 +215,9 @@ def train(model: PreTrainedModel, rows: torch.Tensor, held_out: torch.Tensor, ar
             speed = (step - first) * args.batch * args.block / (time.perf_counter() - started)
             print(f"step {step}/{args.steps} loss {loss.item():.3f} {speed:,.0f} tokens/s", flush=True)
         if step % 100 == 0 or step == args.steps:
-            print(f"step {step} held-out perplexity {perplexity(model, held_out[:32]):.2f}", flush=True)
+            model.eval()
+            print(f"step {step} held-out perplexity {perplexity(model, held_out[:32], 4):.2f}", flush=True)
+            model.train()
             torch.save(
                 {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step},
                 state_file.with_suffix(".tmp"),
@@ -219,17 +225,19 @@ def train(model: PreTrainedModel, rows: torch.Tensor, held_out: torch.Tensor, ar
             state_file.with_suffix(".tmp").rename(state_file)
 
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, rows: torch.Tensor) -> float:
-    """Perplexity on token ids, `[rows, block]`."""
-    model.eval()
-    total = count = 0
-    for chunk in rows.to(next(model.parameters()).device).split(4):
-        logits = model(chunk[:, :-1]).logits.float()
-        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
-        count += chunk[:, 1:].numel()
-    model.train()
-    return math.exp(total / count)
+def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Perplexities on the beginning of the split `evaluate`, as each command measures them by default."""
+    commands = {
+        "verify": VerifyConfig().tokens,
+        "lock": LockConfig().validation_tokens,
+        "attack --suite standard": audit_config("standard").evaluation_tokens,
+        "attack": audit_config("quick").evaluation_tokens,
+    }
+    found = []
+    for command, tokens in commands.items():
+        rows = token_blocks(tokenizer, documents("stdlib", "evaluate"), VerifyConfig().block_tokens, tokens)
+        found.append(f"{perplexity(model, rows, 4):.2f} on {tokens:,} tokens (`lockkit {command}`)")
+    return ", ".join(found)
 
 
 def bigram_perplexity(train_rows: torch.Tensor, rows: torch.Tensor, vocab: int) -> float:
@@ -281,7 +289,8 @@ and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exist
 |---|---|
 | data | sources and docstrings of the standard library of Python {platform.python_version()}, {figures["documents"]:,} modules in the split `train` |
 | tokens | {figures["train_tokens"]:,} in that split, {figures["seen_tokens"]:,} seen ({args.steps:,} steps of {args.batch} x {args.block}) |
-| held-out perplexity | **{figures["perplexity"]:.2f}** a token on {figures["evaluate_tokens"]:,} tokens of the split `evaluate` |
+| held-out perplexity | **{figures["perplexity"]:.2f}** per token on {figures["evaluate_tokens"]:,} tokens of stdlib: all of the split `evaluate`, in rows of {args.block} |
+| on the beginning of that split, in rows of {VerifyConfig().block_tokens} | {figures["beginnings"]} |
 | unigram-plus-bigram baseline | {figures["baseline"]:.1f} on the same tokens (interpolated counts of the training text, best weight) |
 | optimiser | Muon (learning rate {args.muon_lr:g}) for layer matrices, AdamW ({args.adam_lr:g}) for the rest; warm-up 40 steps, linear decay over the last {args.decay:.0%} |
 | seed, precision | {args.seed}; trained in float32, stored in bfloat16 |
@@ -330,7 +339,8 @@ def main() -> None:
         "train_tokens": train_rows.numel(),
         "seen_tokens": args.steps * args.batch * args.block,
         "evaluate_tokens": held_out.numel(),
-        "perplexity": perplexity(model, held_out),
+        "perplexity": perplexity(model, held_out, 4),
+        "beginnings": beginnings(model, tokenizer),
         "baseline": bigram_perplexity(train_rows, held_out.cpu(), args.vocab),
         "machine": f"{torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch {torch.__version__}",
         "command": "python " + " ".join(sys.argv),

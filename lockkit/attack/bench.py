@@ -6,6 +6,7 @@ Models are loaded from their folders for each use, so that no attack sees what a
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,9 +17,11 @@ from lockkit.attack.config import AuditConfig
 from lockkit.attack.tasks import Task, load_task
 from lockkit.devices import choose_device
 from lockkit.errors import UsageError
-from lockkit.measure.metrics import Comparison, Perplexity
+from lockkit.measure.records import Fidelity, MeasuredText
+from lockkit.measure.totals import Outputs, TextFigures
 from lockkit.models.families import Family, decoder_layers, family_of, is_locked
 from lockkit.models.identity import public_name, weights_sha256
+from lockkit.models.layered import LayeredModel
 from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
 from lockkit.models.lock_record import read_lock_record
 from lockkit.models.locked import chain_config
@@ -34,15 +37,16 @@ SIZES = (
 )
 PROBE_TEXT = 'def probe(a, b=None):\n    """Any text will do: 0123456789, été, 日本語."""\n    return a\n'
 TEXT_BLOCK_TOKENS = 256
+MEASURED_SPLIT = "evaluate"
 MEASURED_ROWS = 4  # in one forward pass
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A model on held-out text that neither trained it nor chose its state."""
+    """A model on `Bench.text`, held-out text that neither trained it nor chose its state."""
 
     perplexity: float
-    kl_to_lock: float  # nats a token, KL(lock || model)
+    kl_to_lock: float  # nats per token, KL(lock || model)
     kl_to_original: float
 
     def record(self) -> dict:
@@ -78,6 +82,7 @@ class Bench:
         self.unlabelled, self.evaluation = self._text(
             distill=max(config.unlock_tokens, config.redistill_tokens), evaluate=config.evaluation_tokens
         )
+        self.text = MeasuredText.of(self.evaluation, public_name(self.source), MEASURED_SPLIT)
         self.tasks = {name: self._task(name) for name in config.tasks}
         self.hashes = {name: weights_sha256(folder) for name, folder in self.folders.items()}
         self._kept: dict[str, PreTrainedModel] = {}
@@ -115,17 +120,11 @@ class Bench:
             self._kept[subject] = self.load(subject).requires_grad_(False)
         return self._kept[subject]
 
-    @torch.no_grad()
     def quality(self, model: PreTrainedModel) -> Quality:
         """Perplexity and KL divergences of `model` on held-out text of the split `evaluate`."""
-        to_lock, to_original, perplexity = Comparison(), Comparison(), Perplexity()
-        for ids in self.evaluation.split(MEASURED_ROWS):
-            ids = ids.to(self.device)
-            logits = model(ids, use_cache=False).logits
-            perplexity.add(logits, ids)
-            to_lock.add(self.frozen("locked")(ids, use_cache=False).logits[:, :-1], logits[:, :-1])
-            to_original.add(self.frozen("original")(ids, use_cache=False).logits[:, :-1], logits[:, :-1])
-        return Quality(perplexity.value, to_lock.kl_divergence, to_original.kl_divergence)
+        figures = self._measure(model, ["model"], [("locked", "model"), ("original", "model")])
+        to_lock, to_original = (comparison.kl_divergence for comparison in figures.comparison.values())
+        return Quality(figures.perplexity["model"].value, to_lock, to_original)
 
     def quality_of(self, subject: Subject) -> Quality:
         """The quality of the lock or of the original, measured once."""
@@ -133,15 +132,29 @@ class Bench:
             self._quality[subject] = self.quality(self.frozen(subject))
         return self._quality[subject]
 
-    @torch.no_grad()
+    @functools.cached_property
+    def fidelity(self) -> Fidelity:
+        """How well the lock keeps the original, on the same text."""
+        return self._measure(None, ["original", "locked"], [("original", "locked")]).fidelity(self.text)
+
     def kl(self, model: PreTrainedModel, subject: Subject) -> float:
-        """KL(subject || model) on the same text, nats a token: cheaper than `quality`."""
-        comparison = Comparison()
+        """KL(subject || model) on the same text, nats per token: cheaper than `quality`."""
+        return self._measure(model, [], [(subject, "model")]).comparison[subject, "model"].kl_divergence
+
+    @torch.no_grad()
+    def _measure(
+        self, model: PreTrainedModel | None, perplexities: Iterable[str], pairs: list[tuple[str, str]]
+    ) -> TextFigures:
+        """Figures of `original`, `locked` and `model`, of those that are asked for."""
+        figures = TextFigures(perplexities, pairs)
+        models = {
+            name: LayeredModel(model if name == "model" else self.frozen(name), self.device)
+            for name in dict.fromkeys(name for pair in pairs for name in pair)
+        }
         for ids in self.evaluation.split(MEASURED_ROWS):
             ids = ids.to(self.device)
-            logits = model(ids, use_cache=False).logits[:, :-1]
-            comparison.add(self.frozen(subject)(ids, use_cache=False).logits[:, :-1], logits)
-        return comparison.kl_divergence
+            figures.add(ids, {name: Outputs(found.hidden(ids), found.head) for name, found in models.items()})
+        return figures
 
     @functools.cached_property
     def kl_without_mlps(self) -> float:

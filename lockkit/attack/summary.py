@@ -70,7 +70,7 @@ def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]], sweep
         "first_line": "" if any(attack.lock_aware for attack in attacks) else NO_LOCK_AWARE,
         "locked": bench.names["locked"],
         "original": bench.names["original"],
-        "quality": quality | {"perplexity_ratio": quality["locked"]["perplexity"] / quality["original"]["perplexity"]},
+        "quality": quality | {"perplexity_ratio": bench.fidelity.perplexity_ratio, "fidelity": bench.fidelity.record()},
         "lock": _lock(bench),
         "tasks": {task: bench.tasks[task].record() | _task_figures(bench, rows, task) for task in bench.tasks},
         "unlocks": unlocks,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockkit.export.config import Provider
+from lockkit.targets import Provider
 
 Positive = Annotated[int, Field(ge=1)]
 

@@ -35,7 +35,7 @@ class OnnxruntimeRunner:
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None):
         from lockkit.export.session import ExportSession
 
-        self.session = ExportSession(folder, config.provider.value, check=False, threads=config.threads, kernel=kernel)
+        self.session = ExportSession(folder, config.provider, check=False, threads=config.threads, kernel=kernel)
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
         self.cache = None
@@ -59,11 +59,11 @@ class GenaiRunner:
         if config.threads:
             overlay = '{"model": {"decoder": {"session_options": {"intra_op_num_threads": %d}}}}'
             settings.overlay(overlay % config.threads)
-        if config.provider.value == "cuda":
+        if config.provider.row.genai:
             # onnxruntime-genai does not tell which nodes fell back to the CPU; a session of ours does.
             OnnxruntimeRunner(folder, config, None)
             settings.clear_providers()
-            settings.append_provider("cuda")
+            settings.append_provider(config.provider.row.genai)
         self.genai, self.model = genai, genai.Model(settings)
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
@@ -84,11 +84,13 @@ class PytorchRunner:
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None):
         import torch
 
+        from lockkit.devices import synchronise
         from lockkit.models.load import load_model
 
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.torch, self.device = torch, config.provider.value
+        self.torch, self.synchronise = torch, synchronise
+        self.device = config.provider.row.torch_device
         model, _ = load_model(folder, torch.float32 if self.device == "cpu" else None)
         self.model = model.to(self.device)
 
@@ -103,8 +105,7 @@ class PytorchRunner:
         with self.torch.inference_mode():
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache, self.next_ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        if self.device == "cuda":
-            self.torch.cuda.synchronize()
+        self.synchronise(self.model.device)
 
 
 RUNNERS = {Runtime.onnxruntime: OnnxruntimeRunner, Runtime.genai: GenaiRunner, Runtime.pytorch: PytorchRunner}

@@ -116,6 +116,9 @@ def _table(task: str, figures: dict) -> Table:
 
 def _lock_lines(summary: dict) -> Iterator[str]:
     """What the audit found about the lock as a whole."""
+    from lockkit.measure.records import MeasuredText
+
+    yield f"perplexity and KL divergence on {MeasuredText(**summary['quality']['fidelity']['text'])}:"
     for label, unlock in summary["unlocks"].items():
         yield (
             f"{label}: perplexity {_number(unlock['perplexity'], missing=NOT_FINITE)}, "

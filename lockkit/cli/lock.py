@@ -59,6 +59,8 @@ def _memory(memory: dict) -> str:
 def _table(record: dict) -> Table:
     from rich.table import Table
 
+    from lockkit.measure.records import MeasuredText
+
     fidelity, dlr = record["fidelity"], record["dlr"]
     rank = f"{dlr['rank']}" if dlr["rank"] == dlr["smallest_rank"] else f"{dlr['smallest_rank']} or {dlr['rank']}"
     table = Table(title=f"{record['model']}, locked: depth {dlr['depth']}, rank {rank}", title_justify="left")
@@ -76,6 +78,7 @@ def _table(record: dict) -> Table:
     table.add_row("over original", "", f"{phase_1['perplexity_ratio']:.4f}", f"{fidelity['perplexity_ratio']:.4f}")
     table.add_row("KL divergence", "", f"{phase_1['kl_divergence']:.5f}", f"{fidelity['kl_divergence']:.5f}")
     table.add_row("same top token", "", f"{phase_1['top1_agreement']:.2%}", f"{fidelity['top1_agreement']:.2%}")
+    table.caption, table.caption_justify = f"on {MeasuredText(**fidelity['text'])}", "left"
     nmse = [layer["nmse"] for layer in record["layers"]]
     table.add_row("NMSE of layers", "", f"{min(nmse):.5f} .. {max(nmse):.5f}", "")
     return table

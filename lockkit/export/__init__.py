@@ -5,10 +5,11 @@
 The heavy libraries are imported when something runs, not here.
 """
 
-from lockkit.export.config import ExportConfig, Precision, Provider
+from lockkit.export.config import ExportConfig
 from lockkit.export.manifest import check_manifest
 from lockkit.export.run import ExportResult, export_model
 from lockkit.export.session import ExportSession
+from lockkit.targets import Precision, Provider
 
 __all__ = [
     "ExportConfig",

@@ -37,7 +37,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lockkit.dlr.net import DLRBlock, DLRNet
 from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
-from lockkit.export.config import ExportConfig, Precision, Provider
+from lockkit.export.config import ExportConfig
 from lockkit.models.families import Family
 from lockkit.progress import NoProgress, Progress
 
@@ -330,15 +330,8 @@ def build_graph(
 
 def _dtypes(export: ExportConfig) -> tuple[ir.DataType, ir.DataType]:
     """The types of the graph's arithmetic and of its weights."""
-    plain = {
-        Precision.fp32: ir.DataType.FLOAT,
-        Precision.fp16: ir.DataType.FLOAT16,
-        Precision.bf16: ir.DataType.BFLOAT16,
-    }
-    if not export.precision.quantised:
-        return plain[export.precision], plain[export.precision]
-    arithmetic = ir.DataType.FLOAT if export.provider is Provider.cpu else ir.DataType.FLOAT16
-    return arithmetic, ir.DataType.INT8 if export.precision is Precision.int8 else ir.DataType.INT4
+    arithmetic = export.precision.arithmetic(export.provider)
+    return ir.DataType(arithmetic.onnx), ir.DataType[export.precision.row.weights]
 
 
 def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
@@ -353,7 +346,7 @@ def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
         "block_size": export.block_size,
         "shared_embeddings": bool(config.tie_word_embeddings),
     }
-    if config.tie_word_embeddings and export.precision is Precision.int4:  # Gather has no int8 form
+    if config.tie_word_embeddings and export.precision.row.quantises_lookup:
         options["op_types_to_quantize"] = ("MatMul", "Gather")
     return options
 

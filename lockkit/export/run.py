@@ -20,8 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from lockkit.errors import LockkitError, UsageError
-from lockkit.export.config import ExportConfig, Precision, Provider
+from lockkit.errors import LockkitError
+from lockkit.export.config import ExportConfig
 from lockkit.export.manifest import Manifest, write_manifest
 from lockkit.export.session import MODEL_FILE
 from lockkit.files import check_apart, check_output_folder, new_folder
@@ -77,8 +77,7 @@ def export_model(
     from lockkit.models.locked import base_config, chain_config
 
     config = config or ExportConfig()
-    if config.precision is Precision.bf16 and config.provider is Provider.cpu:
-        raise UsageError("onnxruntime has no bf16 arithmetic on the CPU: change --precision, or give --provider cuda")
+    config.precision.arithmetic(config.provider)  # refuses what the provider cannot compute
     check_output_folder(Path(out), overwrite)
     source = resolve_model(model)
     check_apart(Path(out), source)

@@ -25,15 +25,14 @@ from typing import TYPE_CHECKING, Any
 from lockkit.errors import UsageError, first_line
 from lockkit.export.manifest import MODEL_FILE, check_manifest, read_manifest
 from lockkit.files import EXPORT_MANIFEST, read_json
+from lockkit.targets import Provider, element_type, provider_called
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Operators that do the work; the others look after shapes, which belong on the CPU.
 HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention"}
-ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}  # numbers of TensorProto.DataType
 Cache = dict[str, Any]  # name of a cache input -> onnxruntime.OrtValue, [batch, kv_heads, past, head_size]
 
 
@@ -42,7 +41,7 @@ class ExportSession:
 
     Args:
         folder: what `lockkit export` wrote.
-        provider: "cpu" or "cuda".
+        provider: one of `lockkit.targets.Provider`, or its name.
         check: compare every file with the manifest first. Without, any folder with a `model.onnx` will do.
         threads: of one operator on the CPU; None leaves it to onnxruntime.
         kernel: the library of `lockkit.kernel.build_kernel`, to compute each chain in one call; CPU only.
@@ -50,7 +49,7 @@ class ExportSession:
     Attributes:
         folder, manifest: of the export; no manifest in another program's folder.
         config: `config.json` as a dict, the original family's configuration.
-        provider: the execution provider in use, "CPUExecutionProvider" or "CUDAExecutionProvider".
+        provider: the execution provider in use, by its name in onnxruntime.
         device: "cpu" or "cuda", where caches live.
         fused: chains run in the kernel.
         cache_names: the cache inputs of the graph.
@@ -64,7 +63,7 @@ class ExportSession:
     def __init__(
         self,
         folder: Path | str,
-        provider: str = "cpu",
+        provider: str = Provider.cpu,
         check: bool = True,
         threads: int | None = None,
         kernel: Path | None = None,
@@ -74,10 +73,11 @@ class ExportSession:
         read = check_manifest if check else read_manifest
         self.manifest = read(self.folder) if has_manifest else None
         self.config = read_json(self.folder / "config.json", "EXPORT")
-        self._session = _load(self.folder / MODEL_FILE, provider, threads, kernel)
+        wanted = provider_called(provider)
+        self._session = _load(self.folder / MODEL_FILE, wanted, threads, kernel)
         self.provider = self._session.get_providers()[0]
         self.fused = bool(kernel) and any(op.startswith("DLRChain") for _, op in placement(self._session))
-        self.device = "cuda" if provider == "cuda" else "cpu"
+        self.device = wanted.row.torch_device
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._output_names = [node.name for node in self._session.get_outputs()]
         self.cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
@@ -166,12 +166,12 @@ class ExportSession:
         binding.bind_cpu_input("input_ids", input_ids)
         binding.bind_cpu_input("attention_mask", mask)
         for name, cache in caches.items():
-            place = (self.device, 0, ONNX_TYPES[self._inputs[name].type], list(cache.shape), cache.data_ptr())
+            place = (self.device, 0, element_type(self._inputs[name].type).onnx, list(cache.shape), cache.data_ptr())
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past_key_values.", "present."), *place)
         node = self._session.get_outputs()[0]
         logits = torch.empty((*input_ids.shape, node.shape[2]), dtype=torch_type(node.type))
-        kind = ONNX_TYPES[node.type]
+        kind = element_type(node.type).onnx
         binding.bind_output("logits", "cpu", 0, kind, list(logits.shape), logits.data_ptr())
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
@@ -214,12 +214,9 @@ class ExportSession:
         cache = {}
         for name in self.cache_names:
             node = self._inputs[name]
-            shape = (batch, node.shape[1], 0, node.shape[3])
-            if node.type == "tensor(bfloat16)":  # NumPy has none: the bits travel as uint16
-                cache[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), 16)
-            else:
-                dtype = np.float16 if node.type == "tensor(float16)" else np.float32
-                cache[name] = OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
+            kind = element_type(node.type)
+            empty = np.zeros((batch, node.shape[1], 0, node.shape[3]), kind.numpy)
+            cache[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(empty, kind.onnx)
         return cache
 
 
@@ -227,42 +224,35 @@ def torch_type(onnx_type: str) -> torch.dtype:
     """PyTorch's type for onnxruntime's name of one: "tensor(float)" is `torch.float32`."""
     import torch
 
-    types = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(bfloat16)": torch.bfloat16}
-    return types[onnx_type]
+    return getattr(torch, element_type(onnx_type).torch)
 
 
-def _load(path: Path, provider: str, threads: int | None, kernel: Path | None) -> Any:
+def _load(path: Path, provider: Provider, threads: int | None, kernel: Path | None) -> Any:
     import onnxruntime
 
-    if provider not in PROVIDERS:
-        raise UsageError(f"there is no provider '{provider}': give --provider {' or '.join(PROVIDERS)}")
-    wanted = PROVIDERS[provider]
+    row, wanted = provider.row, provider.row.onnxruntime
     if wanted not in onnxruntime.get_available_providers():
-        raise UsageError(f"this onnxruntime has no {wanted}: install onnxruntime-gpu alone, or give --provider cpu")
+        raise UsageError(f"this onnxruntime has no {wanted}: install {row.package} alone, or give --provider cpu")
     onnxruntime.set_default_logger_severity(4)  # what matters arrives as an exception
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    if provider == "cuda":
+    if row.preload:
         with contextlib.redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()  # CUDA as installed by pip beside PyTorch
+            onnxruntime.preload_dlls()
     if threads:
         options.intra_op_num_threads = threads
     # Which provider runs which node, to find those that onnxruntime gave to the CPU without a word.
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        if kernel and provider == "cpu":
+        if kernel and row.runs_kernel:
             options.register_custom_ops_library(str(kernel))
-        # TF32 would round fp32 products to 10 bits of mantissa, which no fp32 gate could pass.
-        settings = {"use_tf32": "0"} if provider == "cuda" else {}
-        session = onnxruntime.InferenceSession(path, options, providers=[(wanted, settings)])
+        session = onnxruntime.InferenceSession(path, options, providers=[(wanted, dict(row.settings))])
     except Exception as error:
         raise UsageError(
             f"onnxruntime cannot load {path} ({first_line(error)}): export again, or change EXPORT"
         ) from error
     if session.get_providers()[0] != wanted:
-        raise UsageError(
-            f"onnxruntime could not start {wanted} (no usable GPU, or CUDA libraries): give --provider cpu"
-        )
+        raise UsageError(f"onnxruntime could not start {wanted} (it needs {row.needs}): give --provider cpu")
     strays = sorted({op for name, op in placement(session) if name != wanted and op in HEAVY_OPERATORS})
     if strays:
         raise UsageError(f"onnxruntime has no {', '.join(strays)} for {wanted} and would use the CPU: export again")

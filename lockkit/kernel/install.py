@@ -17,6 +17,7 @@ from lockkit.export.manifest import FileRecord, check_manifest
 from lockkit.export.session import MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST, read_json, readable_disk_errors, sha256_of_file, write_json
 from lockkit.kernel.build import build_kernel
+from lockkit.targets import Provider
 
 LIBRARY = "dlr_chain.so"
 
@@ -40,7 +41,8 @@ def install_kernel(export: Path | str) -> Path:
     """
     folder = Path(export)
     manifest = check_manifest(folder)
-    if manifest.provider != "cpu" or not has_kernel_form(folder / MODEL_FILE):
+    can_run_it = [provider for provider in Provider if provider.row.runs_kernel]
+    if manifest.provider not in can_run_it or not has_kernel_form(folder / MODEL_FILE):
         raise UsageError(
             f"{folder} has no chains that the kernel computes (it needs a locked model, exported for the CPU "
             "in the form that this version writes): change EXPORT, or export again"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from lockkit.measure.records import MeasuredText
+
 
 def locked_model_card(record: dict) -> str:
     """Return the text of README.md for a locked checkpoint, from its `lockkit.json`."""
     dlr, fidelity = record["dlr"], record["fidelity"]
+    text = MeasuredText(**fidelity["text"])
     nmse = [layer["nmse"] for layer in record["layers"]]
     rank = str(dlr["rank"]) if dlr["rank"] == dlr["smallest_rank"] else f"{dlr['smallest_rank']}-{dlr['rank']}"
     rows = "\n".join(f"| {layer['layer']} | {layer['nmse']:.5f} |" for layer in record["layers"])
@@ -35,9 +38,9 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 |---|---|---|---|
 | perplexity | {fidelity["original_perplexity"]:.3f} | {fidelity["perplexity"]:.3f} | **{fidelity["perplexity_ratio"]:.4f}** |
 
-KL divergence to the original {fidelity["kl_divergence"]:.5f} nats a token, same most likely token
-{fidelity["top1_agreement"]:.2%} of the time. Text: `{record["data"]["source"]}`, {record["data"]["evaluation_tokens"]:,} tokens
-that neither trained the lock nor chose its state.{" The text was sampled from the original itself." if record["data"]["source"] == "self" else ""}
+KL divergence to the original {fidelity["kl_divergence"]:.5f} nats per token, same most likely token
+{fidelity["top1_agreement"]:.2%} of the time. Text: {text}, in rows of {text.block_tokens}; it
+neither trained the lock nor chose its state.
 
 | layer | NMSE after phase 1 |
 |---|---|

@@ -29,9 +29,11 @@ import torch
 from lockkit.errors import DistillationError
 from lockkit.files import read_json, write_json
 from lockkit.lock.config import LockConfig
-from lockkit.lock.meter import Fidelity, FidelityMeter, mean_kl_divergence
+from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
+from lockkit.measure.metrics import mean_kl_divergence
+from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.progress import Progress
 from lockkit.training import shuffled_order
@@ -56,9 +58,10 @@ class EndToEndResult:
     seconds: float
     kl_divergence_before: float
     kl_divergence_after: float
+    text: MeasuredText  # that both were measured on
 
     def record(self) -> dict:
-        return asdict(self)
+        return vars(self) | {"text": self.text.record()}
 
 
 @dataclass
@@ -129,7 +132,7 @@ class EndToEnd:
             self.stack.load(best[0])
         else:
             self.stack.reset()
-        self.progress.finish(f"held-out kl {position.before_kl:.5f} -> {position.best_kl:.5f}")
+        self.progress.finish(f"kl {position.before_kl:.5f} -> {position.best_kl:.5f} on {self.meter.text}")
         tokens = self.steps * self.batch_rows * self.train.shape[1]
         return EndToEndResult(
             self.steps,
@@ -139,6 +142,7 @@ class EndToEnd:
             position.seconds,
             position.before_kl,
             position.best_kl,
+            self.meter.text,
         )
 
     def _begin(self) -> _Position:
@@ -203,7 +207,7 @@ class EndToEnd:
         ids = self.train[mine].to(self.stream.device)
         if share:
             arguments, teacher, student = self._forward(ids)
-            loss, gradient = self._loss(ids, teacher, student, share)
+            loss, gradient = self._loss(teacher, student, share)
         else:  # more workers than rows
             arguments, loss, gradient = [], torch.zeros(()), None
         return_free_memory()
@@ -236,13 +240,11 @@ class EndToEnd:
                 student = run_student(student, **arguments[index])
         return arguments, teacher, student
 
-    def _loss(
-        self, ids: torch.Tensor, teacher: torch.Tensor, student: torch.Tensor, share: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, teacher: torch.Tensor, student: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """This worker's part of the loss, and its gradient with respect to the student's last hidden state."""
         with torch.no_grad():
-            target = self.stream.logits(ids, teacher)
+            target = self.stream.head(teacher)
         student = student.detach().requires_grad_(True)
-        loss = mean_kl_divergence(self.stream.logits(ids, student), target) * share
+        loss = mean_kl_divergence(self.stream.head(student), target) * share
         (gradient,) = torch.autograd.grad(loss, student)
         return loss, gradient

@@ -12,6 +12,7 @@ from lockkit.dlr.net import block_ranks
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.meter import ROWS_IN_A_BATCH
+from lockkit.measure.totals import CHUNK_LOGITS
 from lockkit.models.capture import TOKENS_IN_A_BATCH
 from lockkit.models.families import mlp_weights
 from lockkit.models.layered import StreamedModel
@@ -21,8 +22,10 @@ FLOAT_BYTES = 4
 SHARE_TO_USE = 0.6  # of free memory
 # In training, a chain is in memory six times: published form, packed, scaled, gradient, and Adam's two moments.
 COPIES_OF_A_CHAIN = 6
-# Logits of teacher and student, copies without the last token, log probabilities, the loss and its gradient.
+# Phase 2: logits of teacher and student, log probabilities, the loss and its gradient.
 COPIES_OF_LOGITS = 10
+# The meter, per logit of one chunk: both models in float32; log probabilities and three temporaries in float64.
+METER_BYTES_PER_LOGIT = 48
 # The tokenizer's caches, scratch memory of matrix products, and memory that the allocator does not return. Measured on
 # models of 4 to 16 layers (tools/measure_memory.py).
 BUFFER_BYTES = 60_000_000
@@ -134,11 +137,22 @@ def predict(
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        logits_bytes=FLOAT_BYTES * COPIES_OF_LOGITS * ROWS_IN_A_BATCH * block * vocab_size,
+        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters, config),
         writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
         buffer_bytes=BUFFER_BYTES,
         phase_2_keeps_all_layers=kept > 1,
     )
+
+
+def logits_bytes(vocab_size: int, block: int, outside_bytes: int, config: LockConfig) -> int:
+    """What logits take at most: all of a batch in phase 2's loss, or a chunk in the meter.
+
+    The last measurement is of the model as written, whose embeddings and head are there beside the original's.
+    """
+    measured = METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
+    if not config.end_to_end_tokens:
+        return measured
+    return max(measured, FLOAT_BYTES * COPIES_OF_LOGITS * config.end_to_end_batch_tokens * vocab_size)
 
 
 def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:

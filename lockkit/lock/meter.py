@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from lockkit.lock.data import DistillationData
+from lockkit.measure.records import Fidelity, MeasuredText
+from lockkit.measure.totals import Outputs, TextFigures
+from lockkit.models.identity import public_name
 from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.workers import Workers
 
 ROWS_IN_A_BATCH = 4
 Chains = Callable[[int], nn.Module]  # from a layer's index to what stands in for its MLP
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How the chains compare with the MLPs on held-out rows; perplexities are per token."""
-
-    kl_divergence: float
-    top1_agreement: float
-    perplexity: float
-    original_perplexity: float
-
-    @property
-    def perplexity_ratio(self) -> float:
-        return self.perplexity / self.original_perplexity
-
-    def record(self) -> dict:
-        return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
-
-
-def mean_kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) in nats, averaged over all tokens of `[..., vocab]` logits."""
-    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 @contextmanager
@@ -59,56 +36,59 @@ class FidelityMeter:
     Args:
         stream: the original.
         rows: token ids `[rows, block]`; each worker takes a share of them.
+        text: what the rows are.
     """
 
-    def __init__(self, stream: StreamedModel, rows: torch.Tensor, workers: Workers | None = None):
-        self.stream, self.workers = stream, workers or Workers()
-        self.tokens = len(rows) * (rows.shape[1] - 1)
+    def __init__(self, stream: StreamedModel, rows: torch.Tensor, text: MeasuredText, workers: Workers | None = None):
+        self.stream, self.text, self.workers = stream, text, workers or Workers()
         self.batches = list(rows.split(ROWS_IN_A_BATCH))[self.workers.rank :: self.workers.count]
         begun = [stream.begin(batch) for batch in self.batches]
         self.first = [hidden.cpu() for hidden, _ in begun]
         self.arguments = {len(hidden): arguments for hidden, arguments in begun}
-        self.original = self._last_hidden(None)
+        self.original = self._last_hidden(stream, self.first)
+
+    @classmethod
+    def on(
+        cls, part: str, stream: StreamedModel, data: DistillationData, workers: Workers | None = None
+    ) -> FidelityMeter:
+        """A meter on one part of a lock's data: `validation` or `evaluation`."""
+        rows, splits = getattr(data, part), data.record()["splits"]
+        text = MeasuredText.of(rows, public_name(data.source), splits[part] if splits else None)
+        return cls(stream, rows, text, workers)
+
+    def measure(self, chains: Chains) -> Fidelity:
+        """Fidelity of the original with `chains(layer)` in place of each MLP."""
+        return self._compare(self.stream, self._last_hidden(self.stream, self.first, chains))
+
+    def measure_model(self, locked: StreamedModel) -> Fidelity:
+        """Fidelity of a locked model, with its own embeddings, attention and head."""
+        first = [locked.begin(batch)[0].cpu() for batch in self.batches]
+        return self._compare(locked, self._last_hidden(locked, first))
 
     @torch.no_grad()
-    def _last_hidden(self, chains: Chains | None) -> list[torch.Tensor]:
-        hidden = list(self.first)
-        for index in range(len(self.stream)):
-            with self.stream.layer(index) as layer, mlp_replaced(layer, chains(index) if chains else layer.mlp):
+    def _last_hidden(
+        self, stream: StreamedModel, first: list[torch.Tensor], chains: Chains | None = None
+    ) -> list[torch.Tensor]:
+        """The last layer's output for every batch, `[rows, block, hidden]`, from the `first` layer's input."""
+        hidden = list(first)
+        for index in range(len(stream)):
+            with stream.layer(index) as layer, mlp_replaced(layer, chains(index) if chains else layer.mlp):
                 for number, value in enumerate(hidden):
                     arguments = self.arguments[len(value)][index]
-                    hidden[number] = layer(value.to(self.stream.device), **arguments).cpu()
+                    hidden[number] = layer(value.to(stream.device), **arguments).cpu()
         return hidden
 
     @torch.no_grad()
-    def measure(self, chains: Chains) -> Fidelity:
-        """Fidelity of the model with `chains(layer)` in place of each MLP."""
-        totals = torch.zeros(4, dtype=torch.float64)
-        for ids, own, student in zip(self.batches, self.original, self._last_hidden(chains), strict=True):
-            ids = ids.to(self.stream.device)
-            totals += _compare(
-                self.stream.logits(ids, own.to(self.stream.device))[:, :-1],
-                self.stream.logits(ids, student.to(self.stream.device))[:, :-1],
-                ids[:, 1:].flatten(),
-            )
+    def _compare(self, locked: StreamedModel, states: list[torch.Tensor]) -> Fidelity:
+        """Compare with the original; `states` are the locked model's last hidden states, by batch."""
+        device = self.stream.device
+        figures = TextFigures(["original", "locked"], [("original", "locked")])
+        for ids, own, student in zip(self.batches, self.original, states, strict=True):
+            outputs = {
+                "original": Outputs(own.to(device), self.stream.head),
+                "locked": Outputs(student.to(device), locked.head),
+            }
+            figures.add(ids.to(device), outputs)
         return_free_memory()
-        self.workers.sum_([totals])
-        kl, agreement, loss, original_loss = (totals / self.tokens).tolist()
-        return Fidelity(kl, agreement, _exp(loss), _exp(original_loss))
-
-
-def _compare(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sums over tokens: KL, equal top tokens, the student's loss, the teacher's loss."""
-    return torch.tensor(
-        [
-            mean_kl_divergence(student, teacher).item() * targets.numel(),
-            (student.argmax(-1) == teacher.argmax(-1)).sum().item(),
-            F.cross_entropy(student.float().flatten(0, 1), targets, reduction="sum").item(),
-            F.cross_entropy(teacher.float().flatten(0, 1), targets, reduction="sum").item(),
-        ],
-        dtype=torch.float64,
-    )
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+        self.workers.sum_(figures.sums)
+        return figures.fidelity(self.text)

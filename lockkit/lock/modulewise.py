@@ -31,6 +31,8 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.initialise import start_from_noise, start_from_teacher
 from lockkit.lock.optimiser import ScheduledAdam
 from lockkit.lock.packed import PackedChains
+from lockkit.measure.metrics import nmse
+from lockkit.measure.totals import NMSE
 from lockkit.progress import Progress
 from lockkit.training import shuffled_order
 
@@ -173,19 +175,14 @@ def _rms(values: torch.Tensor) -> float:
     return values.square().mean().sqrt().item()
 
 
-def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared error over the variance of the teacher's outputs, `[..., tokens, hidden]` to `[...]`."""
-    centred = teacher - teacher.mean(-2, keepdim=True)
-    return (student - teacher).square().mean((-2, -1)) / centred.square().mean((-2, -1))
-
-
 @torch.no_grad()
 def chain_nmse(chain: nn.Module, teacher: nn.Module, inputs: torch.Tensor) -> float:
     """NMSE of a chain against the teacher on `inputs`, `[tokens, hidden]`, at full coupling."""
-    device = next(chain.parameters()).device
-    parts = [part.to(device) for part in inputs.split(EVALUATION_TOKENS)]
-    outputs = torch.cat([teacher(part) for part in parts])
-    return nmse(torch.cat([chain(part) for part in parts]), outputs).item()
+    device, found = next(chain.parameters()).device, NMSE()
+    for part in inputs.split(EVALUATION_TOKENS):
+        part = part.to(device)
+        found.add(chain(part), teacher(part))
+    return found.value
 
 
 def _require_converging(errors: torch.Tensor, tasks: Sequence[LayerTask]) -> None:

@@ -8,9 +8,10 @@ Schema `lockkit-lock/2`:
     recipe                                  every setting (lockkit/lock/config.py)
     data                                    source, sizes and sha256 of the token ids, no text
     layers                                  per layer: gain, nmse, tokens, learning rate it took, seconds
-    after_phase_1, fidelity                 KL, top-1 agreement and perplexities on the split
-                                            `evaluate`; `fidelity` on the weights as saved
-    end_to_end                              phase 2: steps, best step, KL on the split `validate`
+    after_phase_1, fidelity                 KL, top-1 agreement and perplexities, and the text they were
+                                            measured on (lockkit/measure/records.py); `fidelity` is of
+                                            the weights as saved
+    end_to_end                              phase 2: steps, best step, KL, and the text that chose it
     scrubbed_rows                           rows that had to be freed from the teacher's bits
     memory                                  peak and predicted, and the process's size before the lock
     dtype, seconds, workers
@@ -26,8 +27,8 @@ from lockkit.dlr.net import block_ranks
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.end_to_end import EndToEndResult
-from lockkit.lock.meter import Fidelity
 from lockkit.lock.modulewise import LayerResult
+from lockkit.measure.records import Fidelity
 from lockkit.models.families import Family
 from lockkit.models.identity import public_name
 from lockkit.version import git_hash, versions

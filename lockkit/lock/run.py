@@ -33,15 +33,16 @@ from lockkit.lock.data import DistillationData, effective_source, load_data, sam
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
 from lockkit.lock.initialise import scrub_teacher_rows
 from lockkit.lock.memory import keeps_everything, predicted_memory
-from lockkit.lock.meter import Chains, Fidelity, FidelityMeter
+from lockkit.lock.meter import Chains, FidelityMeter
 from lockkit.lock.modulewise import LayerResult
 from lockkit.lock.phase_1 import distil_all_layers
 from lockkit.lock.record import lock_record
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work, work_folder
+from lockkit.measure.records import Fidelity
 from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
-from lockkit.models.layered import Checkpoint, StreamedModel, import_model_class
+from lockkit.models.layered import StreamedModel, import_model_class
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.locked import empty_chain
 from lockkit.models.save import save_description, save_locked_weights
@@ -219,14 +220,14 @@ class _Lock:
 
     def _end_to_end(self, data: DistillationData) -> tuple[Chains, Fidelity, EndToEndResult | None]:
         """Phase 2, if it was asked for; returns the final chains, and phase 1's fidelity."""
-        after_phase_1 = FidelityMeter(self.stream, data.evaluation, self.workers).measure(self._phase_1_chain)
+        after_phase_1 = FidelityMeter.on("evaluation", self.stream, data, self.workers).measure(self._phase_1_chain)
         if self.config.end_to_end_tokens < self.config.end_to_end_batch_tokens:
             return self._phase_1_chain, after_phase_1, None
         in_memory = keeps_everything(self.stream, self.config)
         folder = None if in_memory else self.work.folder / f"working-{self.workers.rank}"
         with readable_disk_errors(self.work.folder, "--work"):
             stack = ChainStack(self.stream, self._phase_1_chain, self.config, folder)
-            meter = FidelityMeter(self.stream, data.validation, self.workers)
+            meter = FidelityMeter.on("validation", self.stream, data, self.workers)
             result = EndToEnd(
                 self.stream, stack, data.train, meter, self.config, self.work, self.workers, self.progress
             ).run()
@@ -249,16 +250,8 @@ class _Lock:
 
         chains = replace(self.chains, gains=tuple(layer.gain for layer in layers))
         save_locked_weights(self.stream, rounded, folder, chains, self.dtype)
-        written = Checkpoint(folder)
-
-        def published(layer: int) -> DLRNet:
-            chain = self.empty_chain(chains.gains[layer])
-            prefix = f"model.layers.{layer}.mlp."
-            tensors = written.read([prefix + name for name in chain.state_dict()], self.device, torch.float32)
-            chain.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items()})
-            return chain.to(self.device)
-
-        fidelity = FidelityMeter(self.stream, data.evaluation).measure(published)
+        written = StreamedModel(folder, load_config(folder), self.family, self.device)
+        fidelity = FidelityMeter.on("evaluation", self.stream, data).measure_model(written)
         if not fidelity.kl_divergence < float("inf"):
             raise DistillationError(
                 f"the locked model's held-out KL divergence is {fidelity.kl_divergence}: lower --learning-rate or "

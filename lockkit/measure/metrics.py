@@ -1,23 +1,23 @@
-"""What verification measures, as plain functions of logits.
+"""What is measured of logits, as plain functions: one definition of each figure.
 
-Everything is computed in float64 from the logits as given, a few positions at a time, so that
-neither rounding nor a vocabulary of 150,000 tokens gets in the way. NaN is never hidden: it
+All but the two training losses compute in float64 from the logits as given. NaN is never hidden: it
 passes into the mean, and a position with NaN logits never counts as an agreement.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from torch import nn
 
-# Logits looked at together; in float64 that is 32 MB for each of a handful of temporaries.
-_CHUNK_ELEMENTS = 4_000_000
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the next-token probabilities, float64 `[..., vocab]`."""
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -25,12 +25,15 @@ def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Ten
 
     Both are logits, `[..., vocab]`; the result is float64, `[...]`, and never below 0.
     """
-    log_p = torch.log_softmax(reference.double(), dim=-1)
-    log_q = torch.log_softmax(candidate.double(), dim=-1)
+    return kl_of_log_probabilities(log_probabilities(reference), log_probabilities(candidate))
+
+
+def kl_of_log_probabilities(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, `[...]`, of `log_probabilities`, `[..., vocab]`; never below 0."""
     p = log_p.exp()
+    terms = (log_p - log_q).mul_(p)
     # A token that the reference rules out (logit -inf) adds nothing; p = NaN stays NaN.
-    terms = torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q))
-    return terms.sum(dim=-1).clamp_min(0)
+    return terms.masked_fill_(p == 0, 0).sum(dim=-1).clamp_min(0)
 
 
 def top1_agreement(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -45,33 +48,34 @@ def absolute_difference(reference: torch.Tensor, candidate: torch.Tensor) -> tor
     return torch.where(reference == candidate, torch.zeros_like(difference), difference)
 
 
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each token given those before it, in nats.
+class Pair(NamedTuple):
+    """What two models predict at a few positions: logits, and their `log_probabilities`; each `[tokens, vocab]`."""
 
-    `logits` is `[batch, seq, vocab]`, `ids` `[batch, seq]`; the result is float64,
-    `[batch, seq - 1]`: a row's first token is predicted from nothing and left out.
-    """
-    targets = ids[:, 1:].reshape(-1)
-    losses = [
-        torch.nn.functional.cross_entropy(part.double(), target, reduction="none")
-        for part, target in _chunks(logits[:, :-1], targets)
-    ]
-    return torch.cat(losses).view(ids.shape[0], -1)
+    p: torch.Tensor  # of the reference
+    q: torch.Tensor  # of the candidate
+    log_p: torch.Tensor
+    log_q: torch.Tensor
 
 
-def perplexity(model: nn.Module, rows: torch.Tensor, batch_rows: int = 8) -> float:
-    """Perplexity of a PyTorch language model over rows of token ids without padding.
+@dataclass(frozen=True)
+class PairFigure:
+    """A figure of two models: its value at each position, `[tokens]`, and whether the mean or the largest is told."""
 
-    The exponential of the mean next-token loss over all `rows.numel() - len(rows)` predictions;
-    `rows` is `[rows, block]`, and `batch_rows` of them go through the model at a time.
-    """
-    total = 0.0
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        for start in range(0, len(rows), batch_rows):
-            ids = rows[start : start + batch_rows].to(device)
-            total += next_token_loss(model(input_ids=ids, use_cache=False).logits, ids).sum().item()
-    return perplexity_of_loss(total, rows.numel() - len(rows))
+    values: Callable[[Pair], torch.Tensor]
+    largest: bool = False
+
+
+# Of two models' predictions, by the names they have in every result.
+PREDICTION_FIGURES: Mapping[str, PairFigure] = {
+    "kl_divergence": PairFigure(lambda pair: kl_of_log_probabilities(pair.log_p, pair.log_q)),
+    "top1_agreement": PairFigure(lambda pair: top1_agreement(pair.p, pair.q)),
+}
+# Of two implementations of one model, whose logits themselves should be equal.
+LOGIT_FIGURES: Mapping[str, PairFigure] = {
+    "max_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).amax(-1), largest=True),
+    "mean_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).mean(-1)),
+    **PREDICTION_FIGURES,
+}
 
 
 def perplexity_of_loss(total: float, predictions: int) -> float:
@@ -82,69 +86,20 @@ def perplexity_of_loss(total: float, predictions: int) -> float:
         return math.inf
 
 
-class Perplexity:
-    """Adds up next-token losses batch by batch."""
+def mean_kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) in nats, averaged over all tokens of `[..., vocab]` logits, in float32.
 
-    def __init__(self) -> None:
-        self.total = 0.0
-        self.predictions = 0
-
-    def add(self, logits: torch.Tensor, ids: torch.Tensor) -> None:
-        """Add logits, `[batch, seq, vocab]`, for the tokens `ids`, `[batch, seq]`."""
-        loss = next_token_loss(logits, ids)
-        self.total += loss.sum().item()
-        self.predictions += loss.numel()
-
-    @property
-    def value(self) -> float:
-        return perplexity_of_loss(self.total, self.predictions)
+    The loss of phase 2 (arXiv 2605.10777), differentiable in `student`.
+    """
+    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
+    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-class Comparison:
-    """Adds up how far one model's logits are from a reference's, batch by batch."""
+def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared error over the variance of the teacher's outputs, `[..., tokens, hidden]` to `[...]`.
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.agreements = 0
-        self.total_kl = 0.0
-        self.total_difference = 0.0  # of means over the vocabulary
-        self._max_difference = torch.zeros((), dtype=torch.float64)
-
-    def add(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Add two sets of logits of the same shape, `[..., vocab]`."""
-        if reference.shape != candidate.shape:
-            raise ValueError(f"logits of shape {list(reference.shape)} and {list(candidate.shape)} cannot be compared")
-        flat_candidate = candidate.reshape(-1, candidate.shape[-1])
-        for p, q in _chunks(reference, flat_candidate):
-            difference = absolute_difference(p, q)
-            self._max_difference = torch.maximum(self._max_difference, difference.max().cpu())  # keeps a NaN
-            self.total_difference += difference.mean(dim=-1).sum().item()
-            self.total_kl += kl_divergence(p, q).sum().item()
-            self.agreements += int(top1_agreement(p, q).sum())
-            self.tokens += len(p)
-
-    @property
-    def max_difference(self) -> float:
-        return self._max_difference.item() if self.tokens else math.nan
-
-    @property
-    def mean_difference(self) -> float:
-        return self._mean(self.total_difference)
-
-    @property
-    def kl_divergence(self) -> float:
-        return self._mean(self.total_kl)
-
-    @property
-    def top1_agreement(self) -> float:
-        return self._mean(self.agreements)
-
-    def _mean(self, total: float) -> float:
-        return total / self.tokens if self.tokens else math.nan
-
-
-def _chunks(logits: torch.Tensor, beside: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Cut logits, `[..., vocab]`, and one entry beside each position into small pieces."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    positions = max(1, _CHUNK_ELEMENTS // flat.shape[-1])
-    return zip(flat.split(positions), beside.split(positions), strict=True)
+    The loss of phase 1 (arXiv 2605.10777), differentiable in `student`, in the inputs' own type.
+    """
+    centred = teacher - teacher.mean(-2, keepdim=True)
+    return (student - teacher).square().mean((-2, -1)) / centred.square().mean((-2, -1))

@@ -25,8 +25,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lockkit.errors import UsageError
-from lockkit.models.families import Family, decoder_layers
+from lockkit.models.families import Family, decoder_layers, is_locked
 from lockkit.models.load import check_safetensors
+from lockkit.models.locked import locked_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,23 +111,34 @@ class LayeredModel:
             self.model.model(ids.to(self.device), use_cache=False)
         return first[0], arguments
 
-    def logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last layer's output, `[rows, block, hidden]`, for token ids `[rows, block]`. All layers must be in memory."""
+        hidden, arguments = self.begin(ids)
+        for layer, own in zip(self.layers, arguments, strict=True):
+            hidden = layer(hidden, **own)
+        return hidden
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute what comes after the decoder layers. Differentiable with respect to `hidden`.
 
+        It is the model's own forward pass, so a last norm, a soft cap or a scale of the logits is included. What
+        follows the layers treats every position alone. So each position is a row of length 1: any part of a text may
+        be given, and no mask or position is made for more than one token.
+
         Args:
-            ids: token ids, `[rows, block]`.
-            hidden: output of the last layer, `[rows, block, hidden]`.
+            hidden: output of the last layer, `[..., hidden]`.
 
         Returns:
-            Logits, `[rows, block, vocab]`.
+            Logits, `[..., vocab]`.
         """
+        rows = hidden.flatten(0, -2)[:, None]
         last = len(self) - 1
 
         def result(index: int, own: torch.Tensor, **_: Any) -> torch.Tensor:
-            return hidden if index == last else own
+            return rows if index == last else own
 
         with self._layers_replaced(result):
-            return self.model(ids.to(self.device), use_cache=False).logits
+            return self.model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
 
     @contextmanager
     def _layers_replaced(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
@@ -144,7 +156,7 @@ class StreamedModel(LayeredModel):
     """A causal language model for inference, in memory one decoder layer at a time.
 
     Args:
-        folder: the model's checkpoint.
+        folder: the model's checkpoint, original or locked.
         config: its configuration.
         family: its family.
         device: for the computation.
@@ -247,7 +259,7 @@ def empty_model(config: PreTrainedConfig, family: Family) -> PreTrainedModel:
     """A model with its weights on the `meta` device. Its buffers are real."""
     from accelerate import init_empty_weights
 
-    model_class = import_model_class(family)
+    model_class = locked_classes(family)[1] if is_locked(config) else import_model_class(family)
     with init_empty_weights(include_buffers=False):
         model = model_class(config)
     model.tie_weights()

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockkit.measure.records import MeasuredText
+
 
 @dataclass
 class Table:
@@ -54,3 +56,9 @@ def number(value: Any, form: str = ".4g") -> str:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return "–" if value is None or isinstance(value, float) else str(value)
     return f"{value:,}" if isinstance(value, int) else format(value, form)
+
+
+def measured_on(text: dict | None) -> str:
+    """A sentence that names the text of perplexities and KL divergences, from its record."""
+    named = MeasuredText(**text) if text else "text that this result does not name"
+    return f"Perplexity and KL divergence were measured on {named}."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from lockkit.errors import UsageError
+from lockkit.targets import Provider
 
 API_KEY_VARIABLE = "LOCKKIT_API_KEY"
 
@@ -28,7 +28,7 @@ class ServeConfig(BaseModel):
         description=f"File with the API key that every request but /health must carry. "
         f"Default: the environment variable {API_KEY_VARIABLE}; where that is not set either, no key is asked for.",
     )
-    provider: Literal["cpu", "cuda"] = Field("cpu", description="Where the graph runs, in onnxruntime.")
+    provider: Provider = Field(Provider.cpu, description="Where the graph runs, in onnxruntime.")
     threads: int | None = Field(None, ge=1, description="Threads of onnxruntime. Default: all physical cores but one.")
     max_batch: int = Field(16, ge=1, le=4096, description="Requests that generate at the same time.")
     max_queue: int = Field(256, ge=0, description="Requests that may wait for a place; more are refused (429).")

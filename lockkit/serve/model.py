@@ -18,6 +18,7 @@ from lockkit.export.chains import has_kernel_form
 from lockkit.export.manifest import Manifest, check_manifest
 from lockkit.export.session import MODEL_FILE, ExportSession
 from lockkit.files import read_json
+from lockkit.targets import provider_called
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,7 +75,7 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
     """
     from lockkit.kernel import find_kernel, has_kernel
 
-    if provider == "cpu" and has_kernel(model.folder):
+    if provider_called(provider).row.runs_kernel and has_kernel(model.folder):
         kernel, remedy = find_kernel(), f"run lockkit kernel {model.folder}"
         if not has_kernel_form(model.folder / MODEL_FILE):
             reason, remedy = "its chains are not in the form that this version knows", "export again"

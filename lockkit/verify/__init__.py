@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 
 _WHERE = {
-    "DEFAULT_GATES": "config",
-    "Gates": "config",
+    "Gates": "figures",
     "VerifyConfig": "config",
     "VerifyResult": "result",
     "verify_export": "run",

@@ -12,27 +12,17 @@ Only one batch of logits a model is alive at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
-from lockkit.measure.metrics import Comparison, Perplexity
+from lockkit.measure.metrics import LOGIT_FIGURES
+from lockkit.measure.totals import Comparison, Outputs, TextFigures
 from lockkit.progress import Progress
 from lockkit.runners import Runner
-from lockkit.verify.result import Continuations, Parting
+from lockkit.verify.figures import Continuations, Parting
 
 # Float32 logits of one batch: 64 M of them are 256 MB.
 _BATCH_LOGITS = 64_000_000
 _MAX_BATCH_ROWS = 8
-
-
-@dataclass
-class TextFigures:
-    """What one pass over the held-out rows gives."""
-
-    perplexity: dict[str, Perplexity]  # of `original`, `locked` (where given) and `onnx`
-    parity: Comparison = field(default_factory=Comparison)
-    fidelity: Comparison | None = None
 
 
 def batch_rows(block_tokens: int, vocab_size: int) -> int:
@@ -47,32 +37,26 @@ def measure_text(
     rows: torch.Tensor,
     batch: int,
     progress: Progress,
-) -> TextFigures:
-    """Perplexities, parity in prefill, fidelity: over `rows`, `[rows, block]`.
+) -> tuple[TextFigures, Comparison]:
+    """Over `rows`, `[rows, block]`: perplexities and fidelity, and the candidate's parity in prefill.
 
-    `references` has `original`, `locked` or both; the candidate's parity is with `compared_with`.
+    `references` has `original`, `locked` or both; the candidate, `onnx`, is compared with `compared_with`.
     """
-    figures = TextFigures(
-        perplexity={name: Perplexity() for name in (*references, "onnx")},
-        fidelity=Comparison() if len(references) == 2 else None,
-    )
+    pairs = [("original", "locked")] if len(references) == 2 else []
+    figures, parity = TextFigures([*references, "onnx"], pairs), Comparison(LOGIT_FIGURES)
     progress.start("held-out text", len(rows))
-    for start in range(0, len(rows), batch):
-        ids = rows[start : start + batch]
+    for ids in rows.split(batch):
         logits = {name: runner.logits(ids) for name, runner in (references | {"onnx": candidate}).items()}
-        for name, sum_of_losses in figures.perplexity.items():
-            sum_of_losses.add(logits[name], ids)
-        figures.parity.add(logits[compared_with], logits["onnx"])
-        if figures.fidelity is not None:
-            figures.fidelity.add(logits["original"], logits["locked"])
+        figures.add(ids, {name: Outputs(found) for name, found in logits.items()})
+        parity.add(logits[compared_with], logits["onnx"])
         progress.advance(len(ids))
     progress.finish()
-    return figures
+    return figures, parity
 
 
 def compare_cache_tokens(reference: Runner, candidate: Runner, rows: torch.Tensor, steps: int) -> Comparison:
     """All but the last `steps` tokens of `rows`, `[rows, block]`, at once; then one by one."""
-    result = Comparison()
+    result = Comparison(LOGIT_FIGURES)
     expected = reference.logits(rows)
     prefix = rows.shape[1] - steps
     _, cache = candidate.extend(rows[:, :prefix])
@@ -87,7 +71,7 @@ def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor
 
     One row at a time: onnxruntime's GroupQueryAttention takes a chunk after a cache for one row only.
     """
-    result = Comparison()
+    result = Comparison(LOGIT_FIGURES)
     prefix = rows.shape[1] // 2
     for row in rows[:, None]:
         expected = reference.logits(row)
@@ -100,7 +84,7 @@ def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor
 
 def compare_padded(reference: Runner, candidate: Runner, rows: torch.Tensor, lengths: list[int]) -> Comparison:
     """One batch of the first `lengths` tokens of `rows`, `[rows, block]`, and one token more for each."""
-    result = Comparison()
+    result = Comparison(LOGIT_FIGURES)
     shortened = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     next_ids = torch.stack([row[length] for row, length in zip(rows, lengths, strict=True)])
     pairs = zip(reference.unequal(shortened, next_ids), candidate.unequal(shortened, next_ids), strict=True)

@@ -10,8 +10,9 @@ import torch
 
 from lockkit import text
 from lockkit.errors import UsageError
+from lockkit.measure.records import MeasuredText
 from lockkit.models.families import is_locked
-from lockkit.models.identity import weight_hashes
+from lockkit.models.identity import public_name, weight_hashes
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.lock_record import read_lock_record
 
@@ -84,8 +85,8 @@ def tell_apart(names: list[str]) -> References:
     return found
 
 
-def held_out_rows(session: ExportSession, given: References, config: VerifyConfig) -> tuple[torch.Tensor, str]:
-    """Token ids of held-out text, `[rows, block]`, and the name of their source.
+def held_out_rows(session: ExportSession, given: References, config: VerifyConfig) -> tuple[torch.Tensor, MeasuredText]:
+    """Token ids of held-out text, `[rows, block]`, and what they are.
 
     Raises:
         UsageError: the export and a reference have different vocabularies or tokenizers, there is
@@ -113,7 +114,7 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
             raise UsageError(
                 f"the tokenizer of {reference.name} is not the export's: change --reference to the model of the export"
             )
-    return rows, source
+    return rows, MeasuredText.of(rows, public_name(source), SPLIT)
 
 
 def _rows(folder: Path, option: str, source: str, block: int, tokens: int) -> torch.Tensor:

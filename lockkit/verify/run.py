@@ -5,7 +5,7 @@
 3. Cut held-out text into rows, the same for every model; refuse a reference of another
    vocabulary or tokenizer.
 4. Measure (`parity.py`).
-5. Hold the figures against the gates (`config.py`).
+5. Hold the figures against the gates (`figures.py`).
 
 Memory: each reference in float32, the export, and one batch of logits of each.
 """
@@ -13,9 +13,7 @@ Memory: each reference in float32, the export, and one batch of logits of each.
 from __future__ import annotations
 
 import datetime
-import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,37 +21,20 @@ import torch
 from lockkit.errors import UsageError
 from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST, sha256_of_file
-from lockkit.measure.metrics import Comparison
+from lockkit.measure.records import MeasuredText
 from lockkit.models.load import load_model
 from lockkit.progress import NoProgress, Progress
 from lockkit.runners import OnnxRunner, Runner, TorchRunner
-from lockkit.text import rows_sha256
+from lockkit.targets import Precision
 from lockkit.verify import parity
-from lockkit.verify.config import DEFAULT_GATES, Gates, VerifyConfig
-from lockkit.verify.references import SPLIT, Reference, held_out_rows, tell_apart
-from lockkit.verify.result import (
-    Continuations,
-    Fidelity,
-    GateOutcome,
-    HeldOutText,
-    Parity,
-    PerplexityFigures,
-    VerifyResult,
-)
+from lockkit.verify.config import VerifyConfig
+from lockkit.verify.figures import Measured, Parity, PerplexityFigures, judge
+from lockkit.verify.references import held_out_rows, tell_apart
+from lockkit.verify.result import VerifyResult
 from lockkit.version import git_hash, versions
 
 _CHECK_ROWS = 4  # rows for the cache and padding checks
 _MAX_STEPS = 64  # single tokens in the cache check
-
-
-@dataclass
-class Measured:
-    """All figures of a verification; the names are `VerifyResult`'s."""
-
-    parity: list[Parity]
-    continuations: Continuations | None
-    perplexity: PerplexityFigures
-    fidelity: Fidelity | None
 
 
 def verify_export(
@@ -85,11 +66,16 @@ def verify_export(
     given = tell_apart([str(reference) for reference in references])
     session = ExportSession(Path(export), provider=config.provider)
     compared = given.made_from(session)
-    rows, source = held_out_rows(session, given, config)
-    runners = {name: _load(reference, config.provider) for name, reference in given.all().items()}
+    limits = config.limits(_precision(session.manifest.precision))
+    rows, text = held_out_rows(session, given, config)
+    device = config.provider.reference_device
+    runners = {
+        name: TorchRunner(load_model(reference.folder, torch.float32, device)[0])
+        for name, reference in given.all().items()
+    }
     progress.finish()
-    measured = measure(OnnxRunner(session), runners, compared, rows, config, progress)
-    outcomes = judge(gates_of(config, session.manifest.precision), measured)
+    measured = measure(OnnxRunner(session), runners, compared, rows, text, config, progress)
+    outcomes = judge(limits, measured)
     return VerifyResult(
         passed=all(outcome.passed for outcome in outcomes),
         export=str(export),
@@ -100,13 +86,7 @@ def verify_export(
         locked=given.locked.name if given.locked else None,
         compared_with=compared,
         same_weights=given.all()[compared].has_weights(session.manifest.source_sha256),
-        text=HeldOutText(
-            source=source,
-            split=SPLIT,
-            rows=len(rows),
-            block_tokens=rows.shape[1],
-            token_sha256=rows_sha256(rows),
-        ),
+        text=text,
         **vars(measured),
         gates=outcomes,
         config=config,
@@ -122,18 +102,18 @@ def measure(
     references: dict[str, Runner],
     compared_with: str,
     rows: torch.Tensor,
+    text: MeasuredText,
     config: VerifyConfig,
     progress: Progress,
 ) -> Measured:
-    """All figures, over held-out `rows`, `[rows, block]`.
+    """All figures, over held-out `rows`, `[rows, block]`, which `text` describes.
 
     `references` has `original`, `locked` or both; parity is with the one named `compared_with`.
     """
     block = rows.shape[1]
     reference = references[compared_with]
-    vocab_size = reference.logits(rows[:1, :1]).shape[-1]
-    batch = parity.batch_rows(block, vocab_size)
-    figures = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
+    batch = parity.batch_rows(block, reference.logits(rows[:1, :1]).shape[-1])
+    figures, prefill = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
 
     progress.start("cache and padding", 3)
     random = torch.Generator().manual_seed(config.seed)
@@ -141,7 +121,7 @@ def measure(
     checked = some[: min(_CHECK_ROWS, batch)] if len(some) > 1 else some.repeat(2, 1)
     lengths = torch.randint(1, block, (len(checked),), generator=random).tolist()
     lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always among them
-    modes = {"prefill": figures.parity}
+    modes = {"prefill": prefill}
     modes["cache_tokens"] = parity.compare_cache_tokens(reference, onnx, checked, min(block // 2, _MAX_STEPS))
     progress.advance()
     modes["cache_chunk"] = parity.compare_cache_chunk(reference, onnx, checked)
@@ -155,85 +135,21 @@ def measure(
         continuations = parity.compare_continuations(
             reference, onnx, prompts, config.new_tokens, config.tie_tolerance, batch, progress
         )
+    values = {name: found.value for name, found in figures.perplexity.items()}
     return Measured(
-        parity=[_parity(mode, comparison) for mode, comparison in modes.items()],
+        parity=[
+            Parity(mode=mode, tokens=comparison.tokens, **comparison.figures()) for mode, comparison in modes.items()
+        ],
         continuations=continuations,
-        perplexity=_perplexities(figures),
-        fidelity=_fidelity(figures.fidelity),
+        perplexity=PerplexityFigures.of(
+            figures.perplexity["onnx"].predictions, values["onnx"], values.get("original"), values.get("locked")
+        ),
+        fidelity=figures.fidelity(text) if figures.comparison else None,
     )
 
 
-def gates_of(config: VerifyConfig, precision: str) -> Gates:
-    """The limits for an export of `precision`."""
-    if precision not in DEFAULT_GATES:
-        raise UsageError(
-            f"no gates are known for precision '{precision}': export with one of {', '.join(DEFAULT_GATES)}"
-        )
-    return config.gates(precision)
-
-
-def judge(gates: Gates, measured: Measured) -> list[GateOutcome]:
-    """Hold the figures against the limits; a figure that is not finite never passes."""
-    outcomes = []
-
-    def check(gate: str, figure: str, value: float, at_most: bool) -> None:
-        limit = getattr(gates, gate)
-        if limit is not None:
-            kept = value <= limit if at_most else value >= limit
-            passed = math.isfinite(value) and kept
-            outcomes.append(GateOutcome(gate=gate, figure=figure, value=value, limit=limit, passed=passed))
-
-    for mode in measured.parity:
-        check("max_kl", mode.mode, mode.kl_divergence, at_most=True)
-        check("min_top1", mode.mode, mode.top1_agreement, at_most=False)
-    ratios = measured.perplexity
-    if ratios.onnx_over_original is not None:
-        check("max_perplexity_ratio", "onnx_over_original", ratios.onnx_over_original, at_most=True)
-    else:
-        check("max_perplexity_ratio", "onnx_over_locked", ratios.onnx_over_locked, at_most=True)
-    if measured.continuations is not None:
-        check("min_continuations", "identical_or_tied", measured.continuations.identical_or_tied, at_most=False)
-    return outcomes
-
-
-def _parity(mode: str, comparison: Comparison) -> Parity:
-    return Parity(
-        mode=mode,
-        tokens=comparison.tokens,
-        max_difference=comparison.max_difference,
-        mean_difference=comparison.mean_difference,
-        kl_divergence=comparison.kl_divergence,
-        top1_agreement=comparison.top1_agreement,
-    )
-
-
-def _perplexities(figures: parity.TextFigures) -> PerplexityFigures:
-    values = {name: perplexity.value for name, perplexity in figures.perplexity.items()}
-
-    def ratio(above: str, below: str) -> float | None:
-        return values[above] / values[below] if above in values and below in values else None
-
-    return PerplexityFigures(
-        predictions=figures.perplexity["onnx"].predictions,
-        original=values.get("original"),
-        locked=values.get("locked"),
-        onnx=values["onnx"],
-        locked_over_original=ratio("locked", "original"),
-        onnx_over_original=ratio("onnx", "original"),
-        onnx_over_locked=ratio("onnx", "locked"),
-    )
-
-
-def _fidelity(comparison: Comparison | None) -> Fidelity | None:
-    if comparison is None:
-        return None
-    return Fidelity(
-        tokens=comparison.tokens,
-        kl_divergence=comparison.kl_divergence,
-        top1_agreement=comparison.top1_agreement,
-    )
-
-
-def _load(reference: Reference, provider: str) -> TorchRunner:
-    device = "cuda" if provider == "cuda" and torch.cuda.is_available() else "cpu"
-    return TorchRunner(load_model(reference.folder, torch.float32, device)[0])
+def _precision(name: str) -> Precision:
+    """The precision of an export; its row has the default limits."""
+    if name not in Precision.__members__:
+        raise UsageError(f"no gates are known for precision '{name}': export with one of {', '.join(Precision)}")
+    return Precision(name)

@@ -8,6 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lockkit.settings import option_of
+from lockkit.verify.figures import GATES, Parity
 from lockkit.verify.result import VerifyResult
 
 WAYS = {
@@ -25,11 +27,10 @@ def print_result(result: VerifyResult, console: Console) -> None:
 
 def result_tables(result: VerifyResult) -> RenderableType:
     """All tables of a result, below each other."""
-    text = result.text
     lines = [
         f"{result.export}: {result.precision} on {result.provider}",
         f"compared with {getattr(result, result.compared_with)} ({result.compared_with}), in PyTorch float32",
-        f"{text.rows * text.block_tokens:,} held-out tokens: {text.source}, split '{text.split}'",
+        f"measured on {result.text}",
     ]
     if not result.same_weights:
         lines.append("note: its weights are not, byte for byte, those that were exported")
@@ -68,10 +69,10 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _parity(result: VerifyResult) -> Table:
-    table = _table("\nONNX and PyTorch", "", "tokens", "max |diff|", "mean |diff|", "KL", "top-1")
-    for mode in result.parity:
-        figures = (mode.max_difference, mode.mean_difference, mode.kl_divergence, mode.top1_agreement)
-        table.add_row(WAYS[mode.mode], f"{mode.tokens:,}", *(number(figure) for figure in figures))
+    table = _table("\nONNX and PyTorch", *(field.title for field in Parity.model_fields.values()))
+    for parity in result.parity:
+        mode, tokens, *figures = (getattr(parity, name) for name in Parity.model_fields)
+        table.add_row(WAYS[mode], f"{tokens:,}", *(number(figure) for figure in figures))
     return table
 
 
@@ -115,13 +116,12 @@ def _continuations(result: VerifyResult) -> Text:
 def _gates(result: VerifyResult) -> Table:
     table = _table("\nGates", "gate", "figure", "value", "limit", "")
     for outcome in result.gates:
-        sign = "≥" if outcome.gate.startswith("min") else "≤"
         verdict = Text("pass", style="green") if outcome.passed else Text("FAIL", style="red")
         table.add_row(
-            f"--{outcome.gate.replace('_', '-')}",
+            option_of(outcome.gate),
             WAYS.get(outcome.figure, outcome.figure.replace("_", " ")),
             number(outcome.value),
-            f"{sign} {number(outcome.limit)}",
+            f"{GATES[outcome.gate].sign} {number(outcome.limit)}",
             verdict,
         )
     return table

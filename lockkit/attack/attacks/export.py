@@ -10,19 +10,20 @@ import torch
 from pydantic import BaseModel, Field
 
 from lockkit.attack.base import Probe
+from lockkit.targets import Precision
 
 if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
     from lockkit.attack.config import AuditConfig
 
-MAX_NMSE = {"fp32": 1e-6, "int4": 1e-2}  # of logits; int4 products also round activations
+MAX_NMSE = {Precision.fp32: 1e-6, Precision.int4: 1e-2}  # of logits; int4 products also round activations
 ROWS = 2
 
 
 class RecoverConfig(BaseModel):
     """Settings of `recover-onnx`."""
 
-    precision: Literal["fp32", "int4"] = Field("fp32", description="Of the export.")
+    precision: Literal[Precision.fp32, Precision.int4] = Field(Precision.fp32, description="Of the export.")
 
 
 class RecoverOnnx(Probe):
@@ -40,7 +41,7 @@ class RecoverOnnx(Probe):
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[RecoverConfig]:
         """A float export and a quantised one."""
-        return [RecoverConfig(precision=precision) for precision in ("fp32", "int4")]
+        return [RecoverConfig(precision=precision) for precision in MAX_NMSE]
 
     def probe(self, bench: Bench) -> dict:
         """NMSE of the recovered model's logits to the graph's, and whether every weight gets a gradient."""

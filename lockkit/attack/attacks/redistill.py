@@ -21,7 +21,7 @@ from lockkit.attack.attacks.closed_form import LinearisedStack, RandomFeatures
 from lockkit.attack.base import CannotRun, UnlockAttack, Unlocked
 from lockkit.attack.cost import Cost, Meter
 from lockkit.attack.rebuild import ordinary_model
-from lockkit.lock.modulewise import nmse
+from lockkit.measure.metrics import nmse
 from lockkit.models.families import decoder_layers
 from lockkit.training import shuffled_batches
 

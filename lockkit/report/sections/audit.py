@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lockkit.attack.target import run_name
 from lockkit.errors import UsageError
-from lockkit.report.page import Curve, Section, Table, number
+from lockkit.report.page import Curve, Section, Table, measured_on, number
 from lockkit.report.sections import reports
 
 RESOURCES = {
@@ -68,13 +68,14 @@ def _headline(summary: dict) -> Section:
         section.warning = "No valid attack reached a target: nothing is known of what this lock is worth."
     section.figures = [
         ("perplexity of the lock, over the original's", number(quality["perplexity_ratio"], ".4f")),
-        ("KL divergence from original to lock, nats a token", number(quality["locked"]["kl_to_original"], ".5f")),
+        ("KL divergence from original to lock, nats per token", number(quality["locked"]["kl_to_original"], ".5f")),
         *best,
         *_figures_of_the_lock(summary),
     ]
     section.text = [
         "Cost to reach the held-out loss that a fine-tune of the original reaches: the cheapest attack on the lock, "
         f"over the cheapest on the original. Budget: {summary['budget']}.",
+        measured_on(quality.get("fidelity", {}).get("text")),
         CONSEQUENCE,
     ]
     head = ["resource", "task", "against the best of these attacks", "on the lock", "on the original", "over seeds"]

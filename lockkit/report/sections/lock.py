@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lockkit.report.page import Curve, Section, Table, number
+from lockkit.report.page import Curve, Section, Table, measured_on, number
 from lockkit.report.sections import reports
 
 
@@ -17,14 +17,14 @@ def lock_sections(record: dict, path: Path) -> list[Section]:
         ("perplexity, locked over original", number(fidelity.get("perplexity_ratio"), ".4f")),
         ("perplexity, locked", number(fidelity.get("perplexity"), ".3f")),
         ("perplexity, original", number(fidelity.get("original_perplexity"), ".3f")),
-        ("KL to the original, nats a token", number(fidelity.get("kl_divergence"), ".5f")),
+        ("KL to the original, nats per token", number(fidelity.get("kl_divergence"), ".5f")),
         ("same most likely token", number(fidelity.get("top1_agreement"), ".2%")),
         ("depth", number(dlr.get("depth"))),
     ]
     data = record.get("data", {})
     section.text.append(
-        f"Distilled on {data.get('source', 'unknown text')} ({number(data.get('train_tokens'))} tokens) and measured on "
-        f"{number(data.get('evaluation_tokens'))} others; {number(record.get('seconds'), '.0f')} seconds."
+        f"Distilled on {data.get('source', 'unknown text')} ({number(data.get('train_tokens'))} tokens); "
+        f"{number(record.get('seconds'), '.0f')} seconds. {measured_on(fidelity.get('text'))}"
     )
     rows = [
         [str(layer["layer"]), number(layer.get("nmse"), ".5f"), number(layer.get("gain"), ".4g")] for layer in layers

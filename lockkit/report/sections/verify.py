@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lockkit.report.page import Section, Table, number
+from lockkit.report.page import Section, Table, measured_on, number
 from lockkit.report.sections import reports
 
 
@@ -20,6 +20,7 @@ def verify_sections(record: dict, path: Path) -> list[Section]:
         ("perplexity, ONNX over original", number(ratios.get("onnx_over_original"), ".4f")),
         ("perplexity, ONNX over locked", number(ratios.get("onnx_over_locked"), ".4f")),
     ]
+    section.text.append(measured_on(record.get("text")))
     section.tables.append(
         Table(
             ["way of running", "tokens", "KL, nats", "same top-1", "largest difference"],
