@@ -1,4 +1,4 @@
-"""The demo, with a few seconds of distillation in place of minutes."""
+"""The examples: the demo with a few seconds of distillation, the Slurm script, the container and KServe."""
 
 from __future__ import annotations
 
