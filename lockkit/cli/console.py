@@ -52,8 +52,8 @@ class TerminalProgress(Progress):
 
     def finish(self, note: str = "") -> None:
         task = self.bars.tasks[-1]
-        self.bars.update(self._task, completed=task.total, note=note)
-        self.bars.stop_task(self._task)
+        self.bars.update(task.id, completed=task.total, note=note)
+        self.bars.stop_task(task.id)
         self._log(f"{task.description}: {note or 'done'}")
 
     def say(self, line: str) -> None:

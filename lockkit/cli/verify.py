@@ -1,4 +1,4 @@
-"""`lockkit verify`: compare an export with PyTorch models; gates decide."""
+"""`lockkit verify`: compare an export with the models it was made from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def verify(
     """Compare EXPORT with the PyTorch model it was made from.
 
     Logits on held-out text are compared without a cache, with a cache, and in a padded batch. Greedy
-    continuations and perplexity are compared as well. Each figure has a limit, its gate. Exit code 1
+    continuations and perplexity are compared as well. Gates are limits on these figures. Exit code 1
     means that a gate failed.
 
     Examples:
