@@ -1,10 +1,9 @@
-"""The whole way on the bundled model, with the commands a user would type.
+"""All steps on the bundled model, with the commands that a user would type.
 
     make demo            (or: python examples/demo.py [--folder demo-run] [--depth 32])
 
-plan -> lock -> export (locked and original) -> verify -> generate, then one table of what was
-measured and a list of what the folders hold. Every figure comes from the files that the
-commands wrote.
+plan -> lock -> export (locked and original) -> verify -> generate. Then a table of the measured figures and a list
+of the files. Every figure is read from the files that the commands wrote.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from rich.table import Table
 PROMPT = 'def find_files(path, pattern):\n    """'
 CONTENTS = {
     "locked/model.safetensors, config.json": "the locked weights; load them with transformers alone",
-    "locked/modeling_dlr_lock.py": "the code of its MLPs, the only code that trust_remote_code runs",
+    "locked/modeling_dlr_lock.py": "the code of its MLPs; trust_remote_code runs no other code",
     "locked/lockkit.json, README.md": "recipe, seed, versions, data hashes, figures; a model card",
     "locked-onnx/model.onnx, model.onnx_data": "the inference graph and its weights, in fp32",
-    "locked-onnx/genai_config.json, config.json": "what onnxruntime-genai and optimum look for",
-    "locked-onnx/lockkit_manifest.json": "a sha256 of every file of the export",
-    "original-onnx/": "the same export of the unlocked model, the baseline",
-    "verify.json": "every figure of the verification, schema lockkit-verify/1",
+    "locked-onnx/genai_config.json, config.json": "the configuration files of onnxruntime-genai and optimum",
+    "locked-onnx/lockkit_manifest.json": "the SHA-256 of every file of the export",
+    "original-onnx/": "the export of the original model, for comparison",
+    "verify.json": "all figures of the verification, schema lockkit-verify/1",
 }
-console = Console(markup=False, emoji=False, highlight=False)  # names of folders are printed as they are
+console = Console(markup=False, emoji=False, highlight=False)  # so that names of folders are printed unchanged
 
 
 def run(*arguments: str) -> float:
-    """Run one lockkit command in view of the user; return its seconds. Stop where it fails."""
+    """Print and run one lockkit command; return its duration in seconds. Exit if it fails."""
     console.print(f"\n$ lockkit {shlex.join(arguments)}", style="bold", soft_wrap=True)
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "lockkit", *arguments], check=False)
@@ -45,10 +44,11 @@ def run(*arguments: str) -> float:
 
 
 def main() -> None:
+    """Run all commands, then print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("demo-run"))
-    parser.add_argument("--depth", default="32")
-    parser.add_argument("--lock-options", default="", help="more options for `lockkit lock`, in one string")
+    parser.add_argument("--folder", type=Path, default=Path("demo-run"), help="folder to write (demo-run)")
+    parser.add_argument("--depth", default="32", help="blocks in each chain (32)")
+    parser.add_argument("--lock-options", default="", help="more options of `lockkit lock`, in one string")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     locked, locked_onnx, original_onnx = (
@@ -68,6 +68,7 @@ def main() -> None:
 
 
 def summarise(folder: Path, lock_seconds: float, seconds: float) -> None:
+    """Print the figures of the lock and of the verification, and the list of files."""
     record = json.loads((folder / "locked" / "lockkit.json").read_text())
     figures = json.loads((folder / "verify.json").read_text())
     table = Table(title=f"\ndemo, locked at depth {record['dlr']['depth']} and exported", title_justify="left")
@@ -77,16 +78,17 @@ def summarise(folder: Path, lock_seconds: float, seconds: float) -> None:
     table.add_column("value", justify="right")
     for name, value in rows(record, figures):
         table.add_row(name, value)
-    table.add_row("seconds to lock / for everything", f"{lock_seconds:.0f} / {seconds:.0f}")
+    table.add_row("seconds for the lock / in total", f"{lock_seconds:.0f} / {seconds:.0f}")
     console.print(table)
 
-    contents = Table(title=f"\nwhat {folder} holds", title_justify="left", show_header=False)
+    contents = Table(title=f"\ncontents of {folder}", title_justify="left", show_header=False)
     for name, meaning in CONTENTS.items():
         contents.add_row(name, meaning)
     console.print(contents)
 
 
 def rows(record: dict, figures: dict) -> list[tuple[str, str]]:
+    """The rows of the table, from `lockkit.json` and `verify.json`."""
     perplexity, lock, parity = figures["perplexity"], figures["fidelity"], figures["parity"]
     nmse = [layer["nmse"] for layer in record["layers"]]
     continuations = figures["continuations"]
@@ -98,8 +100,8 @@ def rows(record: dict, figures: dict) -> list[tuple[str, str]]:
         ("KL divergence, original to locked, per token", f"{lock['kl_divergence']:.5f}"),
         ("same top token, original and locked", f"{lock['top1_agreement']:.2%}"),
         ("NMSE of the layers after phase 1", f"{min(nmse):.5f} .. {max(nmse):.5f}"),
-        ("KL divergence, PyTorch to ONNX, largest", f"{max(p['kl_divergence'] for p in parity):.1e}"),
-        ("same top token, PyTorch and ONNX, least", f"{min(p['top1_agreement'] for p in parity):.2%}"),
+        ("highest KL divergence, PyTorch to ONNX, per token", f"{max(p['kl_divergence'] for p in parity):.1e}"),
+        ("lowest share of same top token, PyTorch and ONNX", f"{min(p['top1_agreement'] for p in parity):.2%}"),
         ("same greedy continuations", f"{continuations['identical']:.0%} of {continuations['prompts']}"),
     ]
 

@@ -1,13 +1,14 @@
-"""Text from an export with onnxruntime alone, caches bound to the device: no lockkit, no transformers.
+"""Generates text from an export with onnxruntime alone, without lockkit and transformers. Caches stay on the device.
 
     pip install onnxruntime tokenizers        # onnxruntime-gpu for --provider cuda
     python examples/serve_onnxruntime.py EXPORT --prompt "def read(path):"
 
-On the CPU, a locked model is faster with the library that `lockkit kernel` prints: --kernel PATH.
+On the CPU, a locked model is faster with the fused operator: `lockkit kernel` prints its path for --kernel.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 
 def open_session(folder: Path, provider: str, kernel: str | None) -> onnxruntime.InferenceSession:
+    """Load the graph; exit if onnxruntime would fall back to another execution provider."""
     options = onnxruntime.SessionOptions()
     if kernel:
         options.register_custom_ops_library(kernel)
@@ -27,6 +29,7 @@ def open_session(folder: Path, provider: str, kernel: str | None) -> onnxruntime
 
 
 def empty_cache(session: onnxruntime.InferenceSession) -> dict[str, onnxruntime.OrtValue]:
+    """A cache of no tokens for each cache input of the graph."""
     cache = {}
     for node in session.get_inputs():
         if node.name.startswith("past_key_values."):
@@ -36,8 +39,10 @@ def empty_cache(session: onnxruntime.InferenceSession) -> dict[str, onnxruntime.
     return cache
 
 
-def generate(session: onnxruntime.InferenceSession, ids: list[int], new_tokens: int, stop: set[int], device: str):
-    """Yield the most likely next token, one after another."""
+def generate(
+    session: onnxruntime.InferenceSession, ids: list[int], new_tokens: int, stop: set[int], device: str
+) -> Iterator[int]:
+    """Continue `ids` greedily: yield up to `new_tokens` tokens, and end at a token in `stop`."""
     inputs = {node.name for node in session.get_inputs()}
     outputs = [node.name for node in session.get_outputs()]
     cache, past, step = empty_cache(session), 0, ids
@@ -51,7 +56,7 @@ def generate(session: onnxruntime.InferenceSession, ids: list[int], new_tokens: 
         for name in inputs & feeds.keys():
             binding.bind_cpu_input(name, feeds[name])
         for name, value in cache.items():
-            binding.bind_ortvalue_input(name, value)  # stays where the last step left it
+            binding.bind_ortvalue_input(name, value)  # already on the device
         for name in outputs:
             binding.bind_output(name, "cpu" if name == "logits" else device)
         session.run_with_iobinding(binding)
@@ -65,23 +70,24 @@ def generate(session: onnxruntime.InferenceSession, ids: list[int], new_tokens: 
 
 
 def main() -> None:
+    """Print the continuation of a prompt while it is generated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("export", type=Path)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("export", type=Path, help="folder that `lockkit export` wrote")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens to generate at most (64)")
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--kernel", help="the library of `lockkit kernel`")
+    parser.add_argument("--kernel", help="library of the fused operator, whose path `lockkit kernel` prints")
     arguments = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(arguments.export / "tokenizer.json"))
     stop = json.loads((arguments.export / "genai_config.json").read_text())["model"]["eos_token_id"]
     stop = set(stop) if isinstance(stop, list) else {stop}
     session = open_session(arguments.export, arguments.provider, arguments.kernel)
     ids, shown = tokenizer.encode(arguments.prompt).ids, ""
-    made: list[int] = []
+    generated: list[int] = []
     for token in generate(session, ids, arguments.new_tokens, stop, arguments.provider):
-        made.append(token)
-        text = tokenizer.decode(made)
-        if not text.endswith("\ufffd"):  # the middle of a character
+        generated.append(token)
+        text = tokenizer.decode(generated)
+        if not text.endswith("\ufffd"):  # else a character is incomplete
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()

@@ -1,4 +1,4 @@
-"""lockkit: lock a pretrained language model, export it to ONNX, prove it is the same model.
+"""lockkit: lock a pretrained language model, export it to ONNX, and verify that the export is the same model.
 
 The Python API has the same verbs as the command line, with the same settings and defaults:
 
@@ -14,7 +14,7 @@ The Python API has the same verbs as the command line, with the same settings an
     report     write_report
     env        describe_environment
 
-Names are loaded when first used, so that `import lockkit` costs nothing.
+A name is loaded when it is first used, so `import lockkit` imports no heavy library.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from lockkit.version import __version__
 
-# Name here: the module it is from, and its name there where that is another one.
+# Public name -> its module, and after a colon its name there if that differs.
 _HOMES = {
     "plan_model": "lockkit.lock.plan",
     "LockConfig": "lockkit.lock.config",

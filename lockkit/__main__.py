@@ -1,4 +1,4 @@
-"""`python -m lockkit`, the same as `lockkit`."""
+"""`python -m lockkit` runs the `lockkit` program."""
 
 from lockkit.cli.app import main
 

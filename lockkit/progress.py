@@ -1,4 +1,4 @@
-"""Progress of long jobs, for any kind of display."""
+"""Progress of long jobs: the interface that a display implements."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Is told how far a job is; one task at a time."""
+    """Receives the progress of a job. Tasks run one at a time."""
 
     def start(self, task: str, total: int) -> None:
-        """A task of `total` steps begins."""
+        """Begin a task of `total` steps."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """`steps` more steps are done; `note` is a short figure such as a loss."""
+        """Count `steps` more steps as done. `note` is a short figure, such as a loss."""
 
     def finish(self, note: str = "") -> None:
-        """The task is done; `note` sums it up."""
+        """End the task. `note` is its result in a few words."""
 
     def say(self, line: str) -> None:
-        """One line of information."""
+        """Show one line of information."""
 
 
-class NoProgress:
-    """Shows nothing; the default of the Python API."""
+class NoProgress(Progress):
+    """Shows nothing. The default of the Python API."""
 
     def start(self, task: str, total: int) -> None: ...
 

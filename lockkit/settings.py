@@ -1,4 +1,4 @@
-"""Config classes: which option of the command line a field is, and validation whose errors name it."""
+"""Config classes: the command-line option of each field, and validation whose errors name that option."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ from lockkit.errors import UsageError
 
 Config = TypeVar("Config", bound=BaseModel)
 
-
 _repr = reprlib.Repr()
 _repr.maxstring, _repr.maxlevel = 100, 2
 
 
 def shown(value: object) -> str:
-    """A value from someone's file in one line of limited length, however large or nested it is."""
+    """A value from a user's file as one line of limited length, however large or nested the value is."""
     return _repr.repr(value)
 
 
 def without_none(annotation: Any) -> Any:
-    """The type of a setting that may be left out: `int | None` is `int`."""
+    """The type of an optional setting without its None: `int | None` becomes `int`."""
     if get_origin(annotation) in (Union, types.UnionType):
         (annotation,) = (kind for kind in get_args(annotation) if kind is not types.NoneType)
     return annotation
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether a setting has several values; on the command line its option is repeated."""
+    """Whether a setting holds several values. Its option may then be repeated."""
     return get_origin(without_none(annotation)) is list
 
 
 def option_of(config_class: type[BaseModel], field: str) -> str:
     """The command-line option of a field.
 
-    `end_to_end_tokens` is `--end-to-end-tokens`. A list takes one value per option, so its option is the
-    singular: `batch_sizes` is `--batch-size`.
+    `end_to_end_tokens` becomes `--end-to-end-tokens`. A list takes one value per option, so its option is the
+    singular: `batch_sizes` becomes `--batch-size`.
     """
     name = field.removesuffix("s") if is_list(config_class.model_fields[field].annotation) else field
     return "--" + name.replace("_", "-")
 
 
 def validated(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """Build a configuration from values by field name.
+    """Build a configuration from `values`, which maps field names to values.
 
     Raises:
-        UsageError: naming the option that is unknown or out of range.
+        UsageError: a setting is unknown or out of range; the message names its option.
     """
     try:
         return config_class(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        # A recipe comes from a file: names and values are shown in one line, and not at any length. Nor is
-        # pydantic's error kept, whose text repeats the values: YAML's aliases can make those endless.
+        # Values may come from a recipe file, where YAML's aliases can make them huge. So the message is one line of
+        # limited length, and pydantic's error, whose text repeats the values, is not kept as the cause.
         field = str(first["loc"][0]) if first["loc"] else ""
         if field in config_class.model_fields:
             where = option_of(config_class, field)

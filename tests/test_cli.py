@@ -1,4 +1,4 @@
-"""The program as a whole: help, plan, env, and files that are either finished or absent."""
+"""The program as a whole: help, plan, env, error messages, and output that is complete or absent."""
 
 from __future__ import annotations
 
@@ -244,7 +244,28 @@ def test_a_report_is_checked_before_the_work(cli, tmp_path):
         assert done.code == 2 and "change --out" in done.err
 
 
-# --- text of a user's, with brackets and colons that mean something to Rich
+def test_a_report_replaces_only_reports(cli, locks, tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install lockkit[report]")
+    shutil.copy(locks("llama") / LOCK_RECORD, tmp_path / "result.json")
+    before = (tmp_path / "result.json").read_bytes()
+    (tmp_path / "page.html").write_text("<p>mine</p>")
+    (tmp_path / "notes.md").write_text("mine")
+    for page, other in (("result.html", "result.json"), ("page.html", "page.html"), ("notes.html", "notes.md")):
+        done = cli("report", tmp_path, "--out", tmp_path / page)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert str(tmp_path / other) in done.err and "change --out" in done.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.md", "page.html", "result.json"]
+    assert (tmp_path / "result.json").read_bytes() == before
+
+    for _ in range(2):  # a report replaces itself
+        assert cli("report", tmp_path).code == 0
+    (tmp_path / "report.html").unlink()
+    assert cli("report", tmp_path).code == 0
+    (tmp_path / "report.json").write_text('{"schema": "lockkit-lock/2"}')
+    assert cli("report", tmp_path).code == 2
+
+
+# --- a user's text, with brackets and colons that mean something to Rich
 
 NAME = "my[bold]model[/bold] :smile: [attack]"
 

@@ -1,4 +1,4 @@
-"""The demo, with a few seconds of distillation in place of minutes."""
+"""The examples: the demo with a few seconds of distillation, the Slurm script, the container and KServe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lockkit.settings import validated
 DEMO = Path(__file__).parents[1] / "examples" / "demo.py"
 
 
-def test_demo_goes_all_the_way_and_reports_what_it_measured(tmp_path):
+def test_demo_runs_all_steps_and_reports_what_it_measured(tmp_path):
     short = "--coupling 0.05 --tokens 16384 --end-to-end-tokens 0 --validation-tokens 2048"
     done = subprocess.run(
         [sys.executable, DEMO, "--folder", tmp_path / "run", "--depth", "8", "--lock-options", short],
@@ -28,7 +28,7 @@ def test_demo_goes_all_the_way_and_reports_what_it_measured(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert f"{figures['perplexity']['locked_over_original']:.4f}" in done.stdout
-    promised = done.stdout[done.stdout.index("holds") :]
+    promised = done.stdout[done.stdout.index("contents of") :]
     assert "locked-onnx" in promised
     for name in ("locked/model.safetensors", "locked-onnx/model.onnx_data", "original-onnx/model.onnx", "verify.json"):
         assert (tmp_path / "run" / name).is_file()

@@ -1,4 +1,4 @@
-"""Files that come from others, damaged in every way hypothesis thinks of: read, or refused in one line."""
+"""Files from others, damaged by hypothesis: each is read, or refused in one line."""
 
 from __future__ import annotations
 

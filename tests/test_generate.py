@@ -157,7 +157,7 @@ def test_two_models_side_by_side(folder, export, cli, tmp_path):
     assert all(len(line) <= 80 for line in same.out.splitlines())
     other = save_tiny("llama", tmp_path / "other", seed=4)
     different = cli("generate", export, other, "--prompt", PROMPT, "--max-new-tokens", 8)
-    assert different.code == 0 and "they part at token" in different.out
+    assert different.code == 0 and "first difference at token" in different.out
 
 
 def test_bad_use_is_one_line_and_exit_code_2(folder, export, cli, tmp_path):

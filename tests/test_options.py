@@ -1,4 +1,4 @@
-"""Options of the command line are the fields of the config classes: one name, one default, one meaning."""
+"""Each command-line option is a field of a config class: the same name, default and description."""
 
 from __future__ import annotations
 

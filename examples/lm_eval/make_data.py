@@ -1,10 +1,10 @@
-"""Writes stdlib_members.jsonl: which of four names belongs to this module of the standard library?
+"""Writes stdlib_members.jsonl: which of four names belongs to this module of Python's standard library?
 
     python make_data.py
 
-Right answers come from a module's `__all__`, wrong ones from the other modules'. Only modules and
-names are written down, no source text. Another Python may have other names: the file in the
-repository stays as it is, so that scores can be compared.
+The right answer is from the module's `__all__`, the wrong ones are from the `__all__` of other modules. The file
+contains names only, no source text. Another version of Python may have other names. So the file in the repository is
+not regenerated, and scores stay comparable.
 """
 
 import importlib
@@ -24,6 +24,7 @@ CHOICES = 4
 
 
 def main() -> None:
+    """Write the questions beside this file."""
     random.seed(0)
     members = {}
     names = MODULES.split()

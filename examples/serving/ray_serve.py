@@ -1,11 +1,11 @@
-"""`lockkit serve` on Ray Serve: replicas of the server, one on each machine or several, behind one address.
+"""`lockkit serve` on Ray Serve: replicas of the server on one or more machines, behind one address.
 
     pip install 'ray[serve]'
     serve run examples.serving.ray_serve:app export=/models/locked-onnx name=locked
 
-Every replica is the whole server (batching, limits, key, metrics); Ray spreads the requests and
-starts more replicas as they queue up. To run replicas in the container of `Dockerfile`, build it
-with `ray[serve]` of the cluster's version and give `runtime_env={"image_uri": ...}` below.
+Each replica is a complete server, with its own batching, limits, API key and metrics. Ray distributes the requests
+and starts more replicas when requests wait. To run replicas in the container of `Dockerfile`, add `ray[serve]` of the
+cluster's version to the image, and set `runtime_env={"image_uri": ...}` below.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ray import serve
 from lockkit import ServeConfig
 from lockkit.serve.server import open_app
 
-RUNNING = 16  # requests a replica generates for at the same time
-WAITING = 64
+RUNNING = 16  # requests that a replica runs at the same time
+WAITING = 64  # requests that wait in a replica
 
 
 def app(arguments: dict[str, str]) -> serve.Application:
-    """What `serve run` deploys.
+    """The application that `serve run` deploys.
 
     Args:
-        arguments: `export`, the folder on every machine, and `name`, the model's name in requests.
+        arguments: `export`, a folder that exists on every machine, and `name`, the model's name in requests.
     """
     config = ServeConfig(name=arguments.get("name"), max_batch=RUNNING, max_queue=WAITING)
 
@@ -37,6 +37,6 @@ def app(arguments: dict[str, str]) -> serve.Application:
     )
     @serve.ingress(lambda: open_app(Path(arguments["export"]), config))
     class Server:
-        """The ASGI application of `lockkit serve`, opened in the replica's own process."""
+        """The ASGI application of `lockkit serve`, created in the process of the replica."""
 
     return Server.bind()

@@ -1,6 +1,6 @@
-"""Settings of an audit, and what each suite sets them to.
+"""Settings of an audit, and the values of each suite.
 
-A suite is nothing but a set of values: every one can be overridden by its option.
+A suite is a set of values. The option of a setting overrides the suite's value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lockkit.settings import validated
 Suite = Literal["quick", "standard", "full"]
 
 SUITES: dict[str, dict[str, Any]] = {
-    # Every family once, in a few minutes on two cores.
+    # One attack of each family, in a few minutes on two cores.
     "quick": {
         "tasks": ["signatures"],
         "steps": 16,
@@ -26,8 +26,10 @@ SUITES: dict[str, dict[str, Any]] = {
         "redistill_tokens": 12_288,
         "learning_rates": [1e-3],
         "seeds": 1,
+        "exhaustive": False,
+        "sweep": 0,
     },
-    # What a table needs, in the order of selection.py, which spends trials where they can change the result.
+    # Enough for a published table. selection.py spends the trials where they can change the result.
     "standard": {
         "tasks": ["signatures", "docstrings"],
         "steps": 32,
@@ -39,6 +41,8 @@ SUITES: dict[str, dict[str, Any]] = {
         "redistill_tokens": 65_536,
         "learning_rates": [1e-4, 3e-4, 1e-3],
         "seeds": 5,
+        "exhaustive": False,
+        "sweep": 0,
     },
 }
 SUITES["full"] = SUITES["standard"] | {
@@ -51,72 +55,81 @@ SUITES["full"] = SUITES["standard"] | {
 }
 
 
+def _of_suite(description: str, **limits: Any) -> Any:
+    """A field without a default of its own: `audit_config` fills it from the suite."""
+    return Field(description=f"{description} Default: the suite's.", **limits)
+
+
 class AuditConfig(BaseModel):
-    """Settings of `lockkit attack`."""
+    """Settings of `lockkit attack`. `audit_config` fills in the values of a suite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     suite: Suite = Field(
         "quick",
-        description="`quick` tries every family of attacks once; `standard` every attack, several learning rates, and "
-        "what was cheapest on a second task and with five seeds; `full` everything on both tasks, with sweeps. "
-        "Other options override what the suite sets.",
+        description="`quick`: one attack of each family. `standard`: every attack, at several learning rates; the "
+        "cheapest attacks also on a second task and with five seeds. `full`: every attack on both tasks, with larger "
+        "budgets and searches over settings. Other options override single values of the suite.",
     )
-    tasks: list[str] = Field(
+    tasks: list[str] = _of_suite(
+        "Task to fine-tune on: `signatures`, `docstrings`, a chat-format .jsonl file, or text (a file, a folder or a Hub "
+        "dataset; 10 % of its passages are used).",
         min_length=1,
-        description="What to fine-tune on: `signatures`, `docstrings`, a chat-format .jsonl, or a text file, folder or Hub "
-        "dataset (10 % of its passages). Default: the suite's.",
     )
-    steps: int = Field(ge=8, description="Steps of each fine-tuning run.")
-    batch_rows: int = Field(ge=1, description="Rows in a step.")
-    block_tokens: int = Field(ge=16, description="Length of a row, in tokens.")
-    held_out_tokens: int = Field(ge=128, description="Tokens of a task that measure, and never train.")
-    evaluation_tokens: int = Field(ge=128, description="Tokens that measure perplexity and KL of an unlocked model.")
-    unlock_tokens: int = Field(ge=256, description="Unlabelled tokens for closed-form unlocks.")
-    redistill_tokens: int = Field(ge=256, description="Tokens of a re-distillation, at most.")
+    steps: int = _of_suite("Steps of each fine-tuning run.", ge=8)
+    batch_rows: int = _of_suite("Rows per step.", ge=1)
+    block_tokens: int = _of_suite("Length of a row, in tokens.", ge=16)
+    held_out_tokens: int = _of_suite("Held-out tokens of a task, on which the loss is measured.", ge=128)
+    evaluation_tokens: int = _of_suite(
+        "Tokens on which the perplexity and KL divergence of an unlocked model are measured.", ge=128
+    )
+    unlock_tokens: int = _of_suite("Unlabelled tokens for closed-form unlocks.", ge=256)
+    redistill_tokens: int = _of_suite("Unlabelled tokens for re-distillations.", ge=256)
     redistill_budgets: list[float] = Field(
         default=[],
-        description="Tokens of a re-distillation, in multiples of what the lock took; text is read up to 8 times. "
-        "Default: --redistill-tokens.",
+        description="Training tokens of a re-distillation, as a multiple of the lock's own. The unlabelled tokens are "
+        "read up to 8 times. Default: one pass over --redistill-tokens.",
     )
-    learning_rates: list[float] = Field(
-        min_length=1,
-        description="Learning rate that every gradient attack tries, on the original as on the lock. Default: the suite's.",
+    learning_rates: list[float] = _of_suite(
+        "Learning rate that every gradient attack tries, on the original and on the lock.", min_length=1
     )
-    seeds: int = Field(ge=1, description="Seeds of headline rows: what was cheapest on a task, and the baseline.")
-    exhaustive: bool = Field(
-        False,
-        description="Every variant at every learning rate, every attack on every task; else as lockkit/attack/selection.py says.",
+    seeds: int = _of_suite("Number of seeds for the baseline and for the cheapest attacks on each task.", ge=1)
+    exhaustive: bool = _of_suite(
+        "Try every variant at every learning rate, and every attack on every task. Otherwise, "
+        "lockkit/attack/selection.py says which trials are run."
     )
-    sweep: int = Field(
-        0,
+    sweep: int = _of_suite(
+        "Trials of a search over the settings of each gradient attack, the same number on the original and on the "
+        "lock; 0 for no search.",
         ge=0,
-        description="Trials of a search over each gradient attack's settings, as many on the original as on the lock.",
     )
     target_share: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="The target is the held-out loss at this share of the improvement that the reference fine-tune of "
-        "the original reaches.",
+        description="Share of the improvement of the reference (the original, fine-tuned) that an attack has to reach. "
+        "It sets the target loss.",
     )
     effective_depth_kl: float = Field(
         0.01,
         gt=0,
-        description="Effective depth: the fewest stages whose collapse stays within this KL to the lock, nats per token.",
+        description="Limit that defines effective depth: the fewest stages of a closed-form unlock whose KL divergence "
+        "to the lock is at most this, in nats per token.",
     )
     data: str = Field(
-        "auto", description="Unlabelled text for unlocks and for measuring; `auto` is what the lock was distilled on."
+        "auto",
+        description="Unlabelled text for unlocks and for measuring: `stdlib`, a text file, a folder, or a Hub dataset. "
+        "`auto` takes the text that the lock was distilled on, or `stdlib` if the model wrote that text.",
     )
     seed: int = Field(0, ge=0, description="First seed.")
-    device: str = Field("auto", description="`cpu`, `cuda`, ...; `auto` takes a GPU if there is one.")
+    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` uses a GPU if there is one.")
 
 
 def audit_config(suite: str = "quick", **overrides: Any) -> AuditConfig:
-    """The configuration of a suite, with overrides; those that are None count as not given.
+    """The configuration of a suite. `overrides` maps field names to values; None and an empty list are ignored.
 
     Raises:
-        UsageError: naming the option that is out of range.
+        UsageError: a setting is out of range; the message names its option.
     """
     given = {name: value for name, value in overrides.items() if value is not None and value != []}
     return validated(AuditConfig, {"suite": suite} | SUITES.get(suite, SUITES["quick"]) | given)

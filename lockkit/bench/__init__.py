@@ -1,4 +1,4 @@
-"""How fast an export runs, beside other exports and PyTorch models, in one run."""
+"""Speed and memory of an export, measured in one run with other exports and PyTorch models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first asked for: `lockkit --help` reads BenchConfig and must stay light.
+    # A name is loaded when it is first used: `lockkit --help` reads BenchConfig and must not import the rest.
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,4 +1,4 @@
-"""What a benchmark can be told: the one truth for the Python API and the command line."""
+"""The settings of a benchmark, for the command line and Python."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.targets import Provider
 
-Positive = Annotated[int, Field(ge=1)]
+_Positive = Annotated[int, Field(ge=1)]
 
 
 class Runtime(StrEnum):
-    """What runs an export. A Hugging Face folder always runs in PyTorch."""
+    """What runs a model. An export runs in onnxruntime or onnxruntime-genai, a Hugging Face folder in PyTorch."""
 
     onnxruntime = "onnxruntime"
     genai = "onnxruntime-genai"
@@ -21,19 +21,24 @@ class Runtime(StrEnum):
 
 
 class BenchConfig(BaseModel):
-    """Options of `bench`; every field's description is its help text."""
+    """Settings of `lockkit bench`. The description of a field is the help text of its option."""
 
     model_config = ConfigDict(extra="forbid")
 
     runtimes: list[Runtime] = Field(
-        [Runtime.onnxruntime, Runtime.genai], min_length=1, description="What runs the exports."
+        [Runtime.onnxruntime, Runtime.genai],
+        min_length=1,
+        description="Runtime of the exports. Hugging Face models always run in PyTorch.",
     )
-    provider: Provider = Field(Provider.cpu, description="Where exports run; PyTorch models run there too.")
-    batch_sizes: list[Positive] = Field([1], min_length=1, description="Rows run together.")
-    prompt_lengths: list[Positive] = Field([128], min_length=1, description="Tokens of each row's prompt.")
-    new_tokens: int = Field(32, ge=2, description="Tokens made after each prompt, one at a time.")
-    rounds: int = Field(7, ge=1, description="How often every model is measured, in turns.")
-    threads: int | None = Field(None, ge=1, description="CPU threads of each runtime; by default its own choice.")
+    provider: Provider = Field(
+        Provider.cpu, description="Where all models run: exports with this execution provider, PyTorch on that device."
+    )
+    batch_sizes: list[_Positive] = Field([1], min_length=1, description="Rows in a batch.")
+    prompt_lengths: list[_Positive] = Field([128], min_length=1, description="Length of each row's prompt, in tokens.")
+    new_tokens: int = Field(32, ge=2, description="Tokens generated after each prompt, one at a time.")
+    rounds: int = Field(7, ge=1, description="Measured rounds. In each, all models run in turn.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each runtime. Default: the runtime's choice.")
     kernel: bool = Field(
-        False, description="Run EXPORT with the fused operator of `lockkit kernel` (onnxruntime, on the CPU)."
+        False,
+        description="Run EXPORT with the fused operator of `lockkit kernel`, in onnxruntime on the CPU.",
     )

@@ -1,4 +1,4 @@
-"""The ratios of a benchmark as a picture."""
+"""A bar chart of the ratios of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lockkit.files import replaced
 
 
 def picture_suffixes() -> list[str]:
-    """What the name of a picture may end in: the formats matplotlib writes.
+    """The file name extensions that `plot` can write, such as `.svg`: the formats of matplotlib.
 
     Raises:
-        UsageError: matplotlib is missing.
+        UsageError: matplotlib is not installed.
     """
     try:
         from matplotlib.backend_bases import FigureCanvasBase
@@ -24,10 +24,10 @@ def picture_suffixes() -> list[str]:
 
 
 def plot(result: BenchResult, path: Path) -> None:
-    """Draw every ratio as a bar, decode and prefill side by side, with a line at 1.
+    """Draw each ratio as two bars, decode and prefill, with a line at 1, and write the picture to `path`.
 
     Raises:
-        UsageError: nothing to compare, or the picture cannot be written.
+        UsageError: the result has no ratios, or the picture cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -42,7 +42,7 @@ def plot(result: BenchResult, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(list(rows), labels)
     axes.invert_yaxis()
-    axes.set_xlabel(f"speed of {result.models[0].model} over the other's (above 1: faster)")
+    axes.set_xlabel(f"speed of {result.models[0].model}, relative to the other (above 1: faster)")
     axes.legend()
     picture = io.BytesIO()
     try:

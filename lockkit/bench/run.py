@@ -1,29 +1,32 @@
-"""Measuring exports and models side by side.
+"""Measures exports and models side by side.
 
-1. Say what runs: EXPORT in every runtime asked for; each of the others, an export in the same
-   runtimes, a Hugging Face folder in PyTorch.
-2. Load each in a process of its own; one uncounted round of every batch size and length.
-3. Rounds: every model in turn reads the same prompt and makes the same number of tokens, while the
-   others wait. A machine that slows down slows down all of them.
-4. Ratios, EXPORT over each other: the median over the rounds of the ratio within the round.
+1. List what runs: EXPORT in every requested runtime; each other export in the same runtimes; each Hugging Face
+   model in PyTorch.
+2. Load each of these in a process of its own.
+3. Run the rounds. In a round, all models run every batch size and prompt length in turn: the same prompt and the same
+   number of new tokens, while the others wait. So a machine that slows down slows all of them. The first round is a
+   warm-up and does not count.
+4. Compute the ratios of EXPORT to each other model: the median, over the rounds, of the ratio within a round.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.bench.config import BenchConfig, Runtime
-from lockkit.bench.timed import worker
+from lockkit.bench.timed import Ready, Shape, Timing, worker
 from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.session import MODEL_FILE
@@ -31,22 +34,23 @@ from lockkit.files import EXPORT_MANIFEST
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import git_hash, versions
 
-SCHEMA = "lockkit-bench/1"
+SCHEMA: Final = "lockkit-bench/1"
+_STOP_SECONDS = 10  # that a process gets to end by itself
 
 
 class Ratio(BaseModel):
-    """EXPORT's speed over another's: above 1, EXPORT is faster."""
+    """Speed of EXPORT over that of another model. Above 1, EXPORT is faster."""
 
     runtime: str
     against: str
     batch_size: int
     prompt_length: int
     decode: float
-    prefill: float  # the time to the first token
+    prefill: float  # until the first new token
 
 
 class Measurement(BaseModel):
-    """One model in one runtime at one batch size and prompt length; medians of the rounds."""
+    """One model in one runtime at one batch size and prompt length: medians over the rounds."""
 
     model: str
     runtime: str
@@ -55,7 +59,7 @@ class Measurement(BaseModel):
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     time_to_first_token_seconds: float
-    step_seconds: dict[str, float]  # percentiles over all rounds' tokens: p50, p95, p99
+    step_seconds: dict[str, float]  # p50, p95, p99: percentiles over the tokens of all rounds
 
 
 class Loaded(BaseModel):
@@ -63,7 +67,7 @@ class Loaded(BaseModel):
 
     model: str
     runtime: str
-    locked: bool | None = None  # None: not an export of lockkit's
+    locked: bool | None = None  # None if lockkit did not export it
     precision: str | None = None
     size_bytes: int
     load_seconds: float
@@ -71,7 +75,7 @@ class Loaded(BaseModel):
 
 
 class BenchResult(BaseModel):
-    """What `bench` found; the JSON is this class."""
+    """The result of `bench`, and the schema of its JSON."""
 
     model_config = ConfigDict(populate_by_name=True)
     schema_version: Literal["lockkit-bench/1"] = Field(SCHEMA, alias="schema")
@@ -84,32 +88,48 @@ class BenchResult(BaseModel):
     machine: dict[str, str | int]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Target:
-    """A model in its process, and what it has answered: shape -> rounds."""
+    """A model and the runtime it is measured in."""
 
     folder: Path
     name: str
     runtime: Runtime
-    first: bool  # EXPORT itself
-    process: multiprocessing.Process | None = None
-    pipe: Connection | None = None
+    is_export: bool  # EXPORT itself, not one that it is compared with
+
+
+@dataclass
+class _Running:
+    """A target that is loaded in a process of its own, and its timings."""
+
+    target: _Target
+    pipe: Connection[Shape | None, Ready | Timing | LockkitError]
     load_seconds: float = 0.0
+    timings: dict[Shape, list[Timing]] = field(default_factory=dict)  # one per round
 
-    def ask(self, message: object) -> dict:
-        self.pipe.send(message)
-        return self.answer()
+    def receive(self) -> Ready | Timing:
+        """The next message of the process.
 
-    def answer(self) -> dict:
+        Raises:
+            LockkitError: the model failed, or the process died.
+        """
         try:
-            found = self.pipe.recv()
+            message = self.pipe.recv()
         except EOFError:
+            target = self.target
             raise LockkitError(
-                f"the process that ran {self.name} in {self.runtime.value} died: out of memory?"
+                f"the process that ran {target.name} in {target.runtime.value} died: out of memory?"
             ) from None
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(message, LockkitError):
+            raise message
+        return message
+
+    def time(self, shape: Shape) -> Timing:
+        """Run one prompt and its continuation."""
+        self.pipe.send(shape)
+        timing = self.receive()
+        assert isinstance(timing, Timing)
+        return timing
 
 
 def bench(
@@ -118,7 +138,7 @@ def bench(
     config: BenchConfig | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
-    """Time an export, alone or beside others.
+    """Measure the speed of an export, alone or beside others.
 
     Args:
         export: a folder that `lockkit export` wrote.
@@ -127,41 +147,38 @@ def bench(
         progress: told of the rounds.
 
     Raises:
-        UsageError: a model that is neither, or a provider that cannot be had.
+        UsageError: `export` or one of `against` is not such a model, or the provider or the kernel is not available.
         LockkitError: a runtime failed.
     """
-    config, progress = config or BenchConfig(), progress or NoProgress()
+    config, progress, export = config or BenchConfig(), progress or NoProgress(), Path(export)
     kernel = None
     if config.kernel:
         from lockkit.kernel import build_kernel
 
         kernel = build_kernel()
-    targets = _targets(Path(export), against or [], config)
-    if config.kernel and not has_kernel_form(Path(export) / MODEL_FILE):
+    targets = _targets(export, against or [], config)
+    if config.kernel and not has_kernel_form(export / MODEL_FILE):
         raise UsageError(f"{export} has no chains that the kernel computes: do without --kernel, or export again")
     shapes = [(batch, length) for batch in config.batch_sizes for length in config.prompt_lengths]
-    rounds: dict[tuple[int, int, int], list[dict]] = {}  # target, batch, length
-    try:
-        for target in targets:
-            _start(target, config, kernel if target.first else None)
+    with contextlib.ExitStack() as stack:
+        models = [
+            stack.enter_context(_running(target, config, kernel if target.is_export else None)) for target in targets
+        ]
         progress.start("measuring", (config.rounds + 1) * len(shapes))
         for number in range(config.rounds + 1):
             for shape in shapes:
-                for index, target in enumerate(targets):
-                    found = target.ask(shape)
-                    if number:  # the first round warms up
-                        rounds.setdefault((index, *shape), []).append(found)
+                for model in models:
+                    timing = model.time(shape)
+                    if number:  # not the warm-up
+                        model.timings.setdefault(shape, []).append(timing)
                 progress.advance()
         progress.finish()
-    finally:
-        for target in targets:
-            _stop(target)
-    return _result(targets, shapes, rounds, config)
+    return _result(models, shapes, config)
 
 
 def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Target]:
     if not (export / EXPORT_MANIFEST).is_file():
-        raise UsageError(f"{export} is not an export of lockkit's: change EXPORT")
+        raise UsageError(f"{export} is not an export that lockkit wrote: change EXPORT")
     from lockkit.export.manifest import check_manifest
     from lockkit.models.load import resolve_model
 
@@ -184,44 +201,46 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
     return targets
 
 
-def _start(target: _Target, config: BenchConfig, kernel: Path | None) -> None:
+@contextlib.contextmanager
+def _running(target: _Target, config: BenchConfig, kernel: Path | None) -> Iterator[_Running]:
+    """Load a target in a new process, which ends with the block."""
     context = multiprocessing.get_context("spawn")
-    target.pipe, theirs = context.Pipe()
+    pipe, theirs = context.Pipe()
     arguments = (theirs, target.runtime, target.folder, config, kernel)
-    target.process = context.Process(target=worker, args=arguments, daemon=True)
-    target.process.start()
+    process = context.Process(target=worker, args=arguments, daemon=True)
+    process.start()
     theirs.close()
-    target.load_seconds = target.answer()["load_seconds"]
-
-
-def _stop(target: _Target) -> None:
-    if target.process is None:
-        return
+    model = _Running(target, pipe)
     try:
-        target.pipe.send(None)
-        target.process.join(10)
-    except OSError:
-        pass  # it has died
-    if target.process.is_alive():
-        target.process.kill()
+        ready = model.receive()
+        assert isinstance(ready, Ready)
+        model.load_seconds = ready.load_seconds
+        yield model
+    finally:
+        with contextlib.suppress(OSError):  # the process has died
+            pipe.send(None)
+            process.join(_STOP_SECONDS)
+        if process.is_alive():
+            process.kill()
 
 
-def _result(targets: list[_Target], shapes: list, rounds: dict, config: BenchConfig) -> BenchResult:
-    ratios, measurements = [], []
+def _result(models: list[_Running], shapes: list[Shape], config: BenchConfig) -> BenchResult:
+    own = [model for model in models if model.target.is_export]
+    runtimes = [model.target.runtime for model in own]
+    ratios = []
     for shape in shapes:
-        for index, target in enumerate(targets):
-            measurements.append(_measurement(target, shape, rounds[index, *shape]))
-            # Another export against EXPORT in the same runtime, anything else against EXPORT in each.
-            for first, mine in enumerate(targets):
-                alike = target.runtime is mine.runtime or not any(
-                    other.first and other.runtime is target.runtime for other in targets
-                )
-                if mine.first and not target.first and alike:
-                    ratios.append(_ratio(mine, target, shape, rounds[first, *shape], rounds[index, *shape]))
+        for model in models:
+            if model.target.is_export:
+                continue
+            # Another export is compared with EXPORT in the same runtime; a PyTorch model with EXPORT in each.
+            same = model.target.runtime in runtimes
+            ratios += [
+                _ratio(mine, model, shape) for mine in own if not same or mine.target.runtime is model.target.runtime
+            ]
     return BenchResult(
         ratios=ratios,
-        measurements=measurements,
-        models=[_loaded(target, index, rounds) for index, target in enumerate(targets)],
+        measurements=[_measurement(model, shape) for shape in shapes for model in models],
+        models=[_loaded(model) for model in models],
         config=config,
         versions=versions(),
         git_hash=git_hash(),
@@ -229,26 +248,29 @@ def _result(targets: list[_Target], shapes: list, rounds: dict, config: BenchCon
     )
 
 
-def _ratio(mine: _Target, other: _Target, shape: tuple[int, int], mine_rounds: list, other_rounds: list) -> Ratio:
-    pairs = list(zip(mine_rounds, other_rounds, strict=True))
+def _ratio(mine: _Running, other: _Running, shape: Shape) -> Ratio:
+    name, runtime = other.target.name, other.target.runtime
+    pairs = list(zip(mine.timings[shape], other.timings[shape], strict=True))
     return Ratio(
-        runtime=mine.runtime.value,
-        against=other.name if other.runtime is mine.runtime else f"{other.name} ({other.runtime.value})",
+        runtime=mine.target.runtime.value,
+        against=name if runtime is mine.target.runtime else f"{name} ({runtime.value})",
         batch_size=shape[0],
         prompt_length=shape[1],
-        decode=statistics.median(statistics.median(b["steps"]) / statistics.median(a["steps"]) for a, b in pairs),
-        prefill=statistics.median(b["first"] / a["first"] for a, b in pairs),
+        decode=statistics.median(
+            statistics.median(b.step_seconds) / statistics.median(a.step_seconds) for a, b in pairs
+        ),
+        prefill=statistics.median(b.first_token_seconds / a.first_token_seconds for a, b in pairs),
     )
 
 
-def _measurement(target: _Target, shape: tuple[int, int], rounds: list[dict]) -> Measurement:
-    batch, length = shape
-    first = statistics.median(found["first"] for found in rounds)
-    steps = sorted(step for found in rounds for step in found["steps"])
+def _measurement(model: _Running, shape: Shape) -> Measurement:
+    (batch, length), timings = shape, model.timings[shape]
+    first = statistics.median(timing.first_token_seconds for timing in timings)
+    steps = sorted(step for timing in timings for step in timing.step_seconds)
     percentile = {f"p{p}": steps[min(len(steps) - 1, len(steps) * p // 100)] for p in (50, 95, 99)}
     return Measurement(
-        model=target.name,
-        runtime=target.runtime.value,
+        model=model.target.name,
+        runtime=model.target.runtime.value,
         batch_size=batch,
         prompt_length=length,
         prefill_tokens_per_second=batch * length / first,
@@ -258,22 +280,19 @@ def _measurement(target: _Target, shape: tuple[int, int], rounds: list[dict]) ->
     )
 
 
-def _loaded(target: _Target, index: int, rounds: dict) -> Loaded:
-    manifest = target.folder / EXPORT_MANIFEST
+def _loaded(model: _Running) -> Loaded:
+    folder = model.target.folder
+    manifest = folder / EXPORT_MANIFEST
     record = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    weights = [
-        path for path in target.folder.iterdir() if path.suffix in (".safetensors", ".onnx") or "onnx" in path.name
-    ]
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".onnx") or "onnx" in path.name]
     return Loaded(
-        model=target.name,
-        runtime=target.runtime.value,
+        model=model.target.name,
+        runtime=model.target.runtime.value,
         locked=record.get("locked"),
         precision=record.get("precision"),
         size_bytes=sum(path.stat().st_size for path in weights),
-        load_seconds=target.load_seconds,
-        peak_memory_bytes=max(
-            f["peak_memory_bytes"] for key, found in rounds.items() if key[0] == index for f in found
-        ),
+        load_seconds=model.load_seconds,
+        peak_memory_bytes=max(timing.peak_memory_bytes for timings in model.timings.values() for timing in timings),
     )
 
 

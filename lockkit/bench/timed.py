@@ -1,16 +1,18 @@
-"""A model that can be timed: one prompt, then one token at a time, greedily.
+"""Times a model: the prompt of a batch first, then one token per step, greedily.
 
-Each runner lives in a process of its own (`worker`), so that its peak memory is its own and no
-runtime's idle threads slow down another's.
+Each model runs in a process of its own (`worker`). So its peak memory counts nothing else, and idle threads of one
+runtime do not slow down another.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,24 +20,55 @@ from lockkit.bench.config import BenchConfig, Runtime
 from lockkit.environment import peak_resident_bytes
 from lockkit.errors import LockkitError
 
+if TYPE_CHECKING:
+    import torch
 
-class Runner(Protocol):
-    """A causal language model in some runtime."""
+    from lockkit.export.session import Cache
+
+Shape = tuple[int, int]  # rows in a batch, tokens in each row's prompt
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded."""
+
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One prompt and its continuation."""
+
+    first_token_seconds: float  # of the prompt and the first new token
+    step_seconds: list[float]  # of each further token
+    peak_memory_bytes: int  # resident memory of the process so far
+
+
+class TimedModel(Protocol):
+    """A causal language model in some runtime, loaded from `folder`.
+
+    Args:
+        kernel: the fused operator's library, for onnxruntime; None runs without it.
+    """
+
+    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None: ...
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
-        """Start anew: read `ids`, int64 `[batch, seq]`, and choose the next token of each row."""
+        """Drop the cache, read `ids`, int64 `[batch, seq]`, and choose the next token of each row."""
 
     def step(self) -> None:
         """Choose one more token for each row."""
 
 
-class OnnxruntimeRunner:
-    """An export in plain onnxruntime, caches bound to the device."""
+class _Onnxruntime:
+    """An export in plain onnxruntime. Its caches stay on the device."""
 
-    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None):
+    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
         from lockkit.export.session import ExportSession
 
         self.session = ExportSession(folder, config.provider, check=False, threads=config.threads, kernel=kernel)
+        self.cache: Cache | None = None
+        self.next_ids = np.empty((0, 1), np.int64)  # [batch, 1]
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
         self.cache = None
@@ -49,10 +82,12 @@ class OnnxruntimeRunner:
         self.next_ids = logits[:, -1:].argmax(-1)
 
 
-class GenaiRunner:
+class _Genai:
     """An export in onnxruntime-genai."""
 
-    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None):
+    generator: Any  # onnxruntime_genai.Generator, a new one for each prompt
+
+    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
         import onnxruntime_genai as genai
 
         settings = genai.Config(str(folder))
@@ -60,8 +95,8 @@ class GenaiRunner:
             overlay = '{"model": {"decoder": {"session_options": {"intra_op_num_threads": %d}}}}'
             settings.overlay(overlay % config.threads)
         if config.provider.row.genai:
-            # onnxruntime-genai does not tell which nodes fell back to the CPU; a session of ours does.
-            OnnxruntimeRunner(folder, config, None)
+            # onnxruntime-genai does not report nodes that fell back to the CPU. Opening a session of our own does.
+            _Onnxruntime(folder, config, None)
             settings.clear_providers()
             settings.append_provider(config.provider.row.genai)
         self.genai, self.model = genai, genai.Model(settings)
@@ -78,10 +113,12 @@ class GenaiRunner:
         self.generator.generate_next_token()
 
 
-class PytorchRunner:
-    """A Hugging Face model in PyTorch, eager, in fp32 on the CPU and as stored on CUDA."""
+class _Pytorch:
+    """A Hugging Face model in eager PyTorch: in float32 on the CPU, in the stored type on CUDA."""
 
-    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None):
+    next_ids: torch.Tensor  # int64 [batch, 1]
+
+    def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
         import torch
 
         from lockkit.devices import synchronise
@@ -91,8 +128,9 @@ class PytorchRunner:
             torch.set_num_threads(config.threads)
         self.torch, self.synchronise = torch, synchronise
         self.device = config.provider.row.torch_device
-        model, _ = load_model(folder, torch.float32 if self.device == "cpu" else None)
+        model, _ = load_model(folder, torch.float32 if self.device == "cpu" else "auto")
         self.model = model.to(self.device)
+        self.cache: Any = None  # transformers.Cache
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
         self.cache = None
@@ -101,28 +139,40 @@ class PytorchRunner:
     def step(self) -> None:
         self._run(self.next_ids)
 
-    def _run(self, ids: Any) -> None:
+    def _run(self, ids: torch.Tensor) -> None:
         with self.torch.inference_mode():
             out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache, self.next_ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
         self.synchronise(self.model.device)
 
 
-RUNNERS = {Runtime.onnxruntime: OnnxruntimeRunner, Runtime.genai: GenaiRunner, Runtime.pytorch: PytorchRunner}
+_RUNTIMES: dict[Runtime, type[TimedModel]] = {
+    Runtime.onnxruntime: _Onnxruntime,
+    Runtime.genai: _Genai,
+    Runtime.pytorch: _Pytorch,
+}
 
 
-def worker(pipe: Connection, runtime: Runtime, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
-    """Load a model, then time one prompt and its continuation for every `(batch, length)` received; None ends."""
-    import os
+def worker(
+    pipe: Connection[Ready | Timing | LockkitError, Shape | None],
+    runtime: Runtime,
+    folder: Path,
+    config: BenchConfig,
+    kernel: Path | None,
+) -> None:
+    """Run a model in this process, for the process at the other end of `pipe`.
 
+    Sends `Ready`, then a `Timing` for each `Shape` received; None ends it. Sends a `LockkitError` in place of either
+    if the model fails, and ends.
+    """
     if config.threads:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
     try:
         start = time.perf_counter()
-        runner = RUNNERS[runtime](folder, config, kernel)
-        pipe.send({"load_seconds": time.perf_counter() - start})
+        model = _RUNTIMES[runtime](folder, config, kernel)
+        pipe.send(Ready(time.perf_counter() - start))
         while (shape := pipe.recv()) is not None:
-            pipe.send(_measure(runner, *shape, config.new_tokens))
+            pipe.send(_time(model, shape, config.new_tokens))
     except LockkitError as error:
         pipe.send(error)
     except Exception as error:
@@ -130,14 +180,14 @@ def worker(pipe: Connection, runtime: Runtime, folder: Path, config: BenchConfig
         pipe.send(LockkitError(f"{folder} failed in {runtime.value} ({reason})"))
 
 
-def _measure(runner: Runner, batch: int, length: int, new_tokens: int) -> dict:
-    ids = np.random.default_rng(0).integers(1, 1000, (batch, length))
+def _time(model: TimedModel, shape: Shape, new_tokens: int) -> Timing:
+    ids = np.random.default_rng(0).integers(1, 1000, shape)
     clock = time.perf_counter
     start = clock()
-    runner.prompt(ids, new_tokens)
+    model.prompt(ids, new_tokens)
     times = [clock()]
     for _ in range(new_tokens - 1):
-        runner.step()
+        model.step()
         times.append(clock())
     steps = [after - before for before, after in itertools.pairwise(times)]
-    return {"first": times[0] - start, "steps": steps, "peak_memory_bytes": peak_resident_bytes()}
+    return Timing(times[0] - start, steps, peak_resident_bytes())

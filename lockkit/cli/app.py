@@ -1,4 +1,4 @@
-"""The `lockkit` program: its commands, and what it does with errors.
+"""The `lockkit` program: its commands and its exit codes.
 
 Exit codes: 0 success, 1 a gate failed, 2 bad use or bad input (one line on standard error;
 a traceback only with `--debug`).
@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from lockkit.cli.attack import attack
 from lockkit.cli.bench import bench
@@ -27,7 +28,7 @@ from lockkit.cli.serve import serve
 from lockkit.cli.verify import verify
 from lockkit.errors import GateFailed, LockkitError
 
-# All commands, in the order `lockkit --help` lists them; a command has its function's name.
+# All commands, in the order in which `lockkit --help` lists them. A command has the name of its function.
 COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, env)
 
 _debug = False
@@ -42,7 +43,7 @@ def _print_version(wanted: bool) -> None:
 
 
 def _common_options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when a command fails.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -56,12 +57,12 @@ def _common_options(
 def make_app() -> typer.Typer:
     """The program with all its commands.
 
-    The help is plain text: Typer's panels print `<bool>` for a flag, and cut a long option at 80 columns.
+    The help is plain text, because Typer's panels print `<bool>` for a flag and cut a long option at 80 columns.
     """
     app = typer.Typer(
         name="lockkit",
-        help="Lock a pretrained language model, export it to ONNX, and prove it is the same model.\n\n"
-        "A model flows one way: plan, lock, export, verify, serve.",
+        help="Lock a pretrained language model, export it to ONNX, and verify that the export is the same model.\n\n"
+        "The usual order of commands: plan, lock, export, verify, serve.",
         callback=_common_options,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -74,7 +75,7 @@ def make_app() -> typer.Typer:
 
 
 def quiet_libraries() -> None:
-    """Keep the notices of libraries out of a user's terminal; errors still come through."""
+    """Hide the notices and warnings of libraries. Their errors are still raised."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,17 +86,17 @@ def quiet_libraries() -> None:
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C, or a scheduler's SIGTERM. Not KeyboardInterrupt, which Typer would report in its own words and code."""
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, for which Typer has its own message and exit code."""
 
 
 def _interrupt(number: int, _frame: object) -> None:
     if number == signal.SIGTERM:
-        raise _Interrupted("told to stop, by a scheduler or because another worker stopped")
+        raise _Interrupted("stopped by SIGTERM, from a scheduler or because another worker stopped")
     raise _Interrupted("interrupted")
 
 
 def main() -> None:
-    """Run the program; the only place that turns errors into exit codes."""
+    """Run the program. Only this function turns errors into exit codes."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -106,30 +107,30 @@ def main() -> None:
         _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), 2)
     except _Interrupted as error:
         _fail(f"{error}: nothing half-written is left; run the same command again to resume", 2)
+    except TyperException as error:  # an unknown option, a value of the wrong type, ...
+        _bad_use(error)
     except Exception as error:
-        if hasattr(error, "format_message"):  # Typer's own: an unknown option, a value of the wrong type, ...
-            _bad_use(error)
         if _debug:
             raise
-        # Python's, CUDA's and the CPU allocator's way of saying it.
+        # The errors of Python, CUDA and the CPU allocator.
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
-            _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more", 2)
+            _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more memory", 2)
         reason = " ".join(str(error).split())[:300]
         _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
     sys.exit(code or 0)
 
 
-def _bad_use(error: Exception) -> None:
-    """Typer's complaint in one line; without any argument, the help."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # Typer exports no name for it
-        error.show()
+def _bad_use(error: TyperException) -> NoReturn:
+    """Print Typer's message in one line. For a program without arguments, that message is the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # a private class of Typer
+        print(error.format_message(), file=sys.stderr)
         sys.exit(2)
     context = getattr(error, "ctx", None)
     program = context.command_path if context else "lockkit"
     _fail(f"{error.format_message().rstrip('.')} (see `{program} --help`)", 2)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     if _debug:
         import traceback
 

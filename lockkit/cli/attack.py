@@ -1,4 +1,4 @@
-"""`lockkit attack`: what a lock is worth."""
+"""`lockkit attack`: audit a lock, by what it adds to the cost of fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,24 +21,30 @@ if TYPE_CHECKING:
 def attack(
     locked: Annotated[str | None, typer.Argument(metavar="LOCKED", help="Folder that `lockkit lock` wrote.")] = None,
     original: Annotated[
-        str | None, typer.Option("--original", help="The model it was made from: `demo`, a folder, a Hub id.")
+        str | None, typer.Option("--original", help="Model that the lock was made from: `demo`, a folder, or a Hub id.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for rows and summary; an audit that is there is resumed.")
+        Path | None, typer.Option("--out", help="Folder for the results. An audit that is already there is resumed.")
     ] = None,
-    name: Annotated[list[str] | None, typer.Option("--attack", help="Only this attack.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--attack", help="Run this attack only. Default: those of the suite.")
+    ] = None,
     controls: Annotated[
         list[Path] | None,
-        typer.Option("--controls", help="Another audit, whose rows of the original are reused where they fit."),
+        typer.Option(
+            "--controls",
+            help="Folder of another audit. Its results for the original are reused where settings and text match.",
+        ),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Print all attacks, and exit.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Print all attacks and exit.")] = False,
     *,
     given: Given[AuditConfig],
 ) -> None:
-    """Attack LOCKED, and say what it costs beside the original.
+    """Attack LOCKED and compare the cost with that of the original.
 
-    Every attack is tried on the original first. `rows.jsonl` in OUT gets a row for each run,
-    `summary.json` the figures; an interrupted audit resumes when the same command is given again.
+    Each attack first runs on the original (positive control). The --out folder gets `rows.jsonl`,
+    with one row per run, and `summary.json`, with the figures. If the audit is interrupted, run the
+    same command again to resume it.
 
     Examples:
 
@@ -51,9 +57,10 @@ def attack(
     if list_:
         _print_list()
         return
-    for value, what in ((locked, "LOCKED"), (original, "--original MODEL"), (out, "--out DIR")):
-        if value is None:
-            raise UsageError(f"{what} is missing: lockkit attack LOCKED --original MODEL --out DIR")
+    if locked is None or original is None or out is None:
+        needed = {"LOCKED": locked, "--original MODEL": original, "--out DIR": out}
+        missing = next(what for what, value in needed.items() if value is None)
+        raise UsageError(f"{missing} is missing: lockkit attack LOCKED --original MODEL --out DIR")
     config = audit_config(**given)
 
     from lockkit.attack.run import run_audit
@@ -89,9 +96,9 @@ def _print(summary: dict) -> None:
                 console.print(f"  {resource.replace('_', ' ')}: {found['says']}{best}", soft_wrap=True)
         bounds = {key: found for key, found in figures["attention_only_bound"].items() if found and found["value"]}
         if bounds:
-            said = ", ".join(f"{found['says']} in {key.replace('_', ' ')}" for key, found in bounds.items())
+            shown = ", ".join(f"{found['says']} in {key.replace('_', ' ')}" for key, found in bounds.items())
             console.print(
-                f"  bound for every lock of this shape (all but the chains fine-tuned, `frozen-dlr`): {said}",
+                f"  upper bound for every lock of this shape, by training all but the chains (`frozen-dlr`): {shown}",
                 soft_wrap=True,
             )
     for line in _lock_lines(summary):
@@ -102,7 +109,7 @@ def _table(task: str, figures: dict) -> Table:
     from rich import box
     from rich.table import Table
 
-    title = f"{task}: lowest held-out losses, and least cost to the target {figures['target_loss']:.3f}"
+    title = f"{task}: lowest held-out loss, and lowest cost to the target loss {figures['target_loss']:.3f}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("attack", no_wrap=True)
     for column in ("original", "lock", "tokens", "GFLOP", "peak MB"):
@@ -115,7 +122,7 @@ def _table(task: str, figures: dict) -> Table:
 
 
 def _lock_lines(summary: dict) -> Iterator[str]:
-    """What the audit found about the lock as a whole."""
+    """One line per unlock, then the figures of the lock as a whole."""
     from lockkit.measure.records import MeasuredText
 
     yield f"perplexity and KL divergence on {MeasuredText(**summary['quality']['fidelity']['text'])}:"

@@ -1,4 +1,4 @@
-"""`lockkit bench`: how fast an export runs, beside others."""
+"""`lockkit bench`: speed and memory of an export, compared with other models."""
 
 from __future__ import annotations
 
@@ -19,25 +19,30 @@ if TYPE_CHECKING:
 
 
 def bench(
-    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder that `lockkit export` wrote.")],
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder that `lockkit export` wrote.")],
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against", help="Another export, a folder with model.onnx, or a Hugging Face model (runs in PyTorch)."
+            "--against",
+            help="Model to compare with: another export, a folder with model.onnx, or a Hugging Face model.",
         ),
     ] = None,
     *,
     config: BenchConfig,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the result to this file (schema lockkit-bench/1).")
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the ratios there (.svg, .png, .pdf); needs --against.")
+        Path | None,
+        typer.Option("--plot", help="Draw the ratios to this file (.svg, .png, .pdf). Needs --against and matplotlib."),
     ] = None,
 ) -> None:
-    """Measure an export's speed and memory, alone or beside others.
+    """Measure the speed and memory of EXPORT, alone or beside others.
 
-    Prefill, decode, time to first token, latency, memory. All models take turns in one run, each in
-    a process of its own. Ratios come first: they are the medians of ratios within a round. Batches
-    of several rows have prompts of equal length.
+    Shows the speed of prefill and decoding, the time to the first token, latencies per token, and
+    memory. Each model runs in a process of its own, and the models take turns. With --against, a
+    table of speed ratios comes first: they are computed within each round, and the table shows their
+    medians. All rows of a batch have prompts of the same length.
 
     Examples:
 
@@ -92,7 +97,9 @@ def _show(result: BenchResult) -> None:
 def _ratios(result: BenchResult) -> Table:
     from rich.text import Text
 
-    table = _table("speed of EXPORT over the other's", "runtime", "against", "batch", "prompt", "decode", "prefill")
+    table = _table(
+        "speed of EXPORT, relative to the other", "runtime", "against", "batch", "prompt", "decode", "prefill"
+    )
     for r in result.ratios:
         speeds = (Text(f"{speed:.3f}", style="bold") for speed in (r.decode, r.prefill))
         table.add_row(r.runtime, r.against, str(r.batch_size), str(r.prompt_length), *speeds)
@@ -101,7 +108,7 @@ def _ratios(result: BenchResult) -> Table:
 
 def _measurements(result: BenchResult) -> Table:
     figures = ("decode tok/s", "prefill tok/s", "first ms", "p50 / p95 / p99 ms")
-    table = _table("medians of the rounds", "model", "runtime", "batch", "prompt", *figures)
+    table = _table("medians over the rounds", "model", "runtime", "batch", "prompt", *figures)
     for m in result.measurements:
         latency = " / ".join(f"{seconds * 1e3:.1f}" for seconds in m.step_seconds.values())
         speed = f"{m.decode_tokens_per_second:.1f}", f"{m.prefill_tokens_per_second:,.0f}"

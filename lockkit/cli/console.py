@@ -1,25 +1,32 @@
-"""What all commands share: the terminal and its progress bars.
+"""The terminal: the two consoles of all commands, and progress bars.
 
-Text of a user or of an exception may hold brackets and colons (`lockkit[attack]`, `my[bold]corpus.txt`), so the
-consoles read neither markup nor emoji codes. What is to be styled is a `rich.text.Text` with a style.
+Text from a user or an exception may contain brackets and colons (`lockkit[attack]`, `my[bold]corpus.txt`). So the
+consoles interpret neither markup nor emoji codes; styled text is a `rich.text.Text`.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+from lockkit.progress import Progress
 
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
-class TerminalProgress:
-    """`lockkit.progress.Progress` on standard error: bars in a terminal, lines in a log."""
+class TerminalProgress(Progress):
+    """Progress on standard error: bars in a terminal, lines elsewhere. A context manager, which ends the bars.
+
+    Attributes:
+        bars: the display, with one bar per task.
+    """
+
+    _task: rich.progress.TaskID  # the current one
 
     def __init__(self) -> None:
-        self.bars = Progress(
+        self.bars = rich.progress.Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -28,8 +35,6 @@ class TerminalProgress:
             console=errors,
             disable=not errors.is_terminal,
         )
-        self.task: Any = None
-        self.name = ""
 
     def __enter__(self) -> TerminalProgress:
         self.bars.start()
@@ -39,17 +44,17 @@ class TerminalProgress:
         self.bars.stop()
 
     def start(self, task: str, total: int) -> None:
-        self.name = task
-        self.task = self.bars.add_task(task, total=total, note="")
+        self._task = self.bars.add_task(task, total=total, note="")
         self._log(f"{task} ...")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        self.bars.update(self.task, advance=steps, note=note)
+        self.bars.update(self._task, advance=steps, note=note)
 
     def finish(self, note: str = "") -> None:
-        self.bars.update(self.task, completed=self.bars.tasks[-1].total, note=note)
-        self.bars.stop_task(self.task)
-        self._log(f"{self.name}: {note or 'done'}")
+        task = self.bars.tasks[-1]
+        self.bars.update(task.id, completed=task.total, note=note)
+        self.bars.stop_task(task.id)
+        self._log(f"{task.description}: {note or 'done'}")
 
     def say(self, line: str) -> None:
         errors.print(line, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`lockkit env`: what a bug report needs."""
+"""`lockkit env`: the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lockkit.cli.console import console
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Show versions, devices, and packages that shadow each other.
+    """Show versions, devices and conflicting packages.
 
-    onnxruntime's providers are tried, not only listed.
+    Each execution provider of onnxruntime is started, to show that it works.
 
     Examples:
 

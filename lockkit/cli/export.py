@@ -13,17 +13,17 @@ from lockkit.export.config import ExportConfig
 
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A locked or an original model: a local folder, a Hub id, or `demo`.")
+        str, typer.Argument(metavar="MODEL", help="Locked or original model: a local folder, a Hub id, or `demo`.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     config: ExportConfig,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote it.")] = False,
 ) -> None:
     """Write MODEL as an ONNX graph to OUT.
 
-    onnxruntime, onnxruntime-genai, optimum and transformers.js serve it. OUT gets the graph and its
-    weights, the configurations and the tokenizer that those programs look for, and a manifest with
-    the hash of every file. Nothing in it needs lockkit.
+    onnxruntime, onnxruntime-genai, optimum and transformers.js run OUT, without lockkit. It contains
+    the graph and its weights, the configuration files and tokenizer that those programs expect, and
+    a manifest with the hash of every file.
 
     Examples:
 

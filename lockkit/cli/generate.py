@@ -1,4 +1,4 @@
-"""`lockkit generate`: text from one model, or from two side by side."""
+"""`lockkit generate`: text from one model, or from two for comparison."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="`demo`, a model folder, an export, or a Hub id.")],
     second: Annotated[
-        str | None, typer.Argument(metavar="SECOND", help="Another one, to see both side by side.")
+        str | None, typer.Argument(metavar="SECOND", help="Second model, to compare with the first.")
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; - reads it from standard input.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue; `-` reads it from standard input.")] = "",
     *,
     config: GenerateConfig,
 ) -> None:
     """Generate text with one model, or with two side by side.
 
-    A model runs in PyTorch, an export in onnxruntime. With one, the text appears as it is made,
-    without the prompt. With two, both texts are shown side by side, and the first token in which
-    they differ is named.
+    A model folder runs in PyTorch, an export in onnxruntime. With one model, the text is printed while
+    it is generated, without the prompt. With two, a table shows both texts and the first token in
+    which they differ.
 
     Examples:
 
@@ -62,7 +62,7 @@ def _stream(text: str) -> None:
 
 
 def _side_by_side(model: TextModel, other: TextModel, first: Generation, second: Generation) -> Table:
-    """Two columns; what comes after the first difference is highlighted."""
+    """A table with one column per model. Text after the first difference is highlighted."""
     from rich.table import Table
     from rich.text import Text
 
@@ -70,7 +70,9 @@ def _side_by_side(model: TextModel, other: TextModel, first: Generation, second:
     if position is None:
         caption = f"identical: {len(first.token_ids)} tokens"
     else:
-        caption = f"they part at token {position}: {_token(model, first, position)}, {_token(other, second, position)}"
+        caption = (
+            f"first difference at token {position}: {_token(model, first, position)}, {_token(other, second, position)}"
+        )
     table = Table(caption=caption, caption_justify="left", expand=True)
     cells = []
     for opened, generation in ((model, first), (other, second)):

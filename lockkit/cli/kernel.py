@@ -12,17 +12,18 @@ def kernel(
     export: Annotated[
         Path | None,
         typer.Argument(
-            metavar="EXPORT", help="A locked export to put it into, for onnxruntime-genai and lockkit serve."
+            metavar="EXPORT", help="Locked export that onnxruntime-genai and `lockkit serve` run with the operator."
         ),
     ] = None,
 ) -> None:
-    """Compile the fused CPU operator of a chain and print its path.
+    """Compile the fused CPU operator for chains and print its path.
 
-    It computes a whole chain in one call. Locked exports of every precision run without it, and
-    decode slower. It is compiled once, for this machine's processor; a C++ compiler must be
-    installed. Weights stay fp16, int8 or int4 in memory. Without EXPORT the path is for
-    onnxruntime's register_custom_ops_library; with it, onnxruntime-genai and lockkit serve use the
-    operator from now on.
+    The operator computes a whole chain in one call. A locked export also runs without it, but decodes
+    more slowly. It is compiled once, for this machine's processor, by the C++ compiler installed
+    here. fp16, int8 and int4 weights keep their format in memory.
+
+    Without EXPORT, pass the printed path to onnxruntime's register_custom_ops_library. With EXPORT,
+    the operator is installed in that folder: onnxruntime-genai and `lockkit serve` use it from now on.
 
     Examples:
 

@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 
 def lock(
-    model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.", metavar="OUT")],
+    model: Annotated[str, typer.Argument(help="Local folder, Hub id, or `demo`.", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")],
     given: Given[LockConfig],
     recipe: Annotated[
-        Path | None, typer.Option("--config", help="A recipe in YAML: the same settings; options override it.")
+        Path | None, typer.Option("--config", help="YAML file with the same settings (a recipe). Options override it.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote it.")] = False,
 ) -> None:
     """Distil MODEL into its locked form and write it to OUT.
 
-    Every MLP becomes a deep low-rank residual network of the same parameter count, trained first
-    layer by layer, then all together on the logits. OUT is an ordinary Hugging Face folder.
+    Every MLP is replaced by a chain: a deep low-rank residual network of the same parameter count.
+    Phase 1 trains each layer's chain by itself; phase 2 trains all chains together on the logits.
+    OUT is an ordinary Hugging Face folder. If the command is interrupted, run it again to resume.
 
     Examples:
 
@@ -41,7 +42,7 @@ def lock(
 
     with TerminalProgress() as progress:
         result = lock_model(model, out, config, overwrite=overwrite, progress=progress)
-    if result is None:  # not the first of several workers
+    if result is None:  # only the first of several workers has the result
         return
     console.print(_table(result.record))
     console.print(_memory(result.record["memory"]))
@@ -51,8 +52,8 @@ def lock(
 def _memory(memory: dict) -> str:
     beyond = memory["peak_bytes"] - memory["idle_bytes"]
     return (
-        f"peak memory {memory['peak_bytes'] / 1e9:.2f} GB, {beyond / 1e9:.2f} GB of it beyond the libraries' own "
-        f"(expected {memory['predicted_bytes'] / 1e9:.2f} GB)"
+        f"peak memory {memory['peak_bytes'] / 1e9:.2f} GB; {beyond / 1e9:.2f} GB besides that of the libraries "
+        f"(predicted: {memory['predicted_bytes'] / 1e9:.2f} GB)"
     )
 
 

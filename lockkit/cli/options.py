@@ -1,13 +1,13 @@
-"""From a plain function to a Typer command, with an option for every field of a config class.
+"""Turns a plain function into a Typer command, with one option for every field of a config class.
 
 A setting is written once, as a pydantic field: its name, type, default and description make the option.
 A command takes the class in one of two forms:
 
     def bench(export: ..., config: BenchConfig): ...     # the validated configuration
-    def lock(model: ..., given: Given[LockConfig]): ...  # a dictionary of the options that were given, by field name,
-                                                         # for a class that is built from other sources as well
+    def lock(model: ..., given: Given[LockConfig]): ...  # only the options on the command line, by field name, for a
+                                                         # class that other sources (a recipe, a suite) also fill
 
-All its other parameters are Typer's own.
+All other parameters are declared as usual in Typer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import copy
 import enum
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Generic, Literal, get_args, get_origin, get_type_hints
 
@@ -26,20 +27,18 @@ from typer.models import OptionInfo
 
 from lockkit.settings import Config, is_list, option_of, validated, without_none
 
-REPEATED = " May be repeated."
+_REPEATED = " May be repeated."
 
 
 class Given(dict[str, Any], Generic[Config]):
-    """The options of a config class that were given, by field name."""
+    """The options of a config class that are on the command line: values by field name."""
 
 
 def typer_command(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command in a function whose signature Typer can read.
 
-    The wrapper collects the options of a config class, builds the configuration and calls the command.
-
-    Raises:
-        UsageError: when the command runs, naming the option that is out of range.
+    The wrapper collects the options of a config class, builds the configuration and calls the command. It raises
+    `UsageError`, which names the option, when a value is out of range.
     """
     hints = get_type_hints(command, include_extras=True)
     configs = {name: config for name, hint in hints.items() if (config := config_class_of(hint))}
@@ -55,7 +54,7 @@ def typer_command(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         for name, config in configs.items():
             options = {field: values.pop(field) for field in config.model_fields}
-            given = Given({field: value for field, value in options.items() if value not in (None, [])})
+            given: Given[Any] = Given({field: value for field, value in options.items() if value not in (None, [])})
             values[name] = given if get_origin(hints[name]) is Given else validated(config, given)
         command(**values)
 
@@ -65,22 +64,22 @@ def typer_command(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def config_class_of(hint: Any) -> type[BaseModel] | None:
-    """The config class that a command's parameter stands for, if it does."""
+    """The config class in the annotation of a command's parameter; None if there is none."""
     hint = get_args(hint)[0] if get_origin(hint) is Given else hint
     return hint if inspect.isclass(hint) and issubclass(hint, BaseModel) else None
 
 
 def _options(config_class: type[BaseModel]) -> Iterator[inspect.Parameter]:
-    """One parameter per field; None, the default of each, means that the option was not given."""
+    """One parameter per field. Its default, None, means that the option is not on the command line."""
     for name, field in config_class.model_fields.items():
         option = typer.Option(option_of(config_class, name), help=_help(field), metavar=_metavar(field.annotation))
-        annotation = Annotated[_value_type(field.annotation) | None, option]
+        annotation: Any = Annotated[_value_type(field.annotation) | None, option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _help(field: FieldInfo) -> str:
-    """The field's description, and its default where it has one that can be typed."""
-    text = f"{field.description}{REPEATED if is_list(field.annotation) else ''}"
+    """The field's description, then its default unless that is None, False or an empty list."""
+    text = f"{field.description}{_REPEATED if is_list(field.annotation) else ''}"
     default = None if field.is_required() else field.default
     if default in (None, []) or default is False:
         return text
@@ -89,31 +88,31 @@ def _help(field: FieldInfo) -> str:
 
 
 def _with_metavar(hint: Any) -> Any:
-    """A command's own option with the same marks as those of a config class."""
+    """Give an option that a command declares itself the same metavar and help as those of a config class."""
     if get_origin(hint) is not Annotated:
         return hint
     annotation, info = get_args(hint)
     if isinstance(info, OptionInfo):
         info = copy.copy(info)
         info.metavar = _metavar(annotation)
-        info.help = f"{info.help}{REPEATED if is_list(annotation) else ''}"
+        info.help = f"{info.help}{_REPEATED if is_list(annotation) else ''}"
     return Annotated[annotation, info]
 
 
 def _value_type(annotation: Any) -> Any:
-    """The type that Typer turns a word into. A choice stays what it is typed as: pydantic checks it."""
+    """The type that Typer converts an argument to. pydantic, not Typer, checks the choices of a literal or an enum."""
     annotation = without_none(annotation)
     if get_origin(annotation) is Annotated:
         return _value_type(get_args(annotation)[0])
     if is_list(annotation):
-        return list[_value_type(get_args(annotation)[0])]  # type: ignore[misc]
+        return types.GenericAlias(list, (_value_type(get_args(annotation)[0]),))
     if get_origin(annotation) is Literal:
         return type(get_args(annotation)[0])
     return str if issubclass(annotation, enum.Enum) else annotation
 
 
 def _metavar(annotation: Any) -> str:
-    """What stands for an option's value in the help: `<int>`, `<cpu|cuda>`."""
+    """The placeholder of an option's value in the help: `<int>`, `<cpu|cuda>`."""
     annotation = without_none(annotation)
     if is_list(annotation):
         return _metavar(get_args(annotation)[0])

@@ -1,4 +1,4 @@
-"""`lockkit plan`: what a lock would cost, by depth."""
+"""`lockkit plan`: the expected cost of a lock at each depth."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A local folder, a Hub id, or `demo`.", metavar="MODEL")],
-    depth: Annotated[list[int] | None, typer.Option("--depth", help="A depth to show. Default: 8 to 128.")] = None,
+    model: Annotated[str, typer.Argument(help="Local folder, Hub id, or `demo`.", metavar="MODEL")],
+    depth: Annotated[
+        list[int] | None, typer.Option("--depth", help="Depth to show. Default: several from 8 to 128.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Show, for each depth, what locking MODEL would cost. Reads no weights.
+    """Show the expected cost of locking MODEL at each depth.
 
-    Saved activations are what plain autograd keeps for the MLPs' backward pass. An attacker who
-    rebuilds them instead needs about as few as for the original: see the README.
+    Only the model's configuration is read. "Saved bytes" are the activations that plain autograd
+    stores for the backward pass of the MLPs. An attacker can rebuild activations instead of storing
+    them, and then needs no more memory than for the original: see the README.
 
     Examples:
 
@@ -39,14 +42,15 @@ def plan(
         return
     console.print(_table(model, result))
     console.print(
-        "Where the depth does not divide the MLP's width, ranks differ by one; parameters stay equal.\n"
-        "The last column is an estimate for one token on a CPU, not a measurement."
+        "If the depth does not divide the MLP's width, ranks differ by one. The parameter count is the same.\n"
+        "The decoding time is an estimate for one token on a CPU, not a measurement."
     )
     deepest = result.rows[-1]
     console.print(
-        f"Making a lock of depth {deepest.depth} needs about {deepest.lock_memory_bytes / 1e9:,.1f} GB of memory with "
-        f"one layer at a time, {deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in "
-        "phase 2, beyond the libraries' own (--data self needs the whole model in memory besides)."
+        f"Memory needed to make a lock of depth {deepest.depth}, besides that of the libraries: about "
+        f"{deepest.lock_memory_bytes / 1e9:,.1f} GB with one layer in memory at a time (--offload disk), "
+        f"{deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in phase 2 (--offload none). "
+        "--data self also needs the whole model in memory."
     )
 
 
@@ -58,7 +62,7 @@ def _table(model: str, result: Plan) -> Table:
         f"hidden {result.hidden_size}, MLP {result.intermediate_size}",
         title_justify="left",
     )
-    table.add_column("depth\n(blocks\na layer)", justify="right")
+    table.add_column("depth\n(blocks\nper chain)", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("MLP\nparameters", justify="right")
     table.add_column("saved bytes\nper token", justify="right")

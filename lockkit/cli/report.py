@@ -1,4 +1,4 @@
-"""`lockkit report`: results as a page."""
+"""`lockkit report`: results as an HTML page."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lockkit.cli.console import console
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(help="What `lock`, `verify --json` or `attack` wrote, or a folder of these.", metavar="DIR"),
+        typer.Argument(
+            help="Folder with results of `lock`, `verify --json` or `attack`, directly or one folder down.",
+            metavar="DIR",
+        ),
     ],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The page to write, an .html file. Default: report.html in DIR.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file to write. Default: report.html in DIR.")] = None,
 ) -> None:
     """Turn results into one HTML page that opens offline.
 
-    Markdown and JSON of the same content are written beside it.
-    Needs matplotlib: pip install 'lockkit[report]'.
+    The same content is written beside it as Markdown (.md) and JSON (.json). Existing files are
+    replaced only if an earlier report wrote them. Needs matplotlib: pip install 'lockkit[report]'.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`lockkit serve`: an export behind an OpenAI-compatible HTTP interface."""
+"""`lockkit serve`: serve an export through an OpenAI-compatible HTTP interface."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lockkit.serve.config import ServeConfig
 
 
 def serve(
-    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="What `lockkit export` wrote.")],
+    export: Annotated[Path, typer.Argument(metavar="EXPORT", help="Folder that `lockkit export` wrote.")],
     config: ServeConfig,
 ) -> None:
-    """Serve EXPORT to OpenAI's clients.
+    """Serve EXPORT through an OpenAI-compatible HTTP interface.
 
-    It listens on this machine alone unless --host says otherwise. /v1/completions,
-    /v1/chat/completions (where the model has a chat template), /v1/models, /health and /metrics.
-    Requests are batched as they come. The export is compared with its manifest first, and no code
-    from it runs. After `lockkit kernel EXPORT` the fused kernel compiled on this machine is used;
-    /health and /metrics say so.
+    Endpoints: /v1/completions, /v1/chat/completions (if the model has a chat template), /v1/models,
+    /health and /metrics. Concurrent requests are batched. Only this machine can connect, unless
+    --host says otherwise.
+
+    At the start, EXPORT is checked against its manifest. No code from it runs. After `lockkit kernel
+    EXPORT`, the server uses the fused operator compiled on this machine; /health and /metrics show it.
 
     Examples:
 

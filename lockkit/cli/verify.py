@@ -1,4 +1,4 @@
-"""`lockkit verify`: an export against PyTorch, with gates."""
+"""`lockkit verify`: compare an export with the models it was made from."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def verify(
         typer.Option(
             "--reference",
             help="PyTorch model to compare with: `demo`, a folder, or a Hub id. Give the locked model, the "
-            "original, or both; which is which is seen from their configurations.",
+            "original, or both, in any order.",
         ),
     ] = None,
     json: Annotated[
         Path | None,
-        typer.Option("--json", help="Write all figures here, also when a gate fails; schema lockkit-verify/1."),
+        typer.Option("--json", help="Write all figures to this file (schema lockkit-verify/1), also if a gate fails."),
     ] = None,
     *,
     config: VerifyConfig,
 ) -> None:
     """Compare EXPORT with the PyTorch model it was made from.
 
-    Logits on held-out text are compared without a cache, with one, and in a padded batch; then
-    greedy continuations and perplexity. All must stay within limits: exit code 1 says that a gate
-    failed.
+    Logits on held-out text are compared without a cache, with a cache, and in a padded batch. Greedy
+    continuations and perplexity are compared as well. Gates are limits on these figures. Exit code 1
+    means that a gate failed.
 
     Examples:
 

@@ -1,7 +1,7 @@
-"""The recipe of a lock: every setting, with its default and its meaning, in one place.
+"""The recipe of a lock: every setting with its default and its description.
 
-The command line, the Python API, the recipe file (`--config`) and `lockkit.json` all use
-this class; a help text is a field's description.
+The command line, the Python API, the recipe file (`--config`) and `lockkit.json` use this class. The description of a
+field is the help text of its option.
 """
 
 from __future__ import annotations
@@ -26,97 +26,108 @@ class LockConfig(BaseModel):
     depth: int = Field(32, ge=2, description="Blocks in each chain. Their ranks add up to the MLP's width.")
     init: Literal["continuation", "random"] = Field(
         "continuation",
-        description="Start from the teacher's own units and raise the coupling from 0 to 1 (`continuation`), "
-        "or from noise as in the paper (`random`).",
+        description="Start of a chain. `continuation` takes the hidden units of the original MLP (the teacher) and "
+        "raises the coupling from 0; `random` takes noise, as the paper does.",
     )
     coupling: float = Field(
         0.25,
         gt=0,
-        description="How much the blocks depend on each other: rms of the stream over rms of the input at the end of "
-        "a chain. More is a deeper function, and harder to distil.",
+        description="How strongly the blocks depend on each other: root mean square (rms) of the residual stream at the "
+        "end of a chain, divided by that of the chain's input. A higher value makes a deeper function, which is harder to "
+        "distil.",
     )
     gain: float | None = Field(
-        None, gt=0, description="One factor of the stream for all layers, in place of the one --coupling implies."
+        None,
+        gt=0,
+        description="Factor with which the residual stream enters the input of a block, the same in all layers. "
+        "Default: one factor per layer, chosen to reach --coupling.",
     )
     data: str = Field(
         "auto",
-        description="Text to distil on: a text file, a folder, a Hub dataset, `stdlib`, or `self` (sampled from the "
-        "model). `auto` is `stdlib` for `demo`, else `self`.",
+        description="Text to distil on: a text file, a folder, a Hub dataset, `stdlib` (sources of Python's standard "
+        "library), or `self` (text that the model writes). `auto` is `stdlib` for `demo` and `self` for other models.",
     )
-    tokens: int = Field(200_000, ge=1, description="Tokens each layer's chain is trained on in phase 1.")
+    tokens: int = Field(200_000, ge=1, description="Training tokens of phase 1, for each layer's chain by itself.")
     end_to_end_tokens: int = Field(
-        40_000, ge=0, description="Tokens of phase 2, all chains together on the logits; 0 leaves it out."
+        40_000, ge=0, description="Training tokens of phase 2, for all chains together on the logits; 0 skips phase 2."
     )
     block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
-    batch_tokens: int = Field(512, ge=8, description="Tokens in a step of phase 1.")
-    end_to_end_batch_tokens: int = Field(1024, ge=8, description="Tokens in a step of phase 2.")
+    batch_tokens: int = Field(512, ge=8, description="Tokens per step of phase 1.")
+    end_to_end_batch_tokens: int = Field(1024, ge=8, description="Tokens per step of phase 2.")
     validation_tokens: int = Field(
         8_192,
         ge=64,
-        description="Tokens in each of two held-out sets: one measures the layers and chooses phase 2's best state, the "
-        "other measures the result.",
+        description="Tokens in each of two held-out sets. The first measures the layers and chooses the best state of "
+        "phase 2; the second measures the result.",
     )
     learning_rate: float = Field(
         0.03,
         gt=0,
-        description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix; halved for a layer that "
+        description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix. Halved for a layer that "
         "diverges.",
     )
     end_to_end_learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix. Default: found by short "
+        description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix. Default: chosen by short "
         "trials.",
     )
     ramp_share: float = Field(
-        0.25, ge=0, le=1, description="Share of phase 1's steps over which `continuation` raises the coupling from 0."
+        0.25,
+        ge=0,
+        le=1,
+        description="Share of the steps of phase 1 in which --init continuation raises the coupling from 0.",
     )
-    seed: int = Field(0, ge=0, description="Seed of grouping, initialisation, order of text and sampling.")
+    seed: int = Field(
+        0, ge=0, description="Seed for the grouping of units, the initialisation, the order of text and sampling."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the saved weights; `auto` keeps the original's."
+        "auto", description="Number format of the saved weights; `auto` keeps the original's."
     )
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type the chains are computed in while they are trained; weights and losses are float32."
+        "float32",
+        description="Number format in which chains are computed during training. Weights and losses stay in float32.",
     )
     layers_together: int | None = Field(
         None,
         ge=1,
-        description="Layers trained in one batched computation in phase 1. Default: 1 on a CPU, where more is "
-        "slower; as many as fit on a GPU.",
+        description="Layers that phase 1 trains in one batched computation. Default: 1 on a CPU, where more is slower; "
+        "as many as fit on a GPU.",
     )
-    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one.")
+    device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` uses a GPU if there is one.")
     offload: Literal["auto", "none", "disk"] = Field(
         "auto",
-        description="Where phase 2 keeps layers between their turns: `none` in memory, `disk` in the work folder; "
-        "`auto` decides by what is free.",
+        description="Where phase 2 keeps the layers that it is not computing: `none` in memory, `disk` in the work "
+        "folder; `auto` decides by the free memory.",
     )
     cache_gigabytes: float = Field(
-        2.0, ge=0, description="Memory for activations; what is more goes to files in the work folder."
+        2.0, ge=0, description="Memory for stored activations, in gigabytes. The rest goes to files in the work folder."
     )
     work: str | None = Field(
         None,
-        description="Folder for finished layers and activations, from which an interrupted lock resumes. "
-        "Default: a hidden folder beside OUT, deleted at the end.",
+        description="Folder for finished layers and activations, from which an interrupted run resumes. Default: a "
+        "hidden folder beside OUT, deleted at the end.",
     )
 
     @property
     def torch_compute_dtype(self) -> torch.dtype:
+        """`compute_dtype` as PyTorch's type."""
         import torch
 
-        return getattr(torch, self.compute_dtype)
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.compute_dtype]
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that a lock's weights depend on: all but where and with how much memory it is made."""
+        """The settings that the locked weights depend on: all but device, memory and work folder."""
         return self.model_dump(exclude={"device", "offload", "cache_gigabytes", "work"})
 
 
 def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:
-    """Build the configuration from a recipe file (YAML) and options that override it.
+    """Build the configuration from a recipe file (YAML) and `overrides`, which map field names to values.
 
-    Options that are None count as not given.
+    Overrides that are None are ignored.
 
     Raises:
-        UsageError: naming the option or the line of the recipe to change.
+        UsageError: the recipe cannot be read, or a setting is unknown or out of range; the message names the option.
     """
     values = _read_recipe(recipe) if recipe else {}
     values.update({name: value for name, value in overrides.items() if value is not None})
@@ -130,7 +141,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): change --config") from error
-    except Exception as error:  # PyYAML also lets IndexError, KeyError, AttributeError and RecursionError through
+    except Exception as error:  # PyYAML also raises IndexError, KeyError, AttributeError and RecursionError
         reason = " ".join(str(error).split())[:300] if isinstance(error, yaml.YAMLError) else type(error).__name__
         raise UsageError(f"{path} is not valid YAML ({reason}): change --config") from error
     if values is None:

@@ -5,12 +5,13 @@ Figures that are not finite are written as null and read back as NaN.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from lockkit.text import rows_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +52,8 @@ class MeasuredText(Record):
     @classmethod
     def of(cls, rows: torch.Tensor, source: str, split: str | None) -> MeasuredText:
         """Describe token ids `[rows, block]` of a source, given by its public name."""
-        digest = hashlib.sha256(rows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-        return cls(source=source, split=split, rows=len(rows), block_tokens=rows.shape[1], token_sha256=digest)
+        sizes = {"rows": len(rows), "block_tokens": rows.shape[1]}
+        return cls(source=source, split=split, token_sha256=rows_sha256(rows), **sizes)
 
     @property
     def tokens(self) -> int:

@@ -39,7 +39,8 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         out: the page; `report.html` in `folder` by default. Markdown and JSON take its name.
 
     Raises:
-        UsageError: there are no results, one is broken, or `out` cannot be written.
+        UsageError: there are no results, one is broken, `out` cannot be written, or a file is there that no earlier
+            report wrote.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("reports draw with matplotlib, which is not installed: pip install 'lockkit[report]'")
@@ -49,6 +50,7 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
     check_output_file(out, "--out", (".html", ".htm"))
     for suffix in (".md", ".json"):
         check_output_file(out.with_suffix(suffix), "--out")
+    _check_replaceable(out)
     results = find_results(folder)
     try:
         parts = sections(results)
@@ -64,9 +66,23 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         out.with_suffix(".json"): json.dumps(record, indent=2, ensure_ascii=False) + "\n",
     }
     with readable_disk_errors(out, "--out"):
-        for path, text in texts.items():
+        for path, text in reversed(texts.items()):  # the JSON first: it marks all three as a report's
             write_text(path, text)
     return Report(*texts, sections=len(parts))
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to replace files that no report wrote. The JSON of a report marks the page and Markdown beside it."""
+    record = out.with_suffix(".json")
+    existing = [path for path in (record, out, out.with_suffix(".md")) if path.exists()]
+    if not existing:
+        return
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not str(found.get("schema")).startswith("lockkit-report/"):
+        raise UsageError(f"{existing[0]} exists, and no earlier report wrote it: change --out")
 
 
 def find_results(folder: Path) -> list[tuple[dict, Path]]:
