@@ -19,7 +19,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/lint-imports --no-logo
+	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 clean:
-	rm -rf .venv .venv-consumers .cache demo-run .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-consumers .cache demo-run .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
