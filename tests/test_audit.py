@@ -20,7 +20,6 @@ from test_attack import SMALL
 from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.base import NoSettings, UnlockAttack, Unlocked
 from lockkit.attack.bench import Bench
-from lockkit.attack.closed_form import as_they_stand
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost
 from lockkit.attack.finetune import FinetuneConfig
@@ -30,6 +29,7 @@ from lockkit.attack.run import run_audit
 from lockkit.attack.selection import groups, takes_baseline_steps, unlocks_and_finetunes
 from lockkit.attack.target import Target, cheapest, cost_to_target, reference_target, run_name, valid_runs
 from lockkit.attack.unlock_figures import effective_depth, owner_advantage, unlock_ratio
+from lockkit.dlr.view import side_by_side
 from lockkit.errors import UsageError
 from lockkit.models.families import decoder_layers
 
@@ -247,7 +247,7 @@ class NaNControl(UnlockAttack):
         return [NoSettings()]
 
     def unlock(self, locked, bench):
-        model = ordinary_model(locked, bench.family, [as_they_stand(layer.mlp) for layer in decoder_layers(locked)])
+        model = ordinary_model(locked, bench.family, [side_by_side(layer.mlp) for layer in decoder_layers(locked)])
         if locked is not bench.frozen("locked"):
             model.get_input_embeddings().weight.detach().fill_(math.nan)
         return Unlocked(model, 1, Cost(), {"error": math.inf})
