@@ -12,7 +12,9 @@ import pytest
 import torch
 from conftest import QUICK
 from tiny import empty_chain, save_tiny
+from torch import nn
 
+from lockkit.dlr import DLRNet
 from lockkit.errors import DistillationError, UsageError
 from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig, make_config
@@ -22,7 +24,7 @@ from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers
 from lockkit.lock.run import lock_model
 from lockkit.measure.metrics import nmse
 from lockkit.measure.records import MeasuredText
-from lockkit.models.families import FAMILIES, decoder_layers, mlp_weights
+from lockkit.models.families import FAMILIES, Family, decoder_layers, mlp_weights
 from lockkit.models.load import load_model
 from lockkit.progress import NoProgress
 
@@ -31,6 +33,23 @@ EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 
 def quick(**changes) -> LockConfig:
     return LockConfig(**(QUICK | changes))
+
+
+def layer_task(
+    layer: int,
+    mlp: nn.Module,
+    family: Family,
+    train: torch.Tensor,
+    validation: torch.Tensor,
+    depth: int = QUICK["depth"],
+) -> LayerTask:
+    """The distillation of one MLP into a chain."""
+    weights = mlp_weights(mlp, family)
+
+    def empty(gain: float) -> DLRNet:
+        return empty_chain(weights.shape, depth, gain, mlp.act_fn)
+
+    return LayerTask(layer, mlp, weights, empty, train, validation)
 
 
 @EVERY_FAMILY
@@ -86,7 +105,7 @@ def test_continuation_beats_noise_at_equal_tokens(tmp_path):
     reached = {}
     for init in ("continuation", "random"):
         config = LockConfig(depth=16, init=init, tokens=16_384)
-        task = LayerTask(1, mlp, mlp_weights(mlp, family), *inputs[:2])
+        task = layer_task(1, mlp, family, *inputs[:2], depth=16)
         [(chain, result)] = distil_layers([task], config, NoProgress())
         reached[init] = result.nmse
         assert result.nmse == pytest.approx(chain_nmse(chain, mlp, inputs[1]))
@@ -101,7 +120,7 @@ def test_layers_trained_together_are_the_layers_trained_alone(originals):
     config = quick(depth=5, tokens=4_096)
     generator = torch.Generator().manual_seed(0)
     tasks = [
-        LayerTask(i, layer.mlp, mlp_weights(layer.mlp, family), *torch.randn(2, 1024, 32, generator=generator))
+        layer_task(i, layer.mlp, family, *torch.randn(2, 1024, 32, generator=generator))
         for i, layer in enumerate(decoder_layers(model))
     ]
     together = distil_layers(tasks, config, NoProgress())
@@ -115,7 +134,7 @@ def test_layers_trained_together_are_the_layers_trained_alone(originals):
 def test_chains_computed_in_bfloat16_are_nearly_as_good(originals):
     model, family = load_model(originals("llama"), torch.float32)
     mlp = decoder_layers(model)[0].requires_grad_(False).mlp
-    task = LayerTask(0, mlp, mlp_weights(mlp, family), *torch.randn(2, 2048, 32))
+    task = layer_task(0, mlp, family, *torch.randn(2, 2048, 32))
     reached = [
         distil_layers([task], quick(tokens=16_384, compute_dtype=dtype), NoProgress())[0][1].nmse
         for dtype in ("float32", "bfloat16")
@@ -126,7 +145,7 @@ def test_chains_computed_in_bfloat16_are_nearly_as_good(originals):
 def test_a_layer_that_diverges_is_tried_again_at_half_the_rate(originals):
     model, family = load_model(originals("llama"), torch.float32)
     mlp = decoder_layers(model)[0].requires_grad_(False).mlp
-    task = LayerTask(0, mlp, mlp_weights(mlp, family), *torch.randn(2, 2048, 32))
+    task = layer_task(0, mlp, family, *torch.randn(2, 2048, 32))
     [(chain, result)], [(expected, careful)] = (
         distil_layers([task], quick(coupling=1, learning_rate=rate), NoProgress()) for rate in (2.0, 0.25)
     )
@@ -343,7 +362,9 @@ def test_an_impossible_output_is_refused_before_any_work(cli, originals, tmp_pat
     assert done.code == 2 and "change OUT" in done.err and "layer" not in done.err
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "holds no text"), ("a few words", "too short: distill has 6 tokens")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no text"), ("a few words", "too short: distill has 6 tokens")]
+)
 def test_empty_and_tiny_text_is_refused(cli, originals, tmp_path, content, message):
     (tmp_path / "a.txt").write_text(content)
     done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), "--data", tmp_path / "a.txt")

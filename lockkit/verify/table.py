@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockkit.settings import option_of
+from lockkit.verify.config import VerifyConfig
 from lockkit.verify.figures import GATES, Parity
 from lockkit.verify.result import VerifyResult
 
@@ -118,7 +119,7 @@ def _gates(result: VerifyResult) -> Table:
     for outcome in result.gates:
         verdict = Text("pass", style="green") if outcome.passed else Text("FAIL", style="red")
         table.add_row(
-            option_of(outcome.gate),
+            option_of(VerifyConfig, outcome.gate),
             WAYS.get(outcome.figure, outcome.figure.replace("_", " ")),
             number(outcome.value),
             f"{GATES[outcome.gate].sign} {number(outcome.limit)}",
