@@ -409,3 +409,17 @@ def test_ctrl_c_leaves_nothing_behind(originals, tmp_path):
     assert process.returncode == 2
     assert "interrupted: nothing half-written is left" in rest and "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_original_is_hashed_once(originals, tmp_path):
+    """Hashing opens the file in Python, loading does not."""
+    weights = str(originals("qwen3") / "model.safetensors")
+    opened = []
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]) == weights:
+            opened.append(arguments)
+
+    sys.addaudithook(watch)  # it stays, and notes opens of this one file
+    lock_model(str(originals("qwen3")), tmp_path / "locked", quick(depth=4, tokens=1_024, end_to_end_tokens=0))
+    assert len(opened) == 1
