@@ -45,6 +45,6 @@ def test_the_cpu_is_always_there_and_has_free_memory():
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:0:1", ""])
 def test_a_device_that_is_not_there_is_refused_in_one_line(device):
-    with pytest.raises(UsageError, match="--device .* is not available here") as refused:
+    with pytest.raises(UsageError, match=r"--device .* is not available here") as refused:
         choose_device(device)
     assert len(str(refused.value).splitlines()) == 1
