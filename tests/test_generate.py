@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.export.run import export_model
-from lockkit.generate import GenerateConfig, Generation, generate, next_token, open_model, parting
+from lockkit.generate import GenerateConfig, Generation, first_difference, generate, next_token, open_model
 from lockkit.models.load import load_model
 
 PROMPT = "def größe(self):\n    return "
@@ -137,10 +137,10 @@ def test_parting():
     def of(*ids):
         return Generation("", list(ids), [0] * len(ids), "max_new_tokens")
 
-    assert parting(of(1, 2, 3), of(1, 2, 3)) is None
-    assert parting(of(1, 2, 3), of(1, 5, 3)) == 1
-    assert parting(of(1, 2), of(1, 2, 3)) == 2
-    assert parting(of(), of(4)) == 0
+    assert first_difference(of(1, 2, 3), of(1, 2, 3)) is None
+    assert first_difference(of(1, 2, 3), of(1, 5, 3)) == 1
+    assert first_difference(of(1, 2), of(1, 2, 3)) == 2
+    assert first_difference(of(), of(4)) == 0
 
 
 def test_one_model_streams_its_text(folder, export, cli, monkeypatch):
