@@ -39,13 +39,13 @@ class Rows(Protocol):
 
     Attributes:
         fused: chains run in the fused operator of `lockkit kernel`.
-        cache_bytes: memory that the caches take when every row is full; it is used as rows fill. 0 if it is not known.
     """
 
     fused: bool
 
     @property
-    def cache_bytes(self) -> int: ...
+    def cache_bytes(self) -> int:
+        """Memory that the caches take when every row is full, in bytes. It is used as rows fill. 0 if it is not known."""
 
     def prefill(self, tokens: list[int], past: int) -> torch.Tensor:
         """Run the next tokens of a prompt, after `past` others; return the logits after the last one, `[vocab]`."""
