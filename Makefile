@@ -1,7 +1,7 @@
-# `make demo` and `make test` set up what they need in .venv, and nothing outside this folder.
+# `make demo` and `make test` create .venv on first use. They write nothing outside this folder.
 PYTHON ?= python3
 PY := .venv/bin/python
-# Code that comes with a locked model is cached there, not in the user's home.
+# transformers caches the code of locked models here instead of in the home folder.
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
 .PHONY: demo test clean
@@ -15,7 +15,7 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 demo: .venv/ready
 	$(PY) examples/demo.py
 
-# Two processes of one thread each: tests of tiny models gain nothing from a second thread.
+# Two processes with one thread each, because a second thread does not speed up tests of tiny models.
 test: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -1,11 +1,11 @@
-"""Text from a model: a PyTorch folder, locked or original, or an ONNX export.
+"""Text generation with a PyTorch folder, locked or original, or an ONNX export.
 
-One loop for both, token by token with the KV cache:
+One loop serves both. It generates token by token with the KV cache:
 
-1. Tokenize the prompt; an empty one becomes the model's begin-of-text or end-of-text token.
-2. Run the prompt, then each new token, and take the most likely next one (temperature 0) or
-   draw one: a seed draws the same tokens from the same logits, whatever computed them.
-3. Stop at an end-of-text token, at `max_new_tokens`, or where the model's context ends.
+1. Tokenize the prompt. An empty prompt becomes the model's begin-of-text or end-of-text token.
+2. Run the prompt, then each new token. The next token is the most likely one (temperature 0), or it is
+   sampled. With the same seed, the same logits give the same tokens, whatever computed the logits.
+3. Stop at an end-of-text token, after `max_new_tokens`, or at the end of the model's context.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class GenerateConfig(BaseModel):
-    """How to generate."""
+    """Settings of `generate`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,37 +46,59 @@ class GenerateConfig(BaseModel):
 
 @dataclass
 class TextModel:
-    """A model that can be asked for text."""
+    """A model with its tokenizer, ready to generate.
 
-    name: str  # as given
+    Attributes:
+        name: as the user gave it.
+        runner: computes logits.
+        tokenizer: of the model.
+        start_id: token that stands for an empty prompt; None if the model has none.
+        end_ids: tokens that end the text.
+        context: most tokens that the model can attend to; None if the configuration does not say.
+    """
+
+    name: str
     runner: Runner
     tokenizer: PreTrainedTokenizerBase
-    start_id: int | None  # what an empty prompt becomes
-    end_ids: set[int]  # tokens that end the text
-    context: int | None  # tokens that the model can attend to
+    start_id: int | None
+    end_ids: set[int]
+    context: int | None
 
 
 @dataclass
 class Generation:
-    """What was generated."""
+    """A generated text.
 
-    text: str  # whole characters; a part of one at the end is left out
-    token_ids: list[int]  # without the prompt's, without the end-of-text token
-    ends: list[int]  # for each token, the characters of `text` that are whole once it is there
+    Attributes:
+        text: without an incomplete character at the end.
+        token_ids: without the prompt and without the end-of-text token.
+        ends: for each token, the number of characters of `text` that are complete with it.
+        stopped: why the text ended.
+    """
+
+    text: str
+    token_ids: list[int]
+    ends: list[int]
     stopped: Literal["end of text", "max_new_tokens", "context"]
 
     def characters(self, tokens: int | None) -> int:
-        """Characters of `text` made of the first `tokens` tokens; None for all."""
+        """Number of characters of `text` that are complete with the first `tokens` tokens; None for all tokens."""
         if tokens is None:
             return len(self.text)
         return self.ends[tokens - 1] if tokens else 0
 
 
 def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -> TextModel:
-    """Load `demo`, a model folder, an export or a Hub id; PyTorch models run in float32, as `verify` runs them.
+    """Load a model. PyTorch models run in float32, as in `lockkit verify`.
+
+    Args:
+        name: `demo`, a model folder, an export, or a Hub id.
+        provider: execution provider of an export, a name in `lockkit.targets.Provider`. A PyTorch
+            model runs on the same device if PyTorch has it.
+        option: the argument or option that `name` came from, for messages.
 
     Raises:
-        UsageError: naming `option`, when it is none of them, or is damaged.
+        UsageError: there is no such model, or it is damaged. The message names `option`.
     """
     import torch
 
@@ -84,6 +106,7 @@ def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -
     from lockkit.models.load import load_model, load_tokenizer, resolve_model
     from lockkit.runners import OnnxRunner, TorchRunner
 
+    runner: Runner
     if (Path(name) / EXPORT_MANIFEST).is_file():
         session = ExportSession(Path(name), provider=provider)
         runner, folder, config = OnnxRunner(session), session.folder, session.config
@@ -106,12 +129,17 @@ def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -
 def special_tokens(
     folder: Path, config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int | None, set[int]]:
-    """The token that an empty prompt becomes, and those that end a text.
+    """The token that stands for an empty prompt (None if there is none), and the tokens that end a text.
 
-    The latter by the generation configuration, the configuration and the tokenizer.
+    A token ends the text if the configuration, the generation configuration or the tokenizer says so.
+
+    Args:
+        folder: of the model.
+        config: its `config.json`.
+        tokenizer: its tokenizer.
     """
     found = [config.get("eos_token_id"), tokenizer.eos_token_id]
-    # Optional, and what is broken in it is not needed here.
+    # This file is optional, so a damaged one is ignored.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         found.append(json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id"))
     ends = {token for entry in found if entry is not None for token in (entry if isinstance(entry, list) else [entry])}
@@ -125,24 +153,31 @@ def generate(
     config: GenerateConfig | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> Generation:
-    """Continue `prompt`; `on_text` gets each piece of text as soon as its characters are whole.
+    """Continue a prompt.
+
+    Args:
+        model: see `open_model`.
+        prompt: the text; may be empty.
+        config: see `GenerateConfig`.
+        on_text: called with each piece of text as soon as its characters are complete.
 
     Raises:
-        UsageError: the prompt does not fit into the model's context, or is empty for a model
-            that has no token to start from.
+        UsageError: the prompt does not fit into the model's context, or it is empty and the model has
+            no token for that.
     """
     config = config or GenerateConfig()
     prompt_ids = model.tokenizer(prompt)["input_ids"] if prompt else []
     if not prompt_ids:
         if model.start_id is None:
-            raise UsageError(f"{model.name} has no begin-of-text token, so it needs a text: give --prompt")
+            raise UsageError(f"{model.name} has no begin-of-text token, so the prompt must not be empty: give --prompt")
         prompt_ids = [model.start_id]
     room = (
         config.max_new_tokens if model.context is None else min(config.max_new_tokens, model.context - len(prompt_ids))
     )
     if room < 1:
         raise UsageError(
-            f"the prompt has {len(prompt_ids)} tokens, {model.name} has room for {model.context}: shorten --prompt"
+            f"the prompt has {len(prompt_ids)} tokens and the context of {model.name} is {model.context}: "
+            f"shorten --prompt"
         )
     stream = TextStream(model.tokenizer.decode, prompt_ids)
     ids: list[int] = []
@@ -154,13 +189,13 @@ def generate(
             text += piece
             on_text(piece)
         ends.append(len(text))
-    limit = "max_new_tokens" if room == config.max_new_tokens else "context"
-    stopped = "end of text" if len(ids) < room else limit
-    return Generation(text, ids, ends, stopped)
+    if len(ids) < room:
+        return Generation(text, ids, ends, "end of text")
+    return Generation(text, ids, ends, "max_new_tokens" if room == config.max_new_tokens else "context")
 
 
 def _tokens(model: TextModel, prompt_ids: list[int], room: int, config: GenerateConfig) -> Iterator[int]:
-    """At most `room` new tokens, ending before an end-of-text token."""
+    """Yield at most `room` new tokens. An end-of-text token ends them and is not yielded."""
     import torch
 
     random = torch.Generator().manual_seed(config.seed)
@@ -175,14 +210,24 @@ def _tokens(model: TextModel, prompt_ids: list[int], room: int, config: Generate
 
 
 def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator, top_p: float = 1.0) -> int:
-    """Choose a token by its logits, `[vocab]`, among the most likely ones that make up `top_p` together."""
+    """Choose the next token.
+
+    Args:
+        logits: `[vocab]`.
+        temperature: 0 takes the most likely token; above 0, the logits are divided by it before sampling.
+        random: generator for sampling.
+        top_p: sample only the most likely tokens that together have this probability (nucleus sampling,
+            Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
+
+    Returns:
+        the token's id.
+    """
     import torch
 
     if temperature == 0:
         return int(logits.argmax())
-    # Subtracting the highest first keeps a tiny temperature from overflowing.
+    # The highest logit is subtracted first, so that a very low temperature does not overflow.
     probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
-    # Nucleus sampling (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
@@ -190,8 +235,8 @@ def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 
-def parting(first: Generation, second: Generation) -> int | None:
-    """Number of the first generated token in which two generations differ; None if they do not."""
+def first_difference(first: Generation, second: Generation) -> int | None:
+    """Index of the first generated token in which two generations differ; None if they are equal."""
     pairs = zip(first.token_ids, second.token_ids, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if same is None and len(first.token_ids) != len(second.token_ids):

@@ -1,4 +1,4 @@
-"""Shared fixtures: no network, tiny models made once, the CLI run in-process."""
+"""Shared fixtures: tiny models that are made once, and the command line in this process. The Hub is off."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiny import save_tiny
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 
-# Enough to move every weight and couple the blocks; far too little to be faithful.
+# Enough training to change every weight and couple the blocks, but too little for a faithful lock.
 QUICK = {
     "depth": 5,
     "data": "stdlib",
@@ -55,7 +55,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def locks(originals, tmp_path_factory):
-    """A function from a model type to the folder of its locked form, distilled for a moment."""
+    """A function from a model type to the folder of its locked form, made on first use with `QUICK`."""
     made: dict[str, Path] = {}
 
     def lock(model_type: str) -> Path:
@@ -70,6 +70,8 @@ def locks(originals, tmp_path_factory):
 
 @dataclass
 class Outcome:
+    """What a command printed, and its exit code."""
+
     code: int
     out: str
     err: str

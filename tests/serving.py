@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import openai
 import psutil
 from tiny import save_tiny
 
-# Turns with a role each; a conversation must not begin with an answer.
+# Writes each message after its role, and refuses a conversation that begins with the assistant.
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('an answer comes first') }}{% endif %}"
     "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
@@ -36,6 +36,8 @@ def tiny_chat_model(folder: Path) -> Path:
 
 @dataclass
 class Server:
+    """A running server, and ways to talk to it."""
+
     process: subprocess.Popen
     port: int
     key: str = "none"
@@ -48,10 +50,11 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, **settings)
 
     def raw(self) -> socket.socket:
+        """A new connection, for bytes that are not HTTP."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def exchange(self, data: bytes) -> bytes:
-        """Send bytes and return all that comes back until the server closes the connection."""
+        """Send bytes; return everything that the server sends until it closes the connection."""
         with self.raw() as connection:
             connection.sendall(data)
             return read_all(connection)
@@ -64,13 +67,14 @@ class Server:
         return httpx2.post(self.url + path, content=body, headers=headers, timeout=60)
 
     def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
         text = self.get("/metrics").text
         return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.M))
 
-    def wait_until(self, condition, seconds: float = 20) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "it did not happen"
+            assert time.monotonic() < deadline, f"not within {seconds} seconds"
             time.sleep(0.05)
 
     @property
@@ -79,6 +83,7 @@ class Server:
 
 
 def read_all(connection: socket.socket) -> bytes:
+    """All bytes until the other side closes the connection."""
     parts = []
     with contextlib.suppress(ConnectionError):
         while part := connection.recv(65536):
@@ -90,13 +95,15 @@ def read_all(connection: socket.socket) -> bytes:
 def running_server(
     export: Path, *options: object, key: str | None = None, open_files: tuple[int, int] | None = None
 ) -> Iterator[Server]:
-    """Start `lockkit serve EXPORT OPTIONS` and wait until it listens; it is killed at the end if it still runs.
+    """Start `lockkit serve EXPORT OPTIONS` and wait until it listens. At the end it is killed.
 
-    `open_files` is its soft and hard limit on open files; by default this process's.
+    Args:
+        key: its API key, if it has one.
+        open_files: its soft and hard limit on open files. Default: those of this process.
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"LOCKKIT_API_KEY": key} if key else {})
     command = [sys.executable, "-m", "lockkit", "serve", export, "--port", 0, "--threads", 1, *options]
-    if open_files:  # set by a shell, as code of ours must not run between fork and exec
+    if open_files:  # set by a shell, because Python code between fork and exec is unsafe
         soft, hard = open_files
         command = ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", *command]
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Generation: the same text as transformers' own, from PyTorch and from an export."""
+"""Generation: the same text as transformers' `generate`, from PyTorch and from an export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.export.run import export_model
-from lockkit.generate import GenerateConfig, Generation, generate, next_token, open_model, parting
+from lockkit.generate import GenerateConfig, Generation, first_difference, generate, next_token, open_model
 from lockkit.models.load import load_model
 
 PROMPT = "def größe(self):\n    return "
@@ -33,7 +33,7 @@ def export(folder, tmp_path_factory):
 
 
 def expected_ids(folder, prompt: str, count: int) -> list[int]:
-    """Greedy tokens by transformers' own `generate`."""
+    """Greedy tokens, from `generate` of transformers."""
     model, _ = load_model(folder, torch.float32)
     tokenizer = open_model(str(folder)).tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -52,9 +52,11 @@ def test_pytorch_and_onnx_generate_what_transformers_does(folder, export):
 
 def test_an_empty_prompt_starts_at_the_begin_or_the_end_of_text(folder, tmp_path):
     model = open_model(str(folder))
-    assert model.start_id == 0  # this tokenizer has no begin of text, so the configuration's
+    assert model.start_id == 0  # from the configuration, since this tokenizer has no begin-of-text token
     found = generate(model, "", GenerateConfig(max_new_tokens=5))
-    assert found == Generation("", [], [], "end of text")  # the tiny model embeds token 0 as zeros, and repeats it
+    assert found == Generation(
+        "", [], [], "end of text"
+    )  # token 0 is padding with an embedding of zeros, and the model repeats it
     changed = tmp_path / "model"
     shutil.copytree(folder, changed)
     settings = json.loads((changed / "config.json").read_text()) | {"bos_token_id": 77}
@@ -64,7 +66,7 @@ def test_an_empty_prompt_starts_at_the_begin_or_the_end_of_text(folder, tmp_path
     assert generate(open_model(str(changed)), "", GenerateConfig(max_new_tokens=5)).token_ids == expected
 
 
-def test_it_stops_at_the_end_of_text(folder, export, tmp_path):
+def test_generation_stops_at_an_end_of_text_token(folder, export, tmp_path):
     ids = expected_ids(folder, PROMPT, 24)
     fifth = ids[5]
     changed = tmp_path / "model"
@@ -78,7 +80,7 @@ def test_it_stops_at_the_end_of_text(folder, export, tmp_path):
         assert found.token_ids == ids[: ids.index(fifth)] and found.stopped == "end of text"
 
 
-def test_it_stops_where_the_context_ends(folder):
+def test_generation_stops_at_the_end_of_the_context(folder):
     model = open_model(str(folder))
     prompt = model.tokenizer.decode(list(range(300, 500)))
     length = len(model.tokenizer(prompt)["input_ids"])
@@ -89,7 +91,7 @@ def test_it_stops_where_the_context_ends(folder):
         generate(model, prompt * 3, GenerateConfig())
 
 
-def test_sampling_repeats_with_its_seed_on_either_side(folder, export):
+def test_a_seed_gives_the_same_tokens_in_pytorch_and_onnx(folder, export):
     texts = {}
     for seed in (1, 1, 2):
         config = GenerateConfig(max_new_tokens=12, temperature=1.0, seed=seed)
@@ -108,7 +110,7 @@ def test_next_token_follows_the_distribution():
 
 
 class Script:
-    """A model that writes these tokens."""
+    """A model that always generates these tokens."""
 
     def __init__(self, ids: list[int]):
         self.ids = ids
@@ -121,14 +123,14 @@ class Script:
 @pytest.mark.parametrize("tokenizer", ["bundled", "in Python"])
 def test_text_never_shows_a_part_of_a_character(folder, tokenizer):
     model, pieces = open_model(str(folder)), []
-    if tokenizer == "in Python":  # no Rust behind it
+    if tokenizer == "in Python":  # not from the package tokenizers
         model.tokenizer = ByT5Tokenizer()
     ids = model.tokenizer("aß☃b", add_special_tokens=False)["input_ids"]
     assert len(ids) > 4  # bytes of a character are tokens of their own
     model.runner = Script(ids)
     found = generate(model, "x", GenerateConfig(max_new_tokens=len(ids)), pieces.append)
     assert found.text == "".join(pieces) == "aß☃b" and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-    for count in range(1, len(ids)):  # cut off anywhere, in the middle of a character too
+    for count in range(1, len(ids)):  # end anywhere, also inside a character
         cut = generate(model, "x", GenerateConfig(max_new_tokens=count))
         assert cut.text == found.text[: found.ends[count - 1]] and cut.ends == found.ends[:count]
 
@@ -137,10 +139,10 @@ def test_parting():
     def of(*ids):
         return Generation("", list(ids), [0] * len(ids), "max_new_tokens")
 
-    assert parting(of(1, 2, 3), of(1, 2, 3)) is None
-    assert parting(of(1, 2, 3), of(1, 5, 3)) == 1
-    assert parting(of(1, 2), of(1, 2, 3)) == 2
-    assert parting(of(), of(4)) == 0
+    assert first_difference(of(1, 2, 3), of(1, 2, 3)) is None
+    assert first_difference(of(1, 2, 3), of(1, 5, 3)) == 1
+    assert first_difference(of(1, 2), of(1, 2, 3)) == 2
+    assert first_difference(of(), of(4)) == 0
 
 
 def test_one_model_streams_its_text(folder, export, cli, monkeypatch):

@@ -1,4 +1,4 @@
-"""The server as its users see it: a real process, a real export, OpenAI's own client."""
+"""The server, end to end: a real process, a real export, OpenAI's client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = "sk-not-a-secret"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Holds `original`, `locked`, and `tiny-onnx`, the export that is served."""
+    """A folder with `original`, `locked`, and `tiny-onnx`, the export that is served."""
     folder = tmp_path_factory.mktemp("serve")
     original = tiny_chat_model(folder / "original")
     lock_model(str(original), folder / "locked", LockConfig(**QUICK | {"tokens": 2048, "end_to_end_tokens": 0}))
@@ -42,7 +42,7 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def strict(folder):
-    """One request at a time, one that may wait, two seconds each, an API key."""
+    """A server with tight limits: one request at a time, one in the queue, two seconds each, an API key."""
     limits = (
         "--max-batch", 1, "--max-queue", 1, "--request-seconds", 2, "--max-output-tokens", CONTEXT,
         "--max-prompt-tokens", 20, "--shutdown-seconds", 20,
@@ -53,7 +53,7 @@ def strict(folder):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    """Greedy tokens of the locked model in PyTorch, by transformers' own `generate`."""
+    """Greedy tokens of the locked model, from `generate` of transformers."""
     model, _ = load_model(folder / "locked", torch.float32)
 
     def generate(ids: list[int], count: int) -> list[int]:
@@ -72,19 +72,19 @@ def complete(client: openai.OpenAI, prompt, **settings) -> str:
     return client.completions.create(model=MODEL, prompt=prompt, **settings).choices[0].text
 
 
-def clean(text: str) -> str:
-    """Without half a character at the end, which the server leaves out."""
+def without_incomplete(text: str) -> str:
+    """Without an incomplete character at the end, which the server leaves out."""
     return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def test_completions_are_pytorchs(server, reference, tokenizer):
+def test_completions_equal_those_of_pytorch(server, reference, tokenizer):
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         expected = reference(ids, 24)
         for given in (prompt, ids):
             answer = server.client().completions.create(model=MODEL, prompt=given, max_tokens=24, temperature=0)
             text = tokenizer.decode(ids[-4:] + expected)[len(tokenizer.decode(ids[-4:])) :]
-            assert clean(answer.choices[0].text) == clean(text)
+            assert without_incomplete(answer.choices[0].text) == without_incomplete(text)
             assert answer.usage.completion_tokens == len(expected)
             assert answer.usage.total_tokens == len(ids) + len(expected)
             assert answer.choices[0].finish_reason == "length"
@@ -100,7 +100,7 @@ def test_chat_is_a_completion_of_the_templated_conversation(server, tokenizer):
         server.client().chat.completions.create(model=MODEL, messages=[{"role": "assistant", "content": "hi"}])
 
 
-def test_streams_are_the_same_text_in_pieces(server):
+def test_a_streamed_answer_is_the_whole_answer_in_pieces(server):
     for prompt in PROMPTS:
         settings = {"model": MODEL, "max_tokens": 40, "temperature": 0, "stream_options": {"include_usage": True}}
         chunks = list(server.client().completions.create(prompt=prompt, stream=True, **settings))
@@ -128,13 +128,13 @@ def test_stop_strings_end_the_answer_before_them(server):
     assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
 
 
-def test_many_clients_get_the_answers_of_one(server):
-    """Greedy and seeded, short and long, streamed and not, twice as many as run at once."""
+def test_concurrent_clients_get_the_answers_that_one_client_gets(server):
+    """Greedy and seeded, short and long, with twice as many clients as rows."""
     client = server.client()
     asked = [
         {"prompt": prompt * times, "max_tokens": count, **sampling}
         for prompt in PROMPTS
-        for times, count in ((1, 9), (7, 33), (40, 17))  # the last is longer than one pass of a prompt
+        for times, count in ((1, 9), (7, 33), (40, 17))  # the last takes several forward passes
         for sampling in ({"temperature": 0}, {"temperature": 0.9, "top_p": 0.8, "seed": 7})
     ]
     alone = [complete(client, **settings) for settings in asked]
@@ -145,27 +145,29 @@ def test_many_clients_get_the_answers_of_one(server):
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(ask, asked)) == alone
-    assert server.metric("lockkit_batch_size_sum") > server.metric("lockkit_batch_size_count")  # they did run together
+    assert server.metric("lockkit_batch_size_sum") > server.metric(
+        "lockkit_batch_size_count"
+    )  # some of them ran in one batch
 
 
-def test_seeds_repeat_and_differ(server):
+def test_a_seed_repeats_its_answer_and_other_seeds_differ(server):
     texts = [complete(server.client(), "x", temperature=1, seed=seed) for seed in (1, 1, -2, 2)]
     assert texts[0] == texts[1] and len(set(texts)) == 3
     assert complete(server.client(), "x", temperature=1) != complete(server.client(), "x", temperature=1)
-    # A tiny share leaves the likeliest token alone.
+    # With a tiny top_p, only the most likely token is left.
     assert complete(server.client(), "x", temperature=1, top_p=1e-9) == complete(server.client(), "x")
 
 
 def long_request(**settings) -> dict:
-    """Thousands of tokens: seconds of work, at the very least."""
+    """A request for thousands of tokens, which takes seconds at least."""
     return {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": CONTEXT - 100, "temperature": 0} | settings
 
 
-def test_a_client_that_leaves_frees_its_place(server):
+def test_a_client_that_disconnects_frees_its_row(server):
     before = server.metric("lockkit_generated_tokens_total")
     with server.client().completions.create(**long_request(stream=True)) as stream:
         next(iter(stream))
-    with server.raw() as connection:  # not streamed: the client goes while it waits
+    with server.raw() as connection:  # not streamed: the client disconnects while it waits
         body = json.dumps(long_request()).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -176,7 +178,7 @@ def test_a_client_that_leaves_frees_its_place(server):
     assert server.metric("lockkit_generated_tokens_total") - before < 2 * (CONTEXT - 100)
 
 
-def test_time_runs_out(strict):
+def test_a_request_that_takes_too_long_is_ended(strict):
     with pytest.raises(openai.APIStatusError, match="more than this server's 2 seconds") as caught:
         strict.client().completions.create(**long_request())
     assert caught.value.status_code == 408
@@ -185,7 +187,7 @@ def test_time_runs_out(strict):
     strict.wait_until(lambda: strict.metric("lockkit_running_requests") == 0)
 
 
-def test_what_may_wait_is_limited(strict):
+def test_the_queue_is_limited(strict):
     def outcome(_) -> str:
         try:
             strict.client().completions.create(**long_request())
@@ -209,7 +211,7 @@ def test_lengths_are_limited(server, strict, tokenizer):
         complete(client, [4096])
 
 
-def test_the_api_key_is_asked_for_everywhere_but_at_health(strict):
+def test_every_path_but_health_needs_the_api_key(strict):
     for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
         assert strict.get(path).status_code in (200, 404)
     keyless = openai.OpenAI(base_url=f"{strict.url}/v1", api_key=KEY + "x", max_retries=0)
@@ -229,8 +231,8 @@ def test_models_and_names(server):
         server.client().completions.create(model="gpt-4", prompt="x")
 
 
-def test_shutdown_finishes_what_runs_and_logs_no_secret(folder):
-    """SIGTERM: the running answer is completed, nothing new is taken, and the exit code is 0."""
+def test_shutdown_finishes_running_requests_and_logs_no_secret(folder):
+    """After SIGTERM the running answer is completed, no connection is accepted, and the exit code is 0."""
     with running_server(folder / MODEL, "--max-output-tokens", CONTEXT, key=KEY) as server:
         answers, request = [], long_request(max_tokens=1500, prompt="secret words")
         thread = threading.Thread(target=lambda: answers.append(server.client().completions.create(**request)))
@@ -247,7 +249,7 @@ def test_shutdown_finishes_what_runs_and_logs_no_secret(folder):
         assert "secret" not in log and KEY not in log and "Traceback" not in log
 
 
-def test_shutdown_does_not_wait_for_ever(folder):
+def test_shutdown_ends_requests_after_its_time_limit(folder):
     with running_server(folder / MODEL, "--max-output-tokens", CONTEXT, "--shutdown-seconds", 0.5) as server:
         stream = server.client().completions.create(**long_request(stream=True))
         next(iter(stream))

@@ -1,4 +1,4 @@
-"""Thousands of connections that do nothing, on a server that starts with few open files allowed."""
+"""Thousands of idle connections, on a server that starts with a low limit on open files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from serving import Server, read_all, running_server, tiny_chat_model
 from lockkit.export.run import export_model
 
 MODEL = "tiny-onnx"
-IDLE, CAP = 2_400, 2_500
+IDLE, MOST = 2_400, 2_500
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
-# What each of the idle ones has sent: nothing, the first half of its headers, or a whole request.
+# What idle connections have sent: nothing, the first half of their headers, or a whole request.
 SENT = (b"", HEALTH[:30], HEALTH)
 
 
@@ -29,8 +29,8 @@ def export(tmp_path_factory):
 
 @pytest.fixture
 def many_files():
-    """Room for both ends' files: this process's soft limit raised, and the hard one, which the server inherits."""
-    needed = CAP + 2_000
+    """Raise this process's soft limit on open files, for both ends of every connection; return the new limit."""
+    needed = MOST + 2_000
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         pytest.skip(f"needs {needed} open files, and the hard limit here is {hard}")
@@ -46,7 +46,7 @@ def ask(server: Server) -> str:
 
 
 def is_healthy(connection: socket.socket) -> bool:
-    """Whether the answer to a request for /health comes, whole."""
+    """Whether a complete answer of /health arrives with status 200."""
     answer = b""
     while not answer.endswith(b"}") and (part := connection.recv(4096)):
         answer += part
@@ -59,7 +59,7 @@ def open_connections(server: Server) -> int:
 
 
 def closed(connections: list[socket.socket]) -> list[socket.socket]:
-    """Those that the server has written to, or closed, by now."""
+    """The connections that the server has written to or closed."""
     poll = select.poll()
     by_number = {connection.fileno(): connection for connection in connections}
     for number in by_number:
@@ -68,7 +68,7 @@ def closed(connections: list[socket.socket]) -> list[socket.socket]:
 
 
 def test_thousands_of_idle_connections(export, many_files):
-    limits = ("--max-connections", CAP, "--read-seconds", 60)
+    limits = ("--max-connections", MOST, "--read-seconds", 60)
     with running_server(export, *limits, open_files=(256, many_files)) as server, contextlib.ExitStack() as stack:
         alone = ask(server)
         before = server.memory_bytes
@@ -81,23 +81,23 @@ def test_thousands_of_idle_connections(export, many_files):
         assert server.get("/health").status_code == 200
         assert ask(server) == alone
 
-        # More than it takes: refused with a reason, while those that it has are still served.
-        extra = [stack.enter_context(server.raw()) for _ in range(2 * (CAP - IDLE))]
-        server.wait_until(lambda: len(closed(extra)) >= len(extra) - (CAP - IDLE))
+        # Connections above the limit are refused with a reason. The others are still served.
+        extra = [stack.enter_context(server.raw()) for _ in range(2 * (MOST - IDLE))]
+        server.wait_until(lambda: len(closed(extra)) >= len(extra) - (MOST - IDLE))
         refusals = [read_all(connection) for connection in closed(extra)]
-        assert len(refusals) == len(extra) - (CAP - IDLE)
+        assert len(refusals) == len(extra) - (MOST - IDLE)
         assert all(r.startswith(b"HTTP/1.1 429 ") and b"too_many_connections" in r for r in refusals)
         answered[-1].sendall(HEALTH)
         assert is_healthy(answered[-1])
-        assert server.memory_bytes - before < 30_000 * CAP  # bytes for each connection
+        assert server.memory_bytes - before < 30_000 * MOST  # bytes for each connection
 
-        stack.close()  # all of them leave at once
+        stack.close()  # all clients disconnect at once
         server.wait_until(lambda: open_connections(server) == 0)
         assert server.get("/health").status_code == 200
         assert ask(server) == alone and server.process.poll() is None
 
 
-def test_a_limit_on_files_that_is_too_low_is_told_at_once(export):
+def test_too_low_a_limit_on_open_files_is_reported_at_the_start(export):
     with pytest.raises(AssertionError) as caught, running_server(export, open_files=(512, 512)):
         pass
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""What clients of bad will, or bad make, do to the server: it refuses with a reason, and goes on."""
+"""Hostile and broken clients: the server refuses with a reason, and keeps answering others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def survives(server):
-    """After every test the same process still answers, and holds no request."""
+    """After every test the same process still answers, and no request is running."""
     yield
     server.wait_until(lambda: server.get("/health").status_code == 200)
     server.wait_until(lambda: server.metric("lockkit_running_requests") == 0)
@@ -38,7 +38,7 @@ def survives(server):
 
 
 def refused(answer, status: int = 400) -> str:
-    """Check that an answer is a refusal in OpenAI's form; its message."""
+    """Check that an answer is an error in OpenAI's form; return its message."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["message"]
@@ -55,7 +55,7 @@ def test_bodies_that_are_not_requests(server):
     refused(server.post(COMPLETIONS, b'{"model": "tiny-onnx", "prompt": "x"}', **{"Content-Type": "text/plain"}))
 
 
-def test_values_that_cannot_be(server):
+def test_invalid_values_are_refused_by_name(server):
     for name, values in {
         "max_tokens": (-1, 0, 101, 10**30, 1.5, "5", True, [], float("nan"), float("inf")),
         "temperature": (-0.1, 2.1, 10**400, "1", float("nan"), float("-inf"), {}),
@@ -87,8 +87,8 @@ def test_values_that_cannot_be(server):
     refused(server.get(COMPLETIONS), 405)
 
 
-def test_a_prompt_that_is_one_endless_word(server):
-    """As large as a body may be: tokenized, counted and refused, or answered."""
+def test_a_prompt_that_is_one_long_word(server):
+    """It fills the largest allowed body. It is answered, or refused as too long."""
     for word in ("a", " ", "\u0301", "🏳", "\\\\"):
         body = json.dumps({"model": MODEL, "prompt": word * (19_000 // len(json.dumps(word)))}).encode()
         assert server.post(COMPLETIONS, body).status_code in (200, 400)
@@ -97,7 +97,7 @@ def test_a_prompt_that_is_one_endless_word(server):
 def test_bodies_that_are_too_large(server):
     refused(server.post(COMPLETIONS, b"x" * 20_001), 413)
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    for declared in (b"20001", b"9" * 19, b"9" * 400):  # refused before a byte of it is sent
+    for declared in (b"20001", b"9" * 19, b"9" * 400):  # refused before the body is sent
         assert (
             b" 413 " in server.exchange(head + b"Content-Length: " + declared + b"\r\n\r\n")[:20] or len(declared) > 20
         )
@@ -105,7 +105,7 @@ def test_bodies_that_are_too_large(server):
     assert b" 413 " in server.exchange(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 5)[:20]
 
 
-def test_what_is_not_http(server):
+def test_bytes_that_are_not_http(server):
     for data in (
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 500, b"GET\r\n\r\n", b"\0" * 1000, b"x" * 40_000,
         b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 5000, b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
@@ -128,13 +128,13 @@ def test_what_is_not_http(server):
 def test_any_bytes(server, data, start):
     with server.raw() as connection:
         connection.sendall(start + data)
-        connection.shutdown(1)  # half-closed: nothing more comes from here
+        connection.shutdown(1)  # half-closed: this side sends no more
         answer = read_all(connection)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
 
 
 def test_slow_clients_are_cut_off(server):
-    """Headers or a body that trickle in, and nothing at all: a second each, however often a byte comes."""
+    """Slow headers, a slow body, or no bytes at all: one second each, even if bytes arrive often."""
     body_head = (
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
     )
@@ -162,9 +162,9 @@ def test_slow_clients_are_cut_off(server):
 
 
 def test_a_client_that_never_reads_its_answer(server):
-    """Pipelined requests whose answers nobody takes: the connection is dropped, and memory with it."""
+    """Pipelined requests whose answers are not read: the connection is closed."""
     with server.raw() as connection:
-        connection.setsockopt(1, 8, 2048)  # SOL_SOCKET, SO_RCVBUF: next to nothing fits on the way
+        connection.setsockopt(1, 8, 2048)  # SOL_SOCKET, SO_RCVBUF: a small receive buffer
         request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
         connection.settimeout(15)
         with pytest.raises((ConnectionError, TimeoutError)) as caught:
@@ -174,20 +174,20 @@ def test_a_client_that_never_reads_its_answer(server):
 
 
 def test_hundreds_of_idle_connections(server):
-    """More than it takes: those beyond are refused, the others let go in time, and it answers all along."""
+    """Connections above the limit are refused. The others are closed when their time is up."""
     idle = [server.raw() for _ in range(299)]
     assert server.get("/health").status_code == 200
     extra = [server.raw() for _ in range(30)]
     refusals = [read_all(connection) for connection in extra]
     assert sum(b"too_many_connections" in refusal for refusal in refusals) >= 1
     assert all(b"too_many_connections" in answer or b"slow_headers" in answer for answer in refusals)
-    answers = [read_all(connection) for connection in idle]  # all of them let go, after a second
+    answers = [read_all(connection) for connection in idle]  # all are closed after a second
     assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers)
     for connection in (*idle, *extra):
         connection.close()
 
 
-def test_hang_ups_of_all_kinds(server):
+def test_clients_that_disconnect_at_any_point(server):
     body = json.dumps({"model": MODEL, "prompt": "x", "max_tokens": 100, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     request = head % len(body) + body
@@ -196,18 +196,18 @@ def test_hang_ups_of_all_kinds(server):
             connection.sendall(request[:cut])
             if cut % 2:
                 connection.shutdown(1)
-            if cut % 3 == 0:  # a reset in place of a farewell
+            if cut % 3 == 0:  # with a reset
                 connection.setsockopt(1, 13, b"\1\0\0\0\0\0\0\0")  # SOL_SOCKET, SO_LINGER
     assert server.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_its_own_description(server, path, mode):
-    """Schemathesis: whatever the OpenAPI description allows or forbids gets an answer that it promises.
+def test_answers_conform_to_the_openapi_description(server, path, mode):
+    """Schemathesis makes requests that the description allows, and others that it forbids.
 
-    What it allows may still be refused (an answer that is too long, messages that the chat template
-    does not take), so acceptance is not checked.
+    A request that the description allows may still be refused: the answer can be too long, or the chat
+    template can refuse the messages. So acceptance is not checked.
     """
     api = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operation = api[path]["POST"]

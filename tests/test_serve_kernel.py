@@ -1,4 +1,4 @@
-"""`lockkit serve` with the fused kernel: used where the export has it, and said where it cannot be."""
+"""`lockkit serve` with the fused operator: used if the export has it; a warning if it cannot be used."""
 
 from __future__ import annotations
 

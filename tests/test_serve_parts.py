@@ -1,4 +1,4 @@
-"""What the server is made of: text, rows, the engine, and the export it trusts."""
+"""The parts of the server: text, rows, the engine, and the check of the export."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def exports(originals, tmp_path_factory):
 
 @pytest.fixture
 def copied(exports, tmp_path):
-    """An export of its own, to be damaged."""
+    """A copy of an export, for one test to change."""
     return shutil.copytree(exports("qwen3"), tmp_path / "export")
 
 
@@ -74,7 +74,7 @@ def test_pieces_are_whole_characters():
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("ab☃ \n", max_size=30), stops=st.lists(st.text("ab☃ ", min_size=1, max_size=4), max_size=4))
-def test_stop_strings_whatever_they_are(text, stops):
+def test_text_ends_before_the_first_stop_string(text, stops):
     found, stopped = streamed(TOKENIZER.encode(text).ids, stops)
     assert text.startswith(found) and not any(stop in found for stop in stops)
     assert stopped == any(stop in text for stop in stops)
@@ -95,11 +95,13 @@ def test_top_p_draws_from_the_nucleus_only():
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "llama"])
-def test_rows_that_come_go_and_move_get_the_logits_they_would_get_alone(exports, model_type):
-    """Any order of prompts in parts, steps and departures, against a session that runs one text at a time."""
+def test_rows_get_the_logits_that_each_text_gets_alone(exports, model_type):
+    """Prompts in parts, decoding steps and rows that end, in random order, compared with one text at a time."""
     alone, chance = ExportSession(exports(model_type)), random.Random(3)
     rows = open_rows(open_served_model(exports(model_type)), 4, 64, "cpu", 1)
-    assert type(rows) is (SeparateRows if model_type == "llama" else SharedRows)  # its heads are too small to share
+    assert type(rows) is (
+        SeparateRows if model_type == "llama" else SharedRows
+    )  # the heads of this one are too small for GroupQueryAttention
     texts: list[list[int]] = []
     for _ in range(60):
         if len(texts) < 4 and chance.random() < 0.4:
@@ -133,7 +135,7 @@ def assert_close(logits: torch.Tensor, alone: ExportSession, text: list[int]) ->
 
 
 class CountingRows:
-    """Rows whose next token is the row's length; a prompt that starts with 9 fails, 8 fails the next step."""
+    """Rows whose next token is the row's length. A prompt that starts with 9 fails; one with 8 fails the next step."""
 
     fused = False
 
@@ -175,7 +177,7 @@ async def ending(job: Job):
     return piece.reason
 
 
-def test_a_failure_ends_the_jobs_it_hits_and_no_other():
+def test_a_failure_ends_only_the_jobs_that_it_affects():
     async def body(engine):
         jobs = [Job([first, 1], max_tokens=5) for first in (1, 9, 2)]
         for job in jobs:
@@ -191,9 +193,9 @@ def test_a_failure_ends_the_jobs_it_hits_and_no_other():
     assert run_engine(body) == ("length", True)
 
 
-def test_the_engine_ends_cancels_and_refuses():
+def test_the_engine_stops_at_end_of_text_limits_its_queue_and_cancels():
     async def body(engine):
-        end = Job([1] * 290, max_tokens=1000)  # token 300 comes, and ends it
+        end = Job([1] * 290, max_tokens=1000)  # token 300 is the end of text
         engine.submit(end)
         assert await ending(end) == "stop" and end.generated == 11
         with pytest.raises(QueueFullError):
@@ -215,7 +217,7 @@ def refusal(folder) -> str:
     return str(caught.value)
 
 
-def test_every_file_must_be_what_the_manifest_says(copied, exports):
+def test_every_file_must_match_the_manifest(copied, exports):
     for name in read_manifest(copied).files:
         path, content = copied / name, (copied / name).read_bytes()
         path.write_bytes(content[:-1])
@@ -231,8 +233,8 @@ def test_every_file_must_be_what_the_manifest_says(copied, exports):
     assert open_served_model(copied).context == 256
 
 
-def test_nothing_is_read_that_nobody_vouches_for(copied):
-    (copied / "README.md").write_text("of no concern")
+def test_a_file_that_is_read_must_be_in_the_manifest(copied):
+    (copied / "README.md").write_text("not read by the server")
     open_served_model(copied)
     for name in ("chat_template.jinja", "added_tokens.json", "generation_config.json"):
         if not (copied / name).exists():
@@ -247,7 +249,7 @@ def test_nothing_is_read_that_nobody_vouches_for(copied):
 
 
 def test_weights_that_are_not_listed_are_not_read(copied):
-    """A manifest that fits, but for the file that the graph has its weights in."""
+    """The manifest matches, but does not list the file with the graph's weights."""
     manifest = read_manifest(copied)
     del manifest.files["model.onnx_data"]
     (copied / EXPORT_MANIFEST).write_text(manifest.model_dump_json(by_alias=True))
@@ -257,7 +259,7 @@ def test_weights_that_are_not_listed_are_not_read(copied):
 
 
 def test_weights_outside_the_folder_are_not_read(copied, tmp_path):
-    """A manifest that fits, and a graph whose weights lie elsewhere."""
+    """The manifest matches, and the graph reads weights from outside the folder."""
     (copied / "model.onnx_data").rename(tmp_path / "elsewhere")
     graph = onnx.load(copied / "model.onnx", load_external_data=False)
     for tensor in graph.graph.initializer:
@@ -270,12 +272,12 @@ def test_weights_outside_the_folder_are_not_read(copied, tmp_path):
 
 
 def nested(tensor: onnx.TensorProto) -> onnx.GraphProto:
-    """A graph in which a tensor is an initialiser."""
+    """A graph with this tensor as its initialiser."""
     return onnx.helper.make_graph([], "inner", [], [], [tensor])
 
 
 @pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "function", "subgraph of a function"])
-def test_weights_are_found_wherever_a_graph_has_them(copied, place):
+def test_external_weights_are_found_anywhere_in_a_graph(copied, place):
     tensor = onnx.TensorProto(name="hidden", data_location=onnx.TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value="evil.bin")
     node = onnx.helper.make_node("If", ["condition"], [], then_branch=nested(tensor))
@@ -295,7 +297,7 @@ def test_weights_are_found_wherever_a_graph_has_them(copied, place):
 
 
 def test_code_in_an_export_never_runs(originals, tmp_path):
-    """A tokenizer that asks for code of its own gets none, even with a manifest that fits."""
+    """A tokenizer that names code in the folder: the code does not run, even if the manifest matches."""
     export_model(str(originals("qwen3")), tmp_path / "export")
     (tmp_path / "export" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: ...\n")
     for name in ("tokenizer_config.json", "config.json"):

@@ -1,4 +1,4 @@
-"""Tiny models of random weights, one of every supported family, made in memory."""
+"""Tiny models with random weights, one for each supported family."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lockkit.dlr import DLRNet, MLPShape
 from lockkit.models.families import FAMILIES
 from lockkit.models.load import DEMO, TOKENIZER_FILES
 
-VOCAB = 4096  # the bundled tokenizer's
+VOCAB = 4096  # tokens of the bundled tokenizer
 
 COMMON = {
     "vocab_size": VOCAB,
@@ -59,12 +59,13 @@ def empty_chain(shape: MLPShape, depth: int, gain: float, activation: Callable) 
 
 
 def tiny_config(model_type: str, **overrides) -> transformers.PreTrainedConfig:
+    """The configuration of a tiny model; `overrides` are fields of it."""
     family = FAMILIES[model_type]
     return getattr(transformers, family.config_class)(**(COMMON | SPECIAL.get(model_type, {}) | overrides))
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides) -> transformers.PreTrainedModel:
-    """A model of `model_type` whose weights, biases and norms included, are random."""
+    """A tiny model with random weights, biases and norms."""
     family = FAMILIES[model_type]
     torch.manual_seed(seed)
     model = getattr(transformers, family.model_class)(tiny_config(model_type, **overrides)).eval()
@@ -72,7 +73,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides) -> transformers.PreT
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-            elif parameter.ndim == 1:  # norms, so that a missing one shows
+            elif parameter.ndim == 1:  # norms: random, so that a missing norm changes the output
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 

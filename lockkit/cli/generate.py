@@ -9,7 +9,7 @@ import typer
 
 from lockkit.cli.console import console
 from lockkit.errors import UsageError
-from lockkit.generate import GenerateConfig, Generation, TextModel, open_model, parting
+from lockkit.generate import GenerateConfig, Generation, TextModel, first_difference, open_model
 from lockkit.generate import generate as generate_text
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _side_by_side(model: TextModel, other: TextModel, first: Generation, second:
     from rich.table import Table
     from rich.text import Text
 
-    position = parting(first, second)
+    position = first_difference(first, second)
     if position is None:
         caption = f"identical: {len(first.token_ids)} tokens"
     else:

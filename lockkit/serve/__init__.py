@@ -1,9 +1,15 @@
 """An OpenAI-compatible server for an export.
 
+A request passes through these modules:
+
     HTTP -> server.py -> guard.py -> app.py -> engine.py -> rows.py -> onnxruntime
 
-`config.py` holds every setting; `server.py` the process, its socket and slow clients; `guard.py`
-what is checked before a request is looked at; `app.py` the endpoints; `protocol.py` their JSON;
-`model.py` the export and its tokenizer; `engine.py` continuous batching; `rows.py` the graph with
-one cache for all requests; `text.py` tokens to text; `metrics.py` what Prometheus reads.
+* `config.py`: all settings.
+* `server.py`: the process, its socket, and limits on slow clients.
+* `guard.py`: checks that come before any endpoint.
+* `app.py`: the endpoints. `protocol.py` has their JSON, `stream.py` their server-sent events.
+* `model.py`: the export and its tokenizer.
+* `engine.py`: continuous batching. `lockkit/text_stream.py` turns tokens into text.
+* `rows.py`: the graph, with one KV cache for all requests.
+* `metrics.py`: metrics for Prometheus.
 """

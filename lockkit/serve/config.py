@@ -1,4 +1,4 @@
-"""The settings of the server, for the command line and Python: each with its default and its description."""
+"""The settings of the server, with their defaults and descriptions. The command line is made from them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ServeConfig(BaseModel):
             except OSError as error:
                 raise UsageError(f"cannot read {where} ({error.strerror}): change --api-key-file") from error
             except UnicodeDecodeError as error:
-                raise UsageError(f"{where} is not a line of ASCII: change --api-key-file") from error
+                raise UsageError(f"{where} is not one line of ASCII: change --api-key-file") from error
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise UsageError(f"{where} must hold one word of printable ASCII: change --api-key-file")
         return SecretStr(key)

@@ -1,14 +1,14 @@
 """Continuous batching: one thread that runs the graph for all requests.
 
-Each turn of its loop:
+One iteration of its loop:
 
-1. Forget the jobs whose clients left or ran out of time; their rows are free at once.
-2. While rows are free, take the next job of the queue and run its prompt, at most
-   `PREFILL_TOKENS` in a turn, so that a long prompt does not stop the others.
-3. Run one token for every row in use, choose each row's next token, and hand over the text.
+1. Remove the jobs that were cancelled. Their rows are free at once.
+2. While rows are free, take the next job from the queue and run its prompt. At most
+   `PREFILL_TOKENS` prompt tokens run in one iteration, so that a long prompt does not delay the others.
+3. Run one token for every row in use, choose each row's next token, and send the text.
 
-The thread holds no lock while it computes. Everything that a client waits for goes through its
-job's `pieces`, an asyncio queue of the server's event loop.
+The thread holds no lock while it computes. Text reaches a client through its job's `pieces`, an
+asyncio queue of the server's event loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lockkit.generate import next_token
-from lockkit.serve.rows import PREFILL_TOKENS, SeparateRows, SharedRows
+from lockkit.serve.rows import PREFILL_TOKENS, Rows
 from lockkit.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ Reason = Literal["stop", "length", "cancelled", "timeout", "shutdown", "error"]
 
 
 class QueueFullError(Exception):
-    """No row is free, and as many jobs wait as may."""
+    """No row is free, and the queue is full."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of an answer; the last piece has a reason."""
+    """The next text of an answer. The last piece has a reason."""
 
     text: str
     reason: Reason | None = None
@@ -52,7 +52,19 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """One request: what to generate, and where its text goes."""
+    """One request: what to generate, and the queue for its text.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: most tokens to generate.
+        temperature, top_p: see `lockkit.generate.next_token`.
+        seed: of the sampling; None for a random one.
+        stops: strings that end the answer.
+        pieces: the text, to be read in the event loop.
+        generated: tokens so far, including the one that ended the text.
+        done: nothing more is computed for this job.
+        created: time of creation, as `time.perf_counter` gives it, in seconds.
+    """
 
     prompt: list[int]
     max_tokens: int
@@ -61,32 +73,32 @@ class Job:
     seed: int | None = None
     stops: Sequence[str] = ()
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
-    generated: int = 0  # tokens, the one that ended the text included
-    done: bool = False  # nothing more is to be computed for it
+    generated: int = 0
+    done: bool = False
     created: float = field(default_factory=time.perf_counter)
-    # The engine's own:
+    # Used by the engine only:
     computed: int = 0  # tokens of the prompt that have been run
     length: int = 0  # tokens in the row
-    token: int = 0  # the newest, not yet run
-    stream: TextStream | None = None
-    random: torch.Generator | None = None
+    token: int = 0  # the newest token, not run yet
+    stream: TextStream | None = None  # set when the prompt has been run
+    random: torch.Generator | None = None  # set when the prompt has been run, if the temperature is above 0
 
 
 class Engine:
-    """Runs jobs; `start`, `submit`, `cancel` and `stop` belong to the event loop.
+    """Runs jobs. Call `start`, `submit`, `cancel` and `stop` from the event loop only.
 
     Args:
-        rows: the graph.
-        tokenizer: to turn tokens into text.
+        rows: the graph and its caches.
+        tokenizer: turns tokens into text.
         end_ids: tokens that end an answer.
-        max_batch: rows in use at the same time.
-        max_queue: jobs that may wait.
-        metrics: told what happens.
+        max_batch: most rows in use at the same time.
+        max_queue: most jobs that wait.
+        metrics: filled by the engine.
     """
 
     def __init__(
         self,
-        rows: SharedRows | SeparateRows,
+        rows: Rows,
         tokenizer: Tokenizer,
         end_ids: frozenset[int],
         max_batch: int,
@@ -97,41 +109,43 @@ class Engine:
         self._rows, self._tokenizer, self._end_ids = rows, tokenizer, end_ids
         self._max_batch, self._max_queue, self._metrics = max_batch, max_queue, metrics
         self._waiting: deque[Job] = deque()
-        self._prompt: Job | None = None  # whose prompt is being run
-        self._running: list[Job] = []  # by row
+        self._prefilling: Job | None = None  # the job whose prompt is being run
+        self._running: list[Job] = []  # the job of each row in use
         self._outbox: list[tuple[Job, Piece]] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="lockkit-engine", daemon=True)
 
     def start(self) -> None:
+        """Start the thread. Jobs send their text to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
     def fused(self) -> bool:
-        """Whether chains run in the fused kernel."""
+        """Whether chains run in the fused operator of `lockkit kernel`."""
         return self._rows.fused
 
     @property
     def alive(self) -> bool:
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
         """Queue a job.
 
         Raises:
-            QueueFullError: too many wait already.
+            QueueFullError: no row is free and the queue is full.
         """
         with self._changed:
-            free = self._max_batch - len(self._running) - (self._prompt is not None)
+            free = self._max_batch - len(self._running) - (self._prefilling is not None)
             if len(self._waiting) >= self._max_queue + max(0, free):
                 raise QueueFullError
             self._waiting.append(job)
             self._changed.notify()
 
     def cancel(self, job: Job, reason: Reason) -> None:
-        """End a job now, if it has not ended; its row is freed in the engine's next turn."""
+        """End a job now, unless it has ended. Its row becomes free in the next iteration."""
         if not job.done:
             job.done = True
             job.pieces.put_nowait(Piece("", reason))
@@ -139,59 +153,59 @@ class Engine:
                 self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread; jobs that still run end with "shutdown"."""
+        """End the thread. Jobs that have not ended get the reason "shutdown"."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
-        for job in (*self._waiting, *([self._prompt] if self._prompt else []), *self._running):
+        for job in (*self._waiting, *([self._prefilling] if self._prefilling else []), *self._running):
             self.cancel(job, "shutdown")
 
-    # What follows runs in the engine's thread.
+    # The methods below run in the engine's thread.
 
     def _run(self) -> None:
         import torch
 
-        torch.set_num_threads(1)  # it only picks tokens; more threads would take onnxruntime's cores
+        torch.set_num_threads(1)  # PyTorch only samples here; more threads would take cores from onnxruntime
         while self._wait_for_work():
-            self._forget_the_done()
-            self._admit()
+            self._remove_done()
+            self._prefill()
             self._decode()
-            self._hand_over()
+            self._send_pieces()
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not (self._stopping or self._waiting or self._prompt or self._running):
+            while not (self._stopping or self._waiting or self._prefilling or self._running):
                 self._changed.wait()
             return not self._stopping
 
-    def _forget_the_done(self) -> None:
+    def _remove_done(self) -> None:
         with self._changed:
             if any(job.done for job in self._waiting):
                 self._waiting = deque(job for job in self._waiting if not job.done)
-        if self._prompt and self._prompt.done:
-            self._prompt = None
+        if self._prefilling and self._prefilling.done:
+            self._prefilling = None
         for row in reversed(range(len(self._running))):
             if self._running[row].done:
                 self._free(row)
 
     def _free(self, row: int) -> None:
-        """Fill the row with the last one, so that the rows in use stay the first ones."""
+        """Move the last row in use here, so that the rows in use stay contiguous from 0."""
         last = len(self._running) - 1
         self._rows.move(last, row, self._running[last].length)
         self._running[row] = self._running[last]
         self._running.pop()
 
-    def _admit(self) -> None:
-        """Run prompts: those of several short jobs, or a part of a long one."""
+    def _prefill(self) -> None:
+        """Run at most `PREFILL_TOKENS` of prompts: several short ones, or a part of a long one."""
         budget = PREFILL_TOKENS
         while budget > 0 and len(self._running) < self._max_batch:
-            if self._prompt is None:
+            if self._prefilling is None:
                 with self._changed:
                     if not self._waiting:
                         return
-                    self._prompt = self._waiting.popleft()
-            job = self._prompt
+                    self._prefilling = self._waiting.popleft()
+            job = self._prefilling
             part = job.prompt[job.computed : job.computed + budget]
             try:
                 logits = self._rows.prefill(part, job.computed)
@@ -203,9 +217,9 @@ class Engine:
                 self._begin(job)
             except Exception as error:
                 self._fail([job], error)
-                self._prompt = None
+                self._prefilling = None
                 continue
-            self._prompt = None
+            self._prefilling = None
             self._running.append(job)
             self._choose([job], logits[None])
             if job.done:
@@ -240,19 +254,21 @@ class Engine:
                 self._free(row)
 
     def _choose(self, jobs: list[Job], logits: torch.Tensor) -> None:
-        """Choose the next token of each job by its logits, `[jobs, vocab]`, and its text or its end."""
+        """Choose the next token of each job by its logits, `[jobs, vocab]`."""
         logits = logits.float()
-        likeliest = logits.argmax(-1).tolist()
+        most_likely = logits.argmax(-1).tolist()
         for row, job in enumerate(jobs):
             try:
-                token = likeliest[row]
-                if job.temperature > 0:
+                token = most_likely[row]
+                if job.random is not None:
                     token = next_token(logits[row], job.temperature, job.random, job.top_p)
-                self._take(job, token)
+                self._append(job, token)
             except Exception as error:
                 self._fail([job], error)
 
-    def _take(self, job: Job, token: int) -> None:
+    def _append(self, job: Job, token: int) -> None:
+        """Add a token to the answer. Queue its text; end the job if the answer is complete."""
+        assert job.stream is not None  # set by `_begin`
         job.token = token
         job.generated += 1
         self._metrics.generated_tokens.inc()
@@ -274,18 +290,18 @@ class Engine:
         job.done = True
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:
-        """End jobs that cannot go on. Of the error only its kind is logged: its text may quote a prompt."""
+        """End jobs that failed. Only the class of the error is logged, since its text may quote a prompt."""
         log.error("%d requests failed in the engine: %s", len(jobs), type(error).__name__)
         for job in jobs:
             if not job.done:
                 self._end(job, "", "error")
 
-    def _hand_over(self) -> None:
+    def _send_pieces(self) -> None:
         outbox, self._outbox = self._outbox, []
         self._metrics.running.set(len(self._running))
         self._metrics.waiting.set(len(self._waiting))
         if outbox:
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the event loop is closed, so no client waits
                 self._loop.call_soon_threadsafe(_deliver, outbox)
 
 

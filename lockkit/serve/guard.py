@@ -1,10 +1,10 @@
-"""What is checked before a request is looked at, whatever its endpoint.
+"""Checks that every request passes before its endpoint.
 
-1. The API key, where there is one: every path but /health.
-2. The body: at most `max_body_bytes`, complete within `read_seconds`. It is read here, whole, so
+1. The API key, if the server has one. Every path but /health needs it.
+2. The body: at most `max_body_bytes`, complete within `read_seconds`. It is read completely here, so
    that an endpoint never waits for a slow client.
-3. Nothing an endpoint does ends the process or shows its insides: an unexpected error is a 500
-   of one line, of which only the kind and the place are logged, since its text may quote a prompt.
+3. An unexpected error in an endpoint becomes a response 500 of one line. Only the class and the place
+   of the error are logged, since its text may quote a prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse
 
@@ -28,17 +28,25 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
-OPEN_PATH = "/health"
-ENDPOINTS = ("/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions")
+_OPEN_PATH = "/health"  # needs no API key
+_ENDPOINTS = ("/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
 class Guard:
-    """ASGI middleware around the whole application."""
+    """ASGI middleware around the whole application.
+
+    Args:
+        app: the application.
+        config: limits on the body.
+        api_key: required of every request except /health; None for no key.
+        metrics: counts every request.
+    """
 
     def __init__(self, app: ASGIApp, config: ServeConfig, api_key: SecretStr | None, metrics: Metrics):
         self._app, self._config, self._key, self._metrics = app, config, api_key, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a request, pass it on, and count it (ASGI)."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -60,16 +68,16 @@ class Guard:
             await refusal(error)(scope, receive, counted_send)
         except Exception as error:
             log.error("%s in %s", type(error).__name__, _place(error))
-            if status:  # the answer has begun: all that can be done is to end it
+            if status:  # a part of the answer is sent, so it can only be cut off
                 raise asyncio.CancelledError from None
             await refusal(ApiError(500, "the server failed on this request"))(scope, receive, counted_send)
         finally:
-            endpoint = scope["path"] if scope["path"] in ENDPOINTS else "other"
+            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
             self._metrics.requests.labels(endpoint, str(status)).inc()
             self._metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - started)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"] == OPEN_PATH:
+        if self._key is None or scope["path"] == _OPEN_PATH:
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
@@ -79,7 +87,9 @@ class Guard:
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         limit = self._config.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than this server takes, {limit} bytes", code="body_too_large")
+        too_large = ApiError(
+            413, f"the body is larger than this server's limit of {limit} bytes", code="body_too_large"
+        )
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared[:20]) > limit:
             raise too_large
@@ -105,7 +115,7 @@ class _ClientGoneError(Exception):
 
 
 def refusal(error: ApiError) -> JSONResponse:
-    """The answer to a request that is refused; the connection is closed where the body may not have been read."""
+    """The response to a refused request. It closes the connection if the body may be unread."""
     headers = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -114,24 +124,25 @@ def refusal(error: ApiError) -> JSONResponse:
     if error.status in (401, 408, 413):
         headers["Connection"] = "close"
     if error.status == 408:
-        headers["X-Should-Retry"] = "false"  # OpenAI's clients would send it again
+        headers["X-Should-Retry"] = "false"  # otherwise OpenAI's clients repeat the request
     return JSONResponse(error.body(), error.status, headers)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body first, and then whatever comes: the client's leaving."""
-    given = False
+    """A `receive` that returns the body first and then what `receive` returns: that the client disconnects."""
+    returned = False
 
     async def replayed() -> Message:
-        nonlocal given
-        if not given:
-            given = True
+        nonlocal returned
+        if not returned:
+            returned = True
             return {"type": "http.request", "body": body, "more_body": False}
         return await receive()
 
     return replayed
 
 
-def _place(error: BaseException) -> Any:
+def _place(error: BaseException) -> str:
+    """File and line where an error was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno}"

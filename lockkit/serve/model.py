@@ -1,9 +1,9 @@
-"""The export that is served: verified, then opened.
+"""Check an export against its manifest, and open it.
 
-1. Compare every file with the manifest (`check_manifest`). Links that leave the folder are refused, and
-   an export of which anything is read that the manifest does not list.
-2. Load the tokenizer. No code from the folder ever runs: where `lockkit kernel` has been run on it, the
-   library that this user compiled on this machine is loaded, not the folder's copy of one.
+1. Every file is compared with the manifest (`check_manifest`). The export is refused if a link leaves
+   the folder, or if a file would be read that the manifest does not list.
+2. The tokenizer is loaded. No code from the folder runs. After `lockkit kernel`, the library that
+   was compiled on this machine is loaded, never a copy in the folder.
 """
 
 from __future__ import annotations
@@ -29,18 +29,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedModel:
-    """An intact export and what is needed to speak with it."""
+    """An export that matches its manifest, and its tokenizer.
+
+    Attributes:
+        folder: of the export.
+        manifest: hashes of its files.
+        config: `config.json`, that of the original family.
+        tokenizer: of the model.
+        start_id: token that stands for an empty prompt; None if the model has none.
+        end_ids: tokens that end an answer.
+        context: most tokens that the model can attend to; None if the configuration does not say.
+    """
 
     folder: Path
     manifest: Manifest
-    config: dict[str, Any]  # the original family's config.json
+    config: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
-    start_id: int | None  # what an empty prompt becomes
-    end_ids: frozenset[int]  # tokens that end an answer
-    context: int | None  # tokens the model can attend to
+    start_id: int | None
+    end_ids: frozenset[int]
+    context: int | None
 
     @property
     def fast_tokenizer(self) -> Tokenizer:
+        """The tokenizer without transformers, from `tokenizer.json`."""
         return self.tokenizer.backend_tokenizer
 
     @property
@@ -49,14 +60,21 @@ class ServedModel:
         return int(self.config["vocab_size"])
 
     @property
-    def chats(self) -> bool:
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` works."""
         return bool(self.tokenizer.chat_template)
 
     def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the tokenizer adds."""
         return self.tokenizer(prompt)["input_ids"]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Tokens of a conversation, by the tokenizer's own chat template (in transformers' sandbox).
+        """Token ids of a conversation, by the tokenizer's chat template.
+
+        The template runs in transformers' sandbox.
+
+        Args:
+            messages: each with `role` and `content`.
 
         Raises:
             jinja2.TemplateError: the template refuses these messages.
@@ -66,9 +84,15 @@ class ServedModel:
 
 
 def open_session(model: ServedModel, provider: str, threads: int | None) -> ExportSession:
-    """The graph, with the fused kernel if `lockkit kernel` gave it to the export.
+    """Load the graph, with the fused operator if `lockkit kernel` installed it in the export.
 
-    Without it the answers are the same and slower, so where it is to be used and cannot be, one line is logged.
+    If it is installed but cannot be used, the export is loaded without it and one warning is logged. The
+    answers are then the same, but slower.
+
+    Args:
+        model: the export.
+        provider: execution provider, a name in `lockkit.targets.Provider`.
+        threads: of one operator on the CPU; None for onnxruntime's choice.
 
     Raises:
         UsageError: the graph cannot be loaded.
@@ -78,7 +102,7 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
     if provider_called(provider).row.runs_kernel and has_kernel(model.folder):
         kernel, remedy = find_kernel(), f"run lockkit kernel {model.folder}"
         if not has_kernel_form(model.folder / MODEL_FILE):
-            reason, remedy = "its chains are not in the form that this version knows", "export again"
+            reason, remedy = "this version does not know the form of its chains", "export again"
         elif not kernel:
             reason = "it has not been compiled for this machine and version"
         else:
@@ -89,16 +113,16 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
             else:
                 if session.fused:
                     return session
-                reason = "onnxruntime did not take it"
+                reason = "onnxruntime does not use it"
         log.warning("serving %s without the fused kernel, slower (%s): %s", model.folder, reason, remedy)
     return ExportSession(model.folder, provider, check=False, threads=threads)
 
 
 def open_served_model(folder: Path) -> ServedModel:
-    """Verify and open an export.
+    """Check an export against its manifest, and open it.
 
     Raises:
-        UsageError: it is not an export, or not the one that was written.
+        UsageError: the folder is no export, a file differs from the manifest, or the tokenizer cannot be loaded.
     """
     from lockkit.generate import special_tokens
     from lockkit.models.load import load_tokenizer

@@ -1,19 +1,20 @@
-"""The JSON of requests and answers, after OpenAI's API reference (Completions, Chat Completions, Models).
+"""The JSON of requests and answers, as in OpenAI's API reference (Completions, Chat Completions, Models).
 
-What this server does not do (several answers at once, log probabilities, penalties, tools) is
-accepted only where it is switched off, and refused by name otherwise; so is what it does not know.
-Numbers have the reference's ranges; the server's own limits are checked in `app.py`.
+This server does not support several answers per request, log probabilities, penalties and tools. Their
+fields are accepted only with the value that turns the feature off. Otherwise the request is refused, and
+the message names the field. Unknown fields are refused, too. Numbers have the ranges of the reference;
+`app.py` checks the server's own limits.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 
-def _whole(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character and has no tokens."""
+def _valid_unicode(text: str) -> str:
+    """Refuse half of a surrogate pair. JSON can contain one, but it is no character and has no tokens."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -23,17 +24,17 @@ def _whole(text: str) -> str:
 
 def _off(switch: bool) -> bool:
     if switch:
-        raise ValueError("this server does not do that")
+        raise ValueError("this server does not support that")
     return switch
 
 
-Text = Annotated[str, AfterValidator(_whole)]
-TokenId = Annotated[int, Field(ge=0)]
-StopString = Annotated[Text, Field(min_length=1, max_length=256)]
-# What is accepted only where it is switched off. Not Literal: to Python 0.0 is False, and True is 1.
-No = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})] | None
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-One = Annotated[int, Field(ge=1, le=1)] | None
+_Text = Annotated[str, AfterValidator(_valid_unicode)]
+_TokenId = Annotated[int, Field(ge=0)]
+_StopString = Annotated[_Text, Field(min_length=1, max_length=256)]
+# Fields that may only turn a feature off. Not `Literal`, because Python has 0.0 == False and True == 1.
+_No = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})] | None
+_Zero = Annotated[float, Field(ge=0, le=0)] | None
+_One = Annotated[int, Field(ge=1, le=1)] | None
 
 
 class _Strict(BaseModel):
@@ -41,60 +42,72 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = Field(False, description="Send the token counts in a last chunk of their own.")
+    """Options of a streamed answer."""
+
+    include_usage: bool = Field(False, description="Send one more chunk at the end, with the token counts.")
 
 
 class _Generation(_Strict):
-    model: str = Field(description="As /v1/models lists it.")
-    max_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the likeliest token. Default: 1.")
+    model: str = Field(description="Name of the model, as in /v1/models.")
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens to generate.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 takes the most likely token. Default: 1.")
     top_p: float | None = Field(
-        None, gt=0, le=1, description="Draw among the likeliest tokens that make up this share. Default: 1."
+        None,
+        gt=0,
+        le=1,
+        description="Sample only the most likely tokens that together have this probability. Default: 1.",
     )
     seed: int | None = Field(
-        None, ge=-(2**63), le=2**63 - 1, description="The same seed draws the same tokens from the same logits."
+        None, ge=-(2**63), le=2**63 - 1, description="With the same seed, the same logits give the same tokens."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        None, description="Texts that end the answer; they are not part of it."
+    stop: _StopString | Annotated[list[_StopString], Field(max_length=4)] | None = Field(
+        None, description="Strings that end the answer. They are not part of it."
     )
-    stream: bool | None = Field(None, description="Send the answer as it is made, as server-sent events.")
+    stream: bool | None = Field(None, description="Send the answer while it is generated, as server-sent events.")
     stream_options: StreamOptions | None = None
-    n: One = None
-    presence_penalty: Zero = None
-    frequency_penalty: Zero = None
+    n: _One = None
+    presence_penalty: _Zero = None
+    frequency_penalty: _Zero = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: str | None = Field(None, description="Accepted, not used, not kept.")
+    user: str | None = Field(None, description="Accepted and ignored; not stored.")
 
     @property
     def stops(self) -> list[str]:
+        """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(_Generation):
     """Continue a prompt."""
 
-    prompt: Text | list[TokenId] = Field(description="A text, or the numbers of its tokens.")
-    best_of: One = None
-    echo: No = None
-    logprobs: No = None
+    prompt: _Text | list[_TokenId] = Field(description="A text, or its token ids.")
+    best_of: _One = None
+    echo: _No = None
+    logprobs: _No = None
     suffix: Literal[""] | None = None
 
 
 class TextPart(_Strict):
+    """A part of a message."""
+
     type: Literal["text"]
-    text: Text
+    text: _Text
 
 
 class Message(_Strict):
+    """One message of a conversation."""
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: _Text | list[TextPart]
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
+        """Role and content, with the parts of the content joined: the form that chat templates read."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text}
 
@@ -104,20 +117,24 @@ class ChatRequest(_Generation):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
-    logprobs: No = None
-    top_logprobs: Zero = None
+    logprobs: _No = None
+    top_logprobs: _Zero = None
     tools: Annotated[list[dict], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
 
 class Usage(BaseModel):
+    """Numbers of tokens."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class CompletionChoice(BaseModel):
+    """The text that continues a prompt."""
+
     index: int = 0
     text: str
     logprobs: None = None
@@ -125,6 +142,8 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
+    """Answer of /v1/completions."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -134,11 +153,15 @@ class Completion(BaseModel):
 
 
 class AssistantMessage(BaseModel):
+    """The model's message."""
+
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class ChatChoice(BaseModel):
+    """The model's answer to a conversation."""
+
     index: int = 0
     message: AssistantMessage
     logprobs: None = None
@@ -146,6 +169,8 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
+    """Answer of /v1/chat/completions."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -155,6 +180,8 @@ class ChatCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """The served model."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -162,16 +189,22 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
+    """Answer of /v1/models."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(BaseModel):
+    """Answer of /health."""
+
     status: Literal["ok"] = "ok"
-    fused_kernel: bool = False  # chains run in the kernel of `lockkit kernel`
+    fused_kernel: bool = False  # whether chains run in the fused operator of `lockkit kernel`
 
 
 class ErrorDetail(BaseModel):
+    """What is wrong with a request: a message of one line, the class of error, the field, and a code."""
+
     message: str
     type: str
     param: str | None = None
@@ -179,23 +212,34 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
+    """Answer to a request that is refused or fails."""
+
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """A refusal: an HTTP status and what is wrong."""
+    """A request that is refused or fails.
+
+    Args:
+        status: HTTP status.
+        message: one line that says what is wrong.
+        param: the field, if one field is wrong.
+        code: short name of the error, for programs.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
-    def body(self) -> dict:
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
         return error_body(self.status, self.message, self.param, self.code)
 
 
-ERROR_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 500: "server_error"}
+_ERROR_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 500: "server_error"}
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
-    kind = ERROR_TYPES.get(status, "invalid_request_error")
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The JSON of an error, see `ApiError`."""
+    kind = _ERROR_TYPES.get(status, "invalid_request_error")
     return ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code)).model_dump()

@@ -1,21 +1,22 @@
-"""The graph and its caches: many requests, one forward pass.
+"""The graph and its KV caches: one forward pass for many requests.
 
 Each request has a row. The graphs' GroupQueryAttention takes a row's length from the sum of its
-attention mask and lays its keys out from position 0 (see `export/session.py`), so rows of any
-lengths can share a pass. Their caches are the rows of one buffer a layer, `[rows, kv_heads,
-capacity, head_size]`, which onnxruntime reads as the past and writes as the present, in place: a
-step copies nothing but the new keys and values. Rows in use are always the first ones, so that a
-batch is a prefix of the buffer; a row that ends is filled with the last one.
+attention mask and stores its keys from position 0 (see `export/session.py`). So rows of different
+lengths can share a forward pass. Each cache input has one buffer for all rows, `[rows, kv_heads,
+capacity, head_size]`. onnxruntime reads it as the past and writes the new keys and values into it, in
+place, so a step copies nothing else. The rows in use are contiguous from 0, so that a batch is a prefix
+of the buffer. When a row ends, the last row in use moves there.
 
-Not onnxruntime-genai: its `Engine` batches continuously only graphs with PagedAttention, which its
-builder writes for CUDA (fp16, bf16) and WebGPU alone, and for which onnxruntime has no CPU kernel.
-Given one of our graphs, `Engine` 0.18 either fails (`dynamic_batching`: ENGINE_EXECUTION_FAILURE in
-the first step) or forms static batches, which newcomers wait for, without seeds or stop strings.
+This does not use onnxruntime-genai. Its `Engine` batches continuously only graphs with PagedAttention.
+Its builder writes those for CUDA (fp16, bf16) and WebGPU only, and onnxruntime has no CPU kernel for
+them. With one of lockkit's graphs, `Engine` 0.18 fails in the first step (`dynamic_batching`:
+ENGINE_EXECUTION_FAILURE) or forms static batches: new requests wait until the batch ends, and there are
+no seeds and no stop strings.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lockkit.errors import UsageError
 from lockkit.export.session import torch_type
@@ -27,38 +28,80 @@ if TYPE_CHECKING:
     from lockkit.export.session import ExportSession
     from lockkit.serve.model import ServedModel
 
-PREFILL_TOKENS = 128  # of a prompt, in one pass; more would keep the other requests waiting
+PREFILL_TOKENS = 128  # prompt tokens in one forward pass; with more, the other requests would wait longer
 
 
-def open_rows(model: ServedModel, rows: int, capacity: int, provider: str, threads: int | None) -> SharedRows:
-    """The fastest way to run this export that gives every row the answer it would get alone.
+class Rows(Protocol):
+    """A graph and one KV cache per row.
+
+    A prompt runs in a staging row, in one or several parts (`prefill`). `admit` then moves it to the
+    next row that is not in use. `decode` runs one token for each row in use.
+
+    Attributes:
+        fused: chains run in the fused operator of `lockkit kernel`.
+    """
+
+    fused: bool
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that the caches take when every row is full, in bytes. It is used as rows fill. 0 if it is not known."""
+
+    def prefill(self, tokens: list[int], past: int) -> torch.Tensor:
+        """Run the next tokens of a prompt, after `past` others; return the logits after the last one, `[vocab]`."""
+
+    def admit(self, row: int, length: int) -> None:
+        """Move a prompt of `length` tokens from the staging row to `row`."""
+
+    def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+        """Run one token for each of the first rows; return logits `[rows, vocab]`.
+
+        `lengths` are the tokens in each row, including the new one.
+        """
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Move the `length` tokens of row `source` to row `target`, which is overwritten."""
+
+
+def open_rows(model: ServedModel, rows: int, capacity: int, provider: str, threads: int | None) -> Rows:
+    """Load the graph: with shared caches if every row then gets the answer that it gets alone, else with separate ones.
+
+    Args:
+        model: the export.
+        rows: most rows in use at the same time.
+        capacity: most tokens in a row.
+        provider: execution provider, a name in `lockkit.targets.Provider`.
+        threads: of one operator on the CPU; None for onnxruntime's choice.
 
     Raises:
         UsageError: the graph cannot be loaded, or the caches do not fit into memory.
     """
     session = open_session(model, provider, threads)
-    # Two tables of positions, chosen by the longest row of a batch; or attention with positions as
-    # an input, which does not count a row's length.
-    mixes_badly = (model.config.get("rope_parameters") or {}).get("rope_type") == "longrope"
-    if mixes_badly or not session.counts_positions:
+    # LongRoPE has two tables of positions, and the longest row of a batch chooses for all rows. Attention
+    # with positions as an input does not count a row's length.
+    rows_interfere = (model.config.get("rope_parameters") or {}).get("rope_type") == "longrope"
+    if rows_interfere or not session.counts_positions:
         return SeparateRows(session, rows)
     return SharedRows(session, rows, capacity)
 
 
 class SharedRows:
-    """Rows whose caches share one buffer.
+    """Rows whose caches share buffers; see `Rows`.
 
     Args:
-        session: the export; GroupQueryAttention only.
-        rows: that can be in use, besides the one that prompts are computed in.
-        capacity: tokens a row can hold.
+        session: the export, with GroupQueryAttention.
+        rows: most rows in use at the same time, without the staging row.
+        capacity: most tokens in a row.
+
+    Raises:
+        UsageError: the caches do not fit into memory.
     """
 
     def __init__(self, session: ExportSession, rows: int, capacity: int):
         import torch
 
         self._session, self.fused = session, session.fused
-        self._staging = rows  # a prompt is computed in the last row and then moved
+        self._staging = rows  # the last row
         try:
             self._caches = {
                 name: torch.empty((rows + 1, heads, capacity, size), dtype=torch_type(kind), device=session.device)
@@ -72,22 +115,23 @@ class SharedRows:
 
     @property
     def cache_bytes(self) -> int:
-        """What the caches take when every row is full; memory is used as rows fill."""
+        """Memory that the caches take when every row is full."""
         return sum(cache.nbytes for cache in self._caches.values())
 
     def prefill(self, tokens: list[int], past: int) -> torch.Tensor:
-        """Run the next tokens of a prompt, of which `past` have been run; logits `[vocab]` after the last."""
+        """See `Rows`."""
         return self._run([tokens], [past + len(tokens)], slice(self._staging, self._staging + 1))[0, -1]
 
     def admit(self, row: int, length: int) -> None:
-        """Move the finished prompt of `length` tokens to `row`."""
+        """See `Rows`."""
         self.move(self._staging, row, length)
 
     def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
-        """Run one token for each of the first rows; `lengths` with it. Logits `[rows, vocab]`."""
+        """See `Rows`."""
         return self._run([[token] for token in tokens], lengths, slice(0, len(tokens)))[:, 0]
 
     def move(self, source: int, target: int, length: int) -> None:
+        """See `Rows`."""
         if source != target:
             for cache in self._caches.values():
                 cache[target, :, :length] = cache[source, :, :length]
@@ -101,24 +145,32 @@ class SharedRows:
 
 
 class SeparateRows:
-    """Rows with a cache of their own, run one after the other: no gain from batches, the same answers."""
+    """Rows with separate caches; see `Rows`. They run one after the other, so batches are not faster.
+
+    Args:
+        session: the export.
+        rows: most rows in use at the same time.
+    """
 
     def __init__(self, session: ExportSession, rows: int):
         self._session, self.fused = session, session.fused
         self._caches: list[Any] = [None] * rows
         self._staging: Any = None
-        self.cache_bytes = 0  # grows with the rows
+        self.cache_bytes = 0  # not known: caches grow with their rows
 
     def prefill(self, tokens: list[int], past: int) -> torch.Tensor:
+        """See `Rows`."""
         if past == 0:
             self._staging = None
         logits, self._staging = self._forward(tokens, self._staging)
         return logits
 
     def admit(self, row: int, length: int) -> None:
+        """See `Rows`."""
         self._caches[row], self._staging = self._staging, None
 
     def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+        """See `Rows`."""
         import torch
 
         parts = []
@@ -128,6 +180,7 @@ class SeparateRows:
         return torch.stack(parts)
 
     def move(self, source: int, target: int, length: int) -> None:
+        """See `Rows`."""
         self._caches[target] = self._caches[source]
 
     def _forward(self, tokens: list[int], cache: Any) -> tuple[torch.Tensor, Any]:

@@ -1,9 +1,9 @@
 """The process: one socket, one event loop, one engine thread.
 
-uvicorn speaks HTTP. What is added here is about clients that do not play fair: a connection has
-`read_seconds` to send the headers of its next request and to make room for more of an answer, and
-there are at most `max_connections` of them. For each the process may open a file, so that the next
-one can always be accepted, if only to be refused.
+uvicorn implements HTTP. This module adds limits on slow and hostile clients. A connection has
+`read_seconds` to send the headers of its next request, and as long to read a part of the answer. There
+are at most `max_connections` connections. The limit on open files is raised above that, so that one more
+connection can always be accepted and refused with a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import h11
 import psutil
@@ -34,8 +34,8 @@ from lockkit.serve.model import open_served_model
 from lockkit.serve.protocol import error_body
 from lockkit.serve.rows import open_rows
 
-_BACKLOG = 1024  # connections that wait to be accepted, and may be accepted at once
-_OTHER_FILES = 128  # that the process has open
+_BACKLOG = 1024  # connections that wait to be accepted; all of them may be accepted at once
+_OTHER_FILES = 128  # open files of the process that are no connections
 
 
 def serve_export(
@@ -45,34 +45,34 @@ def serve_export(
 ) -> None:
     """Serve an export until SIGINT or SIGTERM.
 
-    On the first signal no new request is taken, and running ones get `shutdown_seconds` to finish;
-    a second SIGINT ends them. This process's soft limit on open files is raised to what
+    After the first signal no new request is accepted, and running requests get `shutdown_seconds` to
+    finish. A second SIGINT ends them. The process's soft limit on open files is raised as
     `max_connections` needs.
 
     Args:
-        folder: what `lockkit export` wrote.
+        folder: folder that `lockkit export` wrote.
         config: see `ServeConfig`.
-        on_ready: told, in one line, where the server listens, once it does.
+        on_ready: called once the server listens, with one line that says where.
 
     Raises:
-        UsageError: the export is not intact or cannot be loaded, the address cannot be listened
-            on, or a setting does not fit.
+        UsageError: the export differs from its manifest or cannot be loaded, the server cannot listen on
+            the address, the limit on open files is too low, or the caches do not fit into memory.
     """
     config = config or ServeConfig()
     _allow_open_files(config.max_connections)
     with _listen(config) as listener:
         app = open_app(folder, config)
         server = _Server(_uvicorn_config(app, config))
-        # The engine needs the interpreter for a moment after every step, and may not wait 5 ms for it.
+        # The engine needs the interpreter lock briefly after every step. The default interval, 5 ms, is too long.
         sys.setswitchinterval(0.0005)
-        server.say_ready = lambda: on_ready(_greeting(app, listener))
+        server.on_started = lambda: on_ready(_ready_line(app, listener))
         asyncio.run(server.serve(sockets=[listener]))
 
 
 def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
-    """The server as an ASGI application, for Ray Serve and the like.
+    """The server as an ASGI application, for other servers, for instance Ray Serve.
 
-    What it takes to deal with slow headers and idle connections is then the other server's part.
+    The other server must then limit slow headers and idle connections.
 
     Raises:
         UsageError: see `serve_export`.
@@ -96,14 +96,15 @@ def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
 
 
 def _spare_cores() -> int:
-    """All physical cores but one, which HTTP, tokenizing and sampling need: with both of two cores for
-    onnxruntime, whose idle threads spin, 16 clients got half the throughput.
+    """All physical cores but one, which is for HTTP, tokenizing and sampling.
+
+    onnxruntime's idle threads spin. With both of two cores for onnxruntime, 16 clients got half the throughput.
     """
     return max(1, (psutil.cpu_count(logical=False) or 2) - 1)
 
 
 def _allow_open_files(connections: int) -> None:
-    """Raise the limit on this process's open files: without a free one, nobody could even be refused."""
+    """Raise this process's limit on open files. A connection needs one, even to be refused."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + _OTHER_FILES
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -116,7 +117,8 @@ def _allow_open_files(connections: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _greeting(app: FastAPI, listener: socket.socket) -> str:
+def _ready_line(app: FastAPI, listener: socket.socket) -> str:
+    """Where the server listens, and whether it needs a key."""
     host, port = listener.getsockname()[:2]
     key = "with an API key" if app.state.has_key else "without an API key"
     if not app.state.has_key and host not in ("127.0.0.1", "::1"):
@@ -128,7 +130,7 @@ def _greeting(app: FastAPI, listener: socket.socket) -> str:
 
 @contextlib.contextmanager
 def _listen(config: ServeConfig) -> Iterator[socket.socket]:
-    """The listening socket, before a model is loaded for nothing."""
+    """Open the listening socket. This comes before the model is loaded, since it can fail."""
     try:
         family, *_, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -141,10 +143,16 @@ def _listen(config: ServeConfig) -> Iterator[socket.socket]:
         yield listener
 
 
-def _uvicorn_config(app: Any, config: ServeConfig) -> uvicorn.Config:
-    # uvicorn's own log would hold a line for every request and, for a bad one, a warning.
+class _Config(uvicorn.Config):
+    """uvicorn's settings, and lockkit's for `_Protocol`."""
+
+    limits: ServeConfig
+
+
+def _uvicorn_config(app: FastAPI, config: ServeConfig) -> _Config:
+    # uvicorn's log would contain a line for every request, and a warning for every malformed one.
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    settings = uvicorn.Config(
+    settings = _Config(
         app,
         http=_Protocol,
         ws="none",
@@ -153,22 +161,23 @@ def _uvicorn_config(app: Any, config: ServeConfig) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         backlog=_BACKLOG,
-        timeout_keep_alive=config.read_seconds,
-        timeout_graceful_shutdown=config.shutdown_seconds,
-        h11_max_incomplete_event_size=16_384,  # of headers
+        # uvicorn declares these two as int, but passes them on to asyncio, which takes fractions.
+        timeout_keep_alive=cast(int, config.read_seconds),
+        timeout_graceful_shutdown=cast(int, config.shutdown_seconds),
+        h11_max_incomplete_event_size=16_384,  # bytes of headers
     )
-    settings.lockkit = config  # for _Protocol, which uvicorn makes
+    settings.limits = config
     return settings
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends quietly on a signal instead of sending it to the process again."""
+    """uvicorn's server, but it returns after a signal instead of raising the signal again."""
 
-    say_ready: Callable[[], None]
+    on_started: Callable[[], None]
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.say_ready()
+        self.on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -178,18 +187,19 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """One connection, with limits on what an unfair client can take."""
+    """One connection, with time limits on reading and writing."""
 
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
     @property
     def _limits(self) -> ServeConfig:
-        return self.config.lockkit
+        assert isinstance(self.config, _Config)  # made by `_uvicorn_config`
+        return self.config.limits
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` tells of any byte not taken
+        transport.set_write_buffer_limits(high=0)  # so that `pause_writing` is called for any unsent byte
         if len(self.connections) > self._limits.max_connections:
             self._refuse(429, "too many connections: try again later", "too_many_connections")
         else:
@@ -227,14 +237,14 @@ class _Protocol(H11Protocol):
 
     def _await_headers(self) -> None:
         if self._header_timer is None and not self.transport.is_closing():
-            self._header_timer = self.loop.call_later(self._limits.read_seconds, self._headers_are_late)
+            self._header_timer = self.loop.call_later(self._limits.read_seconds, self._refuse_slow_headers)
 
-    def _headers_are_late(self) -> None:
+    def _refuse_slow_headers(self) -> None:
         seconds = self._limits.read_seconds
         self._refuse(408, f"the headers did not come within {seconds:g} seconds", "slow_headers")
 
     def _refuse(self, status: int, message: str, code: str) -> None:
-        """Answer outside of any request, where an answer is still possible, and close."""
+        """Send an error that belongs to no request, if HTTP still allows an answer, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error_body(status, message, code=code)).encode()
             headers = [

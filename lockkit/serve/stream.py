@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
@@ -14,31 +14,33 @@ from lockkit.serve.protocol import ApiError
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-HEADERS = [
+_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the pieces
+    (b"x-accel-buffering", b"no"),  # otherwise nginx collects the events
 ]
 
 
 class EventStream(Response):
-    """A response of `data: JSON` events, `data: [DONE]` last.
+    """A response of `data: JSON` events that ends with `data: [DONE]`.
 
-    An `ApiError` on the way is sent as an event with the key "error", since the status is out
-    already; the stream then ends without [DONE].
+    If `chunks` raises an `ApiError`, it is sent as an event with the key "error", because the HTTP
+    status is sent already. The stream then ends without [DONE].
 
     Args:
-        chunks: from the ASGI `receive`, which tells when the client leaves, to the chunks.
+        chunks: a function that takes the ASGI `receive` and yields the chunks, each a JSON object.
+            `receive` tells when the client disconnects.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: Callable[[Any], AsyncIterator[dict[str, Any]]]):
+    def __init__(self, chunks: Callable[[Receive], AsyncGenerator[dict[str, Any], None]]):
         super().__init__()
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        """Send the events (ASGI)."""
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         last = "[DONE]"
         async with contextlib.aclosing(self._chunks(receive)) as chunks:
             try:

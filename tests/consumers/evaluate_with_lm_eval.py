@@ -1,6 +1,6 @@
-"""Run by a test in another environment: OUT (BACKEND MODEL_ARGS)...; prints JSON, one entry a backend.
+"""Run `lm-eval` with several backends: OUT (BACKEND MODEL_ARGS)...; prints JSON with one entry per backend.
 
-Each is `lm-eval run` itself, on the task of examples/lm_eval, from the current folder.
+A test runs this in another environment. The current folder must be examples/lm_eval, which has the task.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ for backend, arguments in zip(pairs[::2], pairs[1::2], strict=True):
     (samples,) = folder.rglob("samples_*.jsonl")
     found[backend] = {
         "accuracy": json.loads(results.read_text())["results"]["stdlib_members"]["acc,none"],
-        # Of every choice of every question: its log-likelihood, and whether it is what greedy decoding gives.
+        # For each choice of each question: its log-likelihood, and whether greedy decoding gives it.
         "choices": [choice for line in samples.open() for choice in json.loads(line)["filtered_resps"]],
     }
 print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""Run by a test in another environment: EXPORT PROMPT NEW_TOKENS; prints JSON."""
+"""Generate with optimum: EXPORT PROMPT NEW_TOKENS; prints JSON. A test runs this in another environment."""
 
 import importlib.util
 import json

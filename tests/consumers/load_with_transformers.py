@@ -1,4 +1,7 @@
-"""Run by a test in another environment: FOLDER PROMPT NEW_TOKENS SAVE_TO; prints JSON."""
+"""Load a locked folder, generate, save and reload it: FOLDER PROMPT NEW_TOKENS SAVE_TO; prints JSON.
+
+A test runs this in another environment.
+"""
 
 import importlib.util
 import json
@@ -12,12 +15,13 @@ folder, prompt, new_tokens, save_to = sys.argv[1:]
 
 
 def continuation(model, ids):
+    """Greedy tokens after `ids`, `[1, seq]`."""
     ones = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=ones, max_new_tokens=int(new_tokens), do_sample=False)
     return out[0, ids.shape[1] :].tolist()
 
 
-# Eager attention: others leave out Gemma 2's soft caps, in some versions.
+# Eager attention: in some versions the others leave out the soft caps of Gemma 2.
 options = {"trust_remote_code": True, "torch_dtype": torch.float32, "attn_implementation": "eager"}
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()

@@ -1,7 +1,7 @@
-"""Locked folders and exports where lockkit is not: transformers 4.57, optimum, lm-evaluation-harness, CPU wheels.
+"""Locked folders and exports without lockkit: transformers 4.57, optimum, lm-evaluation-harness, CPU wheels.
 
-The environment is `.venv-consumers` in the repository, built here from `requirements.txt` on
-first use. The programs that run in it are the scripts beside this file.
+The environment is `.venv-consumers` in the repository. The first test builds it from `requirements.txt`.
+The scripts beside this file run in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.environment
 
 @pytest.fixture(scope="session")
 def run_there():
-    """Run one of this folder's scripts in the other environment; return the JSON it prints."""
+    """A function that runs a script of this folder in the other environment and returns the JSON it prints."""
     folder = ROOT / ".venv-consumers"
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.is_file() or ready.read_text() != REQUIREMENTS.read_text():
@@ -59,7 +59,7 @@ def run_there():
 
 @pytest.fixture(scope="module", params=["qwen3", "gemma2", "gemma3_text", "phi3", "phi"])
 def locked(request, tmp_path_factory):
-    """A tiny locked model with heads large enough for every runtime, and a RoPE base that is no default."""
+    """A tiny locked model with heads large enough for every runtime, and a RoPE base that is not the default."""
     folder = tmp_path_factory.mktemp("consumed") / request.param
     original = save_tiny(request.param, folder / "original", hidden_size=64, head_dim=16, rope_theta=500.0)
     lock_model(str(original), folder / "locked", LockConfig(**QUICK))
@@ -68,7 +68,7 @@ def locked(request, tmp_path_factory):
 
 @torch.no_grad()
 def expected(folder: Path) -> tuple[list[int], list[float]]:
-    """Greedy tokens and the last prompt position's logits, by lockkit's own classes."""
+    """Greedy tokens, and the logits at the last position of the prompt, from lockkit's classes."""
     model, _ = load_model(folder, torch.float32)
     model.set_attn_implementation("eager")
     ids = load_tokenizer(folder)(PROMPT, return_tensors="pt").input_ids
@@ -98,7 +98,7 @@ def test_optimum_generates_the_same_from_the_export(locked, run_there, tmp_path)
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
-    """One locked model and its export, for the consumers that take any family alike."""
+    """One locked model and its export, for consumers that treat all families the same."""
     folder = tmp_path_factory.mktemp("one")
     original = save_tiny("qwen3", folder / "original", hidden_size=64, head_dim=16)
     lock_model(str(original), folder / "locked", LockConfig(**QUICK))
@@ -133,7 +133,7 @@ def test_lm_evaluation_harness_gives_the_export_the_score_of_the_pytorch_model(q
     assert not found["lockkit"]
     wanted = torch.tensor([float(likelihood) for likelihood, _ in found["hf"]["choices"]])
     assert len(wanted) == 4 * len((LM_EVAL / "stdlib_members.jsonl").read_text().splitlines())
-    assert wanted.std() > 1  # nats: what is compared differs from choice to choice
+    assert wanted.std() > 1  # nats: the log-likelihoods differ from choice to choice
     for backend in ("onnxruntime", "onnxruntime-genai"):
         assert found[backend]["accuracy"] == found["hf"]["accuracy"]
         likelihoods = torch.tensor([float(likelihood) for likelihood, _ in found[backend]["choices"]])
@@ -146,7 +146,7 @@ def test_transformers_js_generates_the_same(qwen3):
     if not (folder / "node_modules").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / "node" / "package.json", folder)
-        # Without scripts: packages bring their binaries along, and nothing else is fetched or run.
+        # Install scripts are off: the packages contain their binaries, and nothing else is downloaded or run.
         npm = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
         subprocess.run(npm, cwd=folder, check=True)
     shutil.copy(HERE / "node" / "generate.mjs", folder)

@@ -1,4 +1,4 @@
-// Run by a test: FOLDER PROMPT NEW_TOKENS; prints JSON. transformers.js under Node.
+// Generate with transformers.js under Node: FOLDER PROMPT NEW_TOKENS; prints JSON. Run by a test.
 import path from "node:path";
 import { AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
 
