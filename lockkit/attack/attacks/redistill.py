@@ -100,8 +100,7 @@ class Redistill(UnlockAttack):
         optimiser = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         batches = _batches(len(rows), config.seed)
-        curve: list[dict] = []
-        spent, done = before, 0
+        curve, spent, done = [], before, 0
         for point in measured_after(steps, config.points):
             with Meter(bench.device) as meter:
                 for _ in range(point - done):
