@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
     from lockkit.attack.config import AuditConfig
 
-MAX_NMSE = {"fp32": 1e-6, "int4": 1e-2}  # of logits; the products of int4 also round activations
+MAX_NMSE = {"fp32": 1e-6, "int4": 1e-2}  # of logits; int4 products also round activations
 ROWS = 2
 
 
 class RecoverConfig(BaseModel):
     """Settings of `recover-onnx`."""
 
-    precision: Literal["fp32", "int4"] = Field("fp32", description="Precision of the export.")
+    precision: Literal["fp32", "int4"] = Field("fp32", description="Of the export.")
 
 
 class RecoverOnnx(Probe):
@@ -40,7 +40,7 @@ class RecoverOnnx(Probe):
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[RecoverConfig]:
-        """An fp32 export and a quantised one."""
+        """A float export and a quantised one."""
         return [RecoverConfig(precision=precision) for precision in ("fp32", "int4")]
 
     def probe(self, bench: Bench) -> dict[str, Any]:
