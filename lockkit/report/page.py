@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Points = Sequence[tuple[float, float]]
-
 
 @dataclass
 class Table:
@@ -16,6 +14,9 @@ class Table:
 
     head: list[str]
     rows: list[list[str]]
+
+
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass

@@ -75,8 +75,8 @@ def _headline(summary: dict) -> Section:
         *_figures_of_the_lock(summary),
     ]
     section.text = [
-        "The cost of reaching the target, a held-out loss that a fine-tune of the original reaches: the cheapest attack on "
-        f"the lock, over the cheapest on the original. Budget: {summary['budget']}.",
+        "Cost to reach the held-out loss that a fine-tune of the original reaches: the cheapest attack on the lock, "
+        f"over the cheapest on the original. Budget: {summary['budget']}.",
         CONSEQUENCE,
     ]
     head = ["resource", "task", "against the best of these attacks", "on the lock", "on the original", "over seeds"]
