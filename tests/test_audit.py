@@ -230,7 +230,7 @@ def test_what_goes_wrong_in_one_attack_stays_in_its_row(originals, locks, tmp_pa
     assert line["says"] == "out of memory" and line["locked"] is None
     assert "lora (out of memory)" in summary["not_tried"]
     assert summary["tasks"]["signatures"]["amplification"]["tokens"]["value"]
-    assert summary["first_line"].startswith("This audit has no attack that knows the lock")
+    assert summary["first_line"].startswith("This audit has no attack that uses knowledge of the lock")
 
     monkeypatch.undo()  # memory was found: the same command tries these rows again, and those only
     again = run_audit(*arguments, ["lora", "full-ft"])

@@ -1,4 +1,4 @@
-"""The report: one page that needs nothing else, says what the results say, and renders in a browser."""
+"""The report: one self-contained page with the figures of the results, which renders in a browser."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VERIFY = {
 
 @pytest.fixture(scope="module")
 def audit(originals, locks, tmp_path_factory):
-    """A small audit of a tiny lock, with a search; one attack cannot run, and says so in hostile words."""
+    """A small audit of a tiny lock, with a search. One attack cannot run, and its note contains HTML and Markdown."""
     out = tmp_path_factory.mktemp("audit")
     config = audit_config("quick", **SMALL | {"held_out_tokens": 128, "evaluation_tokens": 128, "sweep": 2})
     run_audit(str(locks("llama")), str(originals("llama")), out, config, ["full-ft", "stack-solve", "redistill"])
@@ -47,7 +47,7 @@ def audit(originals, locks, tmp_path_factory):
     return out
 
 
-def test_a_missing_folder_is_named_as_such(cli, tmp_path):
+def test_a_missing_folder_is_named(cli, tmp_path):
     outcome = cli("report", tmp_path / "nowhere")
     assert outcome.code == 2
     assert "there is no folder" in outcome.err
@@ -68,7 +68,7 @@ def results(audit, locks, tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page holds: text outside of tags, tags, ids, and addresses it refers to."""
+    """The text of a page outside of tags, its tags, ids, and the addresses it refers to."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -87,7 +87,7 @@ class Page(html.parser.HTMLParser):
         self.text += data
 
 
-def test_the_page_says_what_the_results_say_and_needs_nothing_else(results, cli):
+def test_the_page_has_the_figures_of_the_results_and_no_external_resources(results, cli):
     outcome = cli("report", results)
     assert outcome.code == 0, outcome.err
     text = (results / "report.html").read_text()
@@ -118,7 +118,7 @@ def test_the_page_says_what_the_results_say_and_needs_nothing_else(results, cli)
         assert f"{layer['nmse']:.5f}" in page.text
     # Loss against three resources; KL against stages and tokens; errors of layers, twice; one search.
     assert text.count("<svg") == 3 + 2 + 2 + 1
-    assert "#c0ffe" not in text  # the page's own colours, not their stand-ins
+    assert "#c0ffe" not in text  # the placeholders were replaced by the page's colours
     card = (results / "report.md").read_text()
     assert f"costs {figures['amplification']['tokens']['value']:.2f} times as much" in card and "<script>" not in card
     beside = json.loads((results / "report.json").read_text())
@@ -127,7 +127,7 @@ def test_the_page_says_what_the_results_say_and_needs_nothing_else(results, cli)
     assert heads == ["Audit", "Lock", "Verification"]
 
 
-def test_an_audit_that_reached_nothing_does_not_pretend(results, cli):
+def test_an_audit_in_which_no_attack_reached_a_target_has_a_warning(results, cli):
     summary = json.loads((results / "summary.json").read_text())
     for figures in summary["tasks"].values():
         figures["amplification"] = dict.fromkeys(figures["amplification"])
@@ -135,15 +135,15 @@ def test_an_audit_that_reached_nothing_does_not_pretend(results, cli):
     (results / "rows.jsonl").unlink()
     assert cli("report", results, "--out", results / "page.html").code == 0
     text = Page((results / "page.html").read_text()).text
-    assert "nothing is known of what this lock is worth" in text and "times as much" not in text
+    assert "this audit does not show what the lock costs an attacker" in text and "times as much" not in text
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda folder: (folder / "rows.jsonl").write_text('{"key": "1"}\n{broken\n'), "rows.jsonl, line 2, is not a row"),
-        (lambda folder: (folder / "summary.json").write_text('{"schema": "lockkit-attack-summary/2"}'), "schema says"),
-        (lambda folder: (folder / "verify.json").write_text('{"schema": "lockkit-verify/1", "parity": [1]}'), "schema says"),
+        (lambda folder: (folder / "summary.json").write_text('{"schema": "lockkit-attack-summary/2"}'), "does not match its schema"),
+        (lambda folder: (folder / "verify.json").write_text('{"schema": "lockkit-verify/1", "parity": [1]}'), "does not match its schema"),
         (lambda folder: shutil.rmtree(folder), "there is no folder"),
         (lambda folder: [path.unlink() for path in folder.rglob("*.json")], "has no results"),
     ],
@@ -155,7 +155,7 @@ def test_broken_results_are_named_in_one_line(results, cli, damage, said):
     assert not (results.parent / "page.html").exists()
 
 
-def test_a_row_that_is_being_written_counts_for_nothing_yet(results, cli):
+def test_an_incomplete_row_is_ignored(results, cli):
     assert cli("report", results, "--out", results.parent / "before.html").code == 0
     with (results / "rows.jsonl").open("a") as file:
         file.write('{"key": "cut sh')
@@ -164,7 +164,7 @@ def test_a_row_that_is_being_written_counts_for_nothing_yet(results, cli):
     assert after.count("signatures") == before.count("signatures")
 
 
-def test_an_impossible_page_is_refused(results, cli):
+def test_an_output_path_that_cannot_be_written_is_refused(results, cli):
     for out in (results / "page.txt", results / "absent" / "page.html", results):
         outcome = cli("report", results, "--out", out)
         assert outcome.code == 2 and "change --out" in outcome.err
@@ -175,10 +175,10 @@ WIDTHS = {"desktop": (1280, 2000), "phone": (390, 3000)}
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", WIDTHS)
-def test_it_renders_in_a_browser_without_a_word_in_the_console(results, cli, tmp_path, width):
+def test_it_renders_in_a_browser_without_console_messages(results, cli, tmp_path, width):
     assert cli("report", results).code == 0
     page, shot = results / "report.html", tmp_path / "shot.png"
-    # Headless Chromium opens no window narrower than 500 pixels; a frame is as narrow as it is told to be.
+    # Headless Chromium opens no window narrower than 500 pixels, so a frame sets the width.
     width, height = WIDTHS[width]
     frame = results / "frame.html"
     frame.write_text(
@@ -201,4 +201,4 @@ def test_it_renders_in_a_browser_without_a_word_in_the_console(results, cli, tmp
 
     with Image.open(shot) as image:
         assert image.size == (max(width, 500), height)
-        assert len(image.convert("RGB").getcolors(2**24)) > 50  # text and plots, not a blank page
+        assert len(image.convert("RGB").getcolors(2**24)) > 50  # the page is not blank

@@ -1,19 +1,20 @@
 """The three kinds of attacks.
 
-An attack is a class in a module of `lockkit/attack/attacks/`: that file is all it takes to add one (registry.py
-finds it).
+An attack is a class in a module of `lockkit/attack/attacks/`. To add one, write that module: registry.py finds it.
 
-- A *gradient attack* says how to train: it turns a model into a `Training` (finetune.py). The
-  runner fine-tunes the original with it first (positive control), then the lock.
-- An *unlock* turns the lock into a model that is cheaper to train. The runner first applies it to the original
-  rewritten as a chain (positive control), then to the lock. The unlocked model is fine-tuned with all weights
-  (selection.py says where with what else). Unlock and fine-tune are both charged.
-- A *probe* measures something and trains nothing (controls; whether an export can be undone).
+- A *gradient attack* defines how a model is trained: it turns a model into a `Training` (finetune.py). The
+  audit fine-tunes the original with it (positive control) and then the lock.
+- An *unlock* turns the lock into a model that is cheaper to train. The audit first applies it to the original
+  rewritten as a chain (positive control), then to the lock. The unlocked model is fine-tuned with the baseline, and
+  in some cases with other attacks (selection.py). The cost of the unlock is added to that of the fine-tune.
+- A *probe* measures something and trains nothing. Examples: held-out losses without fine-tuning, or whether
+  the weights can be recovered from an export.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,61 +34,80 @@ if TYPE_CHECKING:
 
 
 class CannotRun(Exception):
-    """The attack cannot run here: a package or a device is missing. The reason goes into its row."""
+    """The attack cannot run here, because a package or a device is missing. Its row records the reason."""
 
 
 class Attack(ABC):
-    """Common to all attacks. `config` holds the settings of one run."""
+    """Common to all attacks. A subclass sets the class attributes below; an instance is one run.
+
+    Attributes:
+        name: the attack's name in rows and on the command line.
+        description: one line for `lockkit attack --list`.
+        reference: the source of the method.
+        family: kind of attack, such as `optimisation`, `memory` or `architecture`.
+        lock_aware: the attack uses knowledge of the lock (its architecture, its weights, the method).
+        in_quick: the attack is part of the suite `quick`.
+        Config: class of the settings.
+        config: settings of this run.
+    """
 
     name: ClassVar[str]
-    description: ClassVar[str]  # one line
+    description: ClassVar[str]
     reference: ClassVar[str]
-    family: ClassVar[str]  # what it attacks: optimisation, memory, architecture, ...
-    lock_aware: ClassVar[bool] = False  # uses what is known of this lock
-    in_quick: ClassVar[bool] = False  # stands for its family in the quick suite
+    family: ClassVar[str]
+    lock_aware: ClassVar[bool] = False
+    in_quick: ClassVar[bool] = False
     Config: ClassVar[type[BaseModel]]
+    config: BaseModel
 
     def __init__(self, config: BaseModel):
         self.config = config
 
     @classmethod
     @abstractmethod
-    def trials(cls, audit: AuditConfig) -> list[BaseModel]:
-        """The settings that the suite tries, the same for the lock as for the original."""
+    def trials(cls, audit: AuditConfig) -> Sequence[BaseModel]:
+        """The settings that the suite tries, the same on the lock and on the original."""
 
     @classmethod
     def suggest(cls, trial: optuna.Trial, audit: AuditConfig) -> BaseModel | None:
-        """Settings proposed by a search; None if there is nothing to search."""
+        """The settings of one trial of a search; None if the attack has no settings to search."""
         return None
 
 
 class GradientAttack(Attack):
-    """Fine-tunes a model."""
+    """Fine-tunes a model.
+
+    Attributes:
+        learning_rate_factor: the suite's learning rates are multiplied by this, for optimisers that need others.
+        learning_rate_range: lowest and highest learning rate of a search.
+        quick_variants: number of variants that the suite `quick` tries.
+    """
 
     Config: ClassVar[type[FinetuneConfig]] = FinetuneConfig
-    learning_rate_factor: ClassVar[float] = 1.0  # of the suite's rates, for optimisers that need others
+    config: FinetuneConfig
+    learning_rate_factor: ClassVar[float] = 1.0
     learning_rate_range: ClassVar[tuple[float, float]] = (1e-5, 1e-2)
     quick_variants: ClassVar[int] = 1
 
     @abstractmethod
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Say what is trained, and how.
+        """Set up the training of `model`: which weights, with which optimiser.
 
         Args:
-            model: a copy for this run alone, in float32, every weight trainable.
+            model: a copy that belongs to this run, in float32, all weights trainable.
 
         Raises:
             CannotRun: a package or a device is missing.
         """
 
     def run(self, model: PreTrainedModel, bench: Bench, task: Task) -> FinetuneResult:
-        """Fine-tune `model` on `task`: through `finetune`, unless the attack has a loop of its own."""
-        torch.manual_seed(self.config.seed)  # of new weights, such as adapters
+        """Fine-tune `model` on `task` with `finetune`. An attack with its own training loop overrides this."""
+        torch.manual_seed(self.config.seed)  # for new weights, such as adapters
         return finetune(self.prepare(model, bench), task, self.config)
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        """Settings besides learning rates and budget that the suites try; the first is the main one."""
+        """Settings that the suites try, besides learning rates and budget. The first is the main variant."""
         return [{}]
 
     @classmethod
@@ -101,8 +121,8 @@ class GradientAttack(Attack):
         """Settings of one run.
 
         Args:
-            variant: settings as `variants` gives them; `learning_rate_factor` among them replaces the attack's.
-            rate: learning rate of the suite, before that factor.
+            variant: an entry of `variants`. Its `learning_rate_factor`, if any, replaces the attack's.
+            rate: learning rate of the suite, to be multiplied by that factor.
         """
         budget = {"steps": audit.steps, "batch_rows": audit.batch_rows, "seed": audit.seed}
         factor = variant.get("learning_rate_factor", cls.learning_rate_factor)
@@ -111,7 +131,7 @@ class GradientAttack(Attack):
 
     @classmethod
     def suggest(cls, trial: optuna.Trial, audit: AuditConfig) -> FinetuneConfig:
-        """A variant, a learning rate, a warm-up and a schedule."""
+        """Choose a variant, a learning rate, a warm-up and a schedule."""
         variants = cls.variants()
         variant = variants[trial.suggest_int("variant", 0, len(variants) - 1) if len(variants) > 1 else 0]
         rate = trial.suggest_float("learning_rate", *cls.learning_rate_range, log=True)
@@ -129,40 +149,48 @@ class Unlocked:
     """The unlocked model and its cost."""
 
     model: PreTrainedModel
-    blocks: int  # 1: an ordinary model of the original architecture; more: a chain of that many
+    blocks: int  # 1: an ordinary model of the original architecture; more: a locked model of this depth
     cost: Cost
-    notes: dict = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class UnlockAttack(Attack):
-    """Turns the lock into a model that is cheaper to train."""
+    """Turns the lock into a model that is cheaper to train.
+
+    Attributes:
+        control_share: the positive control passes if the unlock removes at least this share of the KL divergence
+            between the original and the original without its MLPs (unlocking.py).
+    """
 
     lock_aware = True
     family = "architecture"
-    # The control must win back this share of the KL divergence that an original without its MLPs has.
     control_share: ClassVar[float] = 0.9
 
     @abstractmethod
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Turn `locked`, frozen and in float32, into another model. Must not use the original.
+        """Build an unlocked model.
+
+        Args:
+            locked: the lock, frozen and in float32.
+            bench: text, tasks and settings. An unlock must not read the original from it.
 
         Raises:
-            CannotRun: the lock's shape, a package or a device does not allow it.
+            CannotRun: the lock's shape does not allow it, or a package or a device is missing.
         """
 
 
 class Probe(Attack):
-    """Measures something, and trains nothing."""
+    """Measures something and trains nothing."""
 
     @classmethod
-    def trials(cls, audit: AuditConfig) -> list[BaseModel]:
-        """One measurement, with the default settings."""
+    def trials(cls, audit: AuditConfig) -> Sequence[BaseModel]:
+        """One measurement with the default settings."""
         return [cls.Config()]
 
     @abstractmethod
-    def probe(self, bench: Bench) -> dict:
-        """Figures for its row; the entry "passed", if there is one, says whether the attack succeeded."""
+    def probe(self, bench: Bench) -> dict[str, Any]:
+        """The figures for the row. The entry "passed", if there is one, is whether the attack succeeded."""
 
 
 class NoSettings(BaseModel):
-    """For attacks without any."""
+    """For attacks without settings."""

@@ -1,17 +1,17 @@
-"""What an attack costs: operations, memory, time, tokens, steps.
+"""The cost of an attack: operations, memory, time, tokens, steps.
 
-All steps of a run have the same shape, so the figures of one training step are taken once, after the optimiser
-has made its state:
+All steps of a run have the same shape. So these figures are measured for one training step, after the optimiser
+has allocated its state:
 
-1. Floating-point operations, by `torch.utils.flop_counter` (matrix products, attention and
-   eigenvalue solvers; elementwise work is not counted, as is usual).
-2. Peak bytes of live tensors, by watching every tensor the step makes (weights, gradients and
-   optimiser state included). Unlike resident memory this does not depend on the allocator or
-   on earlier work. CUDA's `max_memory_allocated` counts the same, and the scratch memory of kernels.
-3. Bytes that autograd saves for the backward pass, by `saved_tensors_hooks`.
+1. Floating-point operations, counted by `torch.utils.flop_counter` (matrix products, attention and
+   eigenvalue solvers; elementwise operations are not counted, as is usual).
+2. Peak bytes of live tensors, counted by observing every tensor that the step creates. Weights, gradients and
+   optimiser state are included. Unlike resident memory, this figure does not depend on the allocator or
+   on earlier work. CUDA's `max_memory_allocated` also includes the scratch memory of kernels.
+3. Bytes that autograd saves for the backward pass, counted by `saved_tensors_hooks`.
 
-Peak process memory (allocated and reserved on CUDA, else resident) and seconds are taken over the
-whole run; the first step, a warm-up, is not timed.
+Peak process memory (allocated and reserved on CUDA, otherwise resident) and seconds are measured over the
+whole run. The first step is a warm-up and is not timed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from lockkit.devices import synchronise
 
 RSS_INTERVAL_SECONDS = 0.01
-# Of a dense symmetric eigenvalue problem with vectors, and a QR decomposition, times n^3
-# (Golub and Van Loan, "Matrix Computations", 8.3 and 5.2).
+# Operations of a dense symmetric eigenvalue problem with vectors, and of a singular value decomposition, in units of
+# n^3 (Golub and Van Loan, "Matrix Computations", 8.3 and 5.2).
 EIGH_FLOPS = 9
 SVD_FLOPS = 22
 Shape = torch.Size
@@ -41,15 +41,15 @@ Shape = torch.Size
 
 @dataclass
 class Cost:
-    """What something cost. The sum of two charges both: work is added, of peaks the larger is taken."""
+    """The cost of some work. The sum of two costs adds what was spent and takes the larger of the peaks."""
 
     steps: int = 0
-    tokens: int = 0  # read, with or without a backward pass
+    tokens: int = 0  # tokens read, with or without a backward pass
     flops: float = 0.0
     seconds: float = 0.0
-    peak_tensor_bytes: int = 0  # live tensors, on the device that trains
-    saved_bytes: int = 0  # kept by autograd for one backward pass
-    peak_memory_bytes: int = 0  # CUDA: allocated; else growth of resident memory
+    peak_tensor_bytes: int = 0  # live tensors on the device of the training
+    saved_bytes: int = 0  # saved by autograd for one backward pass
+    peak_memory_bytes: int = 0  # on CUDA, allocated; otherwise growth of resident memory
     peak_reserved_bytes: int = 0  # CUDA only
 
     def __add__(self, other: Cost) -> Cost:
@@ -66,13 +66,13 @@ class Cost:
         )
 
     def record(self) -> dict:
-        """As JSON holds it."""
+        """The fields as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Figures of one step."""
+    """The figures of one training step, see the top of this file."""
 
     flops: float
     peak_tensor_bytes: int
@@ -80,7 +80,7 @@ class StepCost:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, extended by operators that attacks use and that it leaves out."""
+    """PyTorch's counter, with operators that attacks use and that it does not count by itself."""
     aten = torch.ops.aten
 
     # The counter passes shapes in place of tensors.
@@ -98,18 +98,18 @@ def flop_counter() -> FlopCounterMode:
     def svd(matrix: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return SVD_FLOPS * matrix[-2] * matrix[-1] * min(matrix[-2:])
 
-    mapping = {aten._linalg_eigh: eigh, aten._linalg_svd: svd}
+    mapping: dict[Any, Callable[..., int]] = {aten._linalg_eigh: eigh, aten._linalg_svd: svd}
     mapping |= {aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention}
     mapping |= {aten._scaled_dot_product_flash_attention_for_cpu_backward: cpu_attention_backward}
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors alive on one device, and their peak.
+    """Counts the bytes of all live tensors on one device inside the block, and their peak.
 
     Args:
-        device: where to count.
-        existing: tensors that are alive already (parameters, optimiser state).
+        device: the device.
+        existing: tensors that exist before the block (parameters, optimiser state).
     """
 
     def __init__(self, device: torch.device, existing: Iterable[torch.Tensor] = ()):
@@ -146,11 +146,11 @@ class LiveTensors(TorchDispatchMode):
 
 
 class SavedTensors:
-    """Counts the bytes autograd saves, each storage once; weights are not counted.
+    """Counts the bytes that autograd saves inside the block, each storage once, without the weights.
 
-    Memory savers with hooks of their own (checkpointing, offloading) are not counted: autograd does not save their
-    tensors. `LiveTensors` counts them. Tensors that are saved during a backward pass (a part that is run again) are
-    freed before it ends, and not counted either.
+    Tensors that memory savers keep through their own hooks (checkpointing, offloading) are not counted, because
+    autograd does not save them; `LiveTensors` counts them. Tensors that are saved during a backward pass, when a part of
+    the forward pass runs again, are freed before it ends and are not counted either.
 
     Args:
         parameters: the weights.
@@ -158,7 +158,7 @@ class SavedTensors:
 
     def __init__(self, parameters: Iterable[torch.Tensor]):
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self.seen: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is used twice
+        self.seen: dict[int, torch.UntypedStorage] = {}  # kept alive, so that no address is reused
         self.bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -186,13 +186,14 @@ def measure_step(
     device: torch.device,
     state: Iterable[torch.Tensor] = (),
 ) -> StepCost:
-    """Run `step` three times and count: operations, live tensors, saved tensors.
+    """Run `step` three times and count operations, live tensors and saved tensors.
 
-    Each run has one counter only, so that no counter sees tensors that another keeps alive. All three runs must do
-    the same work on tensors of the same sizes.
+    Each run has only one counter, so that no counter sees tensors that another one keeps alive.
 
     Args:
+        step: a training step. All calls must do the same work on tensors of the same sizes.
         parameters: the model's weights.
+        device: the device of the training.
         state: further tensors that are alive between steps, such as the optimiser's state.
     """
     parameters = list(parameters)
@@ -207,7 +208,12 @@ def measure_step(
 
 
 class ProcessMemory:
-    """Peak memory while the block runs: CUDA's own figures, else growth of resident memory."""
+    """Peak memory inside the block, in bytes.
+
+    Attributes:
+        allocated: on CUDA, memory allocated by tensors; otherwise the growth of resident memory.
+        reserved: on CUDA, memory reserved by the allocator; otherwise 0.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -244,10 +250,12 @@ class ProcessMemory:
 
 
 class Meter:
-    """Counts the cost of work that is not made of equal steps, such as a closed-form solve; tokens are the caller's.
+    """Measures the cost of work that does not consist of equal steps, such as a closed-form solve.
 
-    with Meter(device) as meter: ...
-    meter.cost.tokens += ...
+    The caller adds tokens and steps:
+
+        with Meter(device) as meter: ...
+        meter.cost.tokens += ...
     """
 
     def __init__(self, device: torch.device):

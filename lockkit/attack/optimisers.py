@@ -1,7 +1,7 @@
 """Optimisers by name, for the attacks that try several. None of them uses weight decay.
 
-An optimiser that is for matrices only (Muon) gets the matrices of the hidden layers. Embeddings,
-head, norms and biases then go to AdamW.
+An optimiser that is for matrices only (Muon) updates the matrices of the hidden layers. AdamW then updates embeddings,
+head, norms and biases.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,28 +20,33 @@ from lockkit.attack.base import CannotRun
 
 BETAS = (0.9, 0.95)
 Named = list[tuple[str, nn.Parameter]]
-# Where bitsandbytes is installed, other packages import it, and it warns about kernels that are not used here.
+# Other packages import bitsandbytes if it is installed. It then warns about kernels that are not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers that step as one; each group keeps its own learning rate. None among them is left out."""
+    """Several optimisers that step as one. Each parameter group keeps its own learning rate.
+
+    Args:
+        optimisers: the optimisers; those that are None are ignored.
+    """
 
     def __init__(self, *optimisers: torch.optim.Optimizer | None):
         self.optimisers = [o for o in optimisers if o is not None]
 
+    # PyTorch declares `param_groups` and `state` as attributes; here they are computed from the parts.
     @property
-    def param_groups(self) -> list[dict]:
-        """Those of all optimisers."""
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of all optimisers."""
         return [group for optimiser in self.optimisers for group in optimiser.param_groups]
 
     @property
-    def state(self) -> dict:
-        """That of all optimisers, by parameter."""
+    def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]
+        """The state of all optimisers, by parameter."""
         return {key: value for optimiser in self.optimisers for key, value in optimiser.state.items()}
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One step of each; `closure` is not supported."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of each optimiser. `closure` is not supported."""
         for optimiser in self.optimisers:
             optimiser.step()
 
@@ -80,7 +86,7 @@ def _muon(named: Named, rate: float) -> torch.optim.Optimizer:
 
 def _soap(named: Named, rate: float) -> torch.optim.Optimizer:
     soap = optional_package("pytorch_optimizer").SOAP
-    # A side as long as a vocabulary is left without preconditioner: the paper's limit is 10,000.
+    # Longer sides, such as a vocabulary, get no preconditioner. The paper's limit is 10,000.
     return soap([p for _, p in named], lr=rate, weight_decay=0.0, max_precondition_dim=2048)
 
 
@@ -94,7 +100,7 @@ def _schedule_free(named: Named, rate: float) -> torch.optim.Optimizer:
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimiser, and the factor from AdamW's learning rates to those it is used with."""
+    """An optimiser, and the factor between AdamW's learning rates and its own."""
 
     make: Callable[[Named, float], torch.optim.Optimizer]  # named parameters, learning rate
     rate_factor: float = 1.0
@@ -112,7 +118,7 @@ OPTIMISERS = {
 
 
 def optional_package(module: str) -> ModuleType:
-    """A package of the extra `attack`.
+    """Import a package of the extra `attack`.
 
     Raises:
         CannotRun: it is not installed.
@@ -125,9 +131,11 @@ def optional_package(module: str) -> ModuleType:
 
 
 def make_optimiser(name: str, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> torch.optim.Optimizer:
-    """Build the optimiser called `name` for the trainable ones of named parameters; tied ones are taken once.
+    """Build an optimiser for the trainable parameters among `named`. Tied parameters are included once.
 
     Args:
+        name: a key of `OPTIMISERS`.
+        named: names and parameters.
         rate: peak learning rate.
 
     Raises:

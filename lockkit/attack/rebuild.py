@@ -1,4 +1,4 @@
-"""Ordinary models, and shorter chains, around MLPs that an unlock solved for."""
+"""Building unlocked models: ordinary models, and locked models with shorter chains, from solved weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def ordinary_model(locked: PreTrainedModel, family: Family, layers: list[MLPWeights] | None = None) -> PreTrainedModel:
-    """A model of the original architecture around `layers`; all else is the lock's. Without layers: random MLPs."""
+    """A model of the original architecture with the MLPs `layers`. All other weights are the lock's.
+
+    Args:
+        layers: the MLP of each decoder layer; None for MLPs of random weights.
+    """
     import transformers
 
     configuration = base_config(locked.config, family)
@@ -40,13 +44,18 @@ def chain_model(
     layers: list[list[MLPWeights]],
     intermediate_size: int | None = None,
 ) -> PreTrainedModel:
-    """A locked model of `stages` blocks; `layers[i][k]` holds block k of layer i, in the chain's own naming.
+    """A locked model with chains of another depth. All weights outside the chains are the lock's.
 
-    `intermediate_size` is the units of a whole chain, if they are not the lock's.
+    Args:
+        stages: blocks in each chain.
+        layers: `layers[i][k]` holds the weights of block k in decoder layer i.
+        intermediate_size: units of a whole chain, if their number is not the lock's.
     """
     configuration = locked_classes(family)[0].from_dict(locked.config.to_dict())
     gains = tuple(layer.mlp.gain for layer in decoder_layers(locked))
-    configuration.dlr = replace(chain_config(locked.config), depth=stages, gains=gains).to_dict()
+    chains = chain_config(locked.config)
+    assert chains is not None, "a locked model has chains"
+    configuration.dlr = replace(chains, depth=stages, gains=gains).to_dict()
     configuration.intermediate_size = intermediate_size or configuration.intermediate_size
     model = locked_classes(family)[1](configuration).to(locked.device, torch.float32)
     rest = {key: value for key, value in locked.state_dict().items() if ".mlp." not in key}
@@ -58,7 +67,10 @@ def chain_model(
 
 
 def stage_bounds(chain: DLRNet, stages: int) -> list[tuple[int, int]] | None:
-    """Blocks `[first, last)` of each stage, if their ranks add up to those of a chain of `stages`; else None."""
+    """The blocks `[first, last)` of each stage, so that the stages have the ranks of a chain of that many blocks.
+
+    None if the ranks of the blocks do not add up to those.
+    """
     ranks = chain.ranks
     bounds, first = [], 0
     for wanted in block_ranks(sum(ranks), stages):

@@ -1,14 +1,15 @@
-"""Trainable PyTorch weights out of a published ONNX export: what "we only ship ONNX" is worth.
+"""Recovering trainable PyTorch weights from a published ONNX export.
 
-Only the graph, its weights and `config.json` are read; neither the manifest nor any PyTorch model.
+It shows that publishing ONNX alone does not hide the weights. Only the graph, its weights and `config.json` are read,
+neither the manifest nor any PyTorch model.
 
-1. Read the graph; weights stay on disk until they are asked for.
-2. Tell from the names of weights whether there are chains, how deep they are, and what they are made of;
-   a layer's gain is the divisor at the end of its chain.
-3. Make an untrained model of that shape, in fp32.
-4. For every one of its weights, find the tensor in the graph and undo what the builder did to it
-   (lockkit/export/builders.py): transposed matrices, q, k and v in one, Gemma's and Nemotron's norms plus 1,
-   the last matrix of a block times the gain, and blocks of int8 or int4 with a scale each
+1. Read the graph. Weights stay on disk until they are needed.
+2. Read the shape of the chains, if there are any, from the names of weights. The gain of a layer is the divisor at the
+   end of its chain.
+3. Build an untrained model of that shape, in fp32.
+4. For each of its weights, find the tensor in the graph and undo the changes of the builder
+   (lockkit/export/builders.py): transposed matrices; q, k and v in one matrix; Gemma's and Nemotron's norms plus 1;
+   the last matrix of a block times the gain; int8 or int4 with one scale per block
    (onnxruntime's operator MatMulNBits).
 """
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MODEL_FILE = "model.onnx"
-# Families whose norms multiply by one plus their weight; the graph has the sum.
+# Families whose norms multiply by 1 plus their weight. The graph has the sum.
 _NORMS_PLUS_ONE = ("gemma2", "gemma3_text", "nemotron")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -44,12 +45,12 @@ def recover_onnx(export: Path | str) -> PreTrainedModel:
         export: a folder that `lockkit export` wrote, of any precision, locked or not.
 
     Returns:
-        A model of the original family, or its locked form, in fp32 and in evaluation mode; all its
-        weights need gradients. Quantised weights are what the graph computes with. Embeddings and
-        output matrix are tied where the graph has one matrix for both.
+        A model of the original family, or its locked form, in fp32 and in evaluation mode. All weights
+        require gradients. Quantised weights have the values that the graph computes with. Embeddings and
+        output matrix are tied if the graph has one matrix for both.
 
     Raises:
-        UsageError: the folder is no export, or its graph is not laid out as lockkit's.
+        UsageError: the folder is not an export, or its graph does not have lockkit's layout.
     """
     import transformers
 
@@ -57,7 +58,9 @@ def recover_onnx(export: Path | str) -> PreTrainedModel:
     raw = read_json(folder / "config.json", "EXPORT")
     family = FAMILIES.get(raw.get("model_type", ""))
     if family is None:
-        raise UsageError(f"{folder} is of type '{raw.get('model_type')}', none of lockkit's families: change EXPORT")
+        raise UsageError(
+            f"{folder} is of type '{raw.get('model_type')}', which is not a family of lockkit: change EXPORT"
+        )
     graph = _Graph(folder)
     config = getattr(transformers, family.config_class).from_pretrained(folder)
     config.tie_word_embeddings = not graph.has("model.embed_tokens.weight")
@@ -66,15 +69,15 @@ def recover_onnx(export: Path | str) -> PreTrainedModel:
     for name, value in model.state_dict().items():
         if state[name].shape != value.shape:
             raise UsageError(
-                f"{folder}: {name} is {list(state[name].shape)} in the graph, its config.json makes it "
-                f"{list(value.shape)}: change EXPORT"
+                f"{folder}: {name} is {list(state[name].shape)} in the graph and {list(value.shape)} by its "
+                "config.json: change EXPORT"
             )
     model.load_state_dict(state)
     return model.eval()
 
 
 class _Graph:
-    """The weights of a graph, by name, each read when it is asked for."""
+    """The weights of a graph, by name. Each is read when it is needed."""
 
     def __init__(self, folder: Path):
         import onnx
@@ -84,7 +87,7 @@ class _Graph:
             raise UsageError(f"{folder} has no {MODEL_FILE}, so it is not an export: change EXPORT")
         try:
             model = onnx.load(folder / MODEL_FILE, load_external_data=False)
-        except Exception as error:  # protobuf has errors of its own
+        except Exception as error:  # protobuf has its own classes of errors
             raise UsageError(f"{folder / MODEL_FILE} is not a readable graph: change EXPORT") from error
         nodes = expand_chains(model)
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -98,22 +101,22 @@ class _Graph:
         return any(f"{name}.MatMul.weight{suffix}" in self.weights for suffix in ("", "_Q4", "_Q8"))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight as it is, in fp32."""
+        """The tensor called `name`, converted to fp32."""
         if name not in self.weights:
-            raise UsageError(f"{self.folder}: the graph has no {name}: change EXPORT to an export of lockkit's")
+            raise UsageError(f"{self.folder}: the graph has no {name}: change EXPORT to an export that lockkit wrote")
         return torch.from_numpy(self._array(self.weights[name]).astype(np.float32))
 
     def matrix(self, name: str) -> torch.Tensor:
-        """A product's matrix, `[out, in]` as `nn.Linear` has it."""
+        """The matrix of a product, `[out, in]` as in `nn.Linear`."""
         for suffix in ("_Q4", "_Q8"):
             if f"{name}.MatMul.weight{suffix}" in self.quantised:
                 return self._dequantised(self.quantised[f"{name}.MatMul.weight{suffix}"])
         return self.tensor(f"{name}.MatMul.weight").T.contiguous()
 
     def gain(self, layer: int) -> float:
-        """The divisor at the end of a chain; 0 without one, where no block reads the stream."""
+        """The divisor at the end of a chain. 0 if there is none, because then no block reads the stream."""
         division = self.nodes.get(f"/model/layers.{layer}/mlp/gain/Div/output_0")
-        # The exact value is in the name, the tensor's is rounded to the graph's arithmetic.
+        # The name has the exact value. The tensor is rounded to the precision of the graph.
         return float(division.input[1].rsplit("/", 1)[1]) if division is not None else 0.0
 
     def _array(self, tensor: onnx.TensorProto) -> np.ndarray:
@@ -123,12 +126,12 @@ class _Graph:
             return numpy_helper.to_array(tensor, str(self.folder))
         except Exception as error:
             raise UsageError(
-                f"{self.folder}: the weight {tensor.name} cannot be read, its data file is missing or cut short: "
+                f"{self.folder}: the weight {tensor.name} cannot be read, because its data file is missing or incomplete: "
                 "change EXPORT"
             ) from error
 
     def _dequantised(self, node: onnx.NodeProto) -> torch.Tensor:
-        """`[out, in]` from MatMulNBits: uint8 `[out, blocks, bytes]`, low bits first; a scale a block."""
+        """`[out, in]` from MatMulNBits: uint8 `[out, blocks, bytes]`, low bits first; one scale per block."""
         settings = {attribute.name: attribute.i for attribute in node.attribute}
         if settings.get("weight_prepacked"):
             raise UsageError(f"{self.folder}: {node.name} is packed for one kind of GPU: change EXPORT")
@@ -146,11 +149,11 @@ class _Graph:
 
 
 def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers of 4 or 8 bits out of bytes, `[rows, bytes]`, the low half first."""
+    """Values of 4 or 8 bits, `[rows, values]`, from bytes, `[rows, bytes]`; the low half of a byte comes first."""
     if bits == 8:
         return values
     if bits != 4:
-        raise UsageError(f"weights of {bits} bits are not read yet: change EXPORT")
+        raise UsageError(f"weights of {bits} bits are not supported: change EXPORT")
     return np.stack([values & 15, values >> 4], axis=-1).reshape(len(values), -1)
 
 
@@ -168,7 +171,7 @@ def _untrained(config: PreTrainedConfig, family: Family, graph: _Graph) -> PreTr
 
 
 def _chains(config: PreTrainedConfig, graph: _Graph) -> ChainConfig | None:
-    """What the names of the graph's weights say of its chains; None where the MLPs are ordinary ones."""
+    """The description of the chains, from the names of the graph's weights; None if the MLPs are ordinary ones."""
     block = "model.layers.0.mlp.blocks.{}"
     depth = 0
     while graph.has_matrix(f"{block.format(depth)}.up_proj"):
@@ -187,7 +190,7 @@ def _chains(config: PreTrainedConfig, graph: _Graph) -> ChainConfig | None:
 
 
 def _find(name: str, model: PreTrainedModel, family: Family, graph: _Graph) -> torch.Tensor:
-    """The weight that PyTorch calls `name`."""
+    """The value of the PyTorch weight `name`, `[out, in]` for matrices."""
     offset = 1.0 if family.model_type in _NORMS_PLUS_ONE and name.endswith("weight") else 0.0
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         own = name == "model.embed_tokens.weight" and graph.has(name)

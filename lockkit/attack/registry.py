@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 from lockkit.attack import attacks
-from lockkit.attack.base import Attack
+from lockkit.attack.base import Attack, GradientAttack
 from lockkit.errors import UsageError
 
 
@@ -29,8 +29,19 @@ def attack_class(name: str) -> type[Attack]:
     """The attack called `name`.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such attack.
     """
     if name not in registry():
         raise UsageError(f"there is no attack '{name}': change --attack, or see `lockkit attack --list`")
     return registry()[name]
+
+
+def gradient_attack(name: str) -> type[GradientAttack]:
+    """The gradient attack called `name`.
+
+    Raises:
+        UsageError: there is no such attack.
+    """
+    attack = attack_class(name)
+    assert issubclass(attack, GradientAttack), f"{name} does not fine-tune a model"
+    return attack

@@ -1,9 +1,8 @@
-"""Rows of an audit: one run each, with its settings and its figures.
+"""The rows of an audit. A row holds the settings and the figures of one run.
 
-A row's key is a hash of everything it depends on. A row of the original depends on the lock only
-where its attack uses something known of the lock (its depth, say). All other rows of the original
-can be reused by other audits. `rows.jsonl` is only appended to, one line at a time, so several processes may
-write to it.
+The key of a row is a hash of everything that its figures depend on. A row of the original depends on the lock only if
+its attack uses knowledge of the lock, such as its depth. Other audits can reuse all other rows of the original.
+Lines are only appended to `rows.jsonl`, one at a time, so several processes may write to it.
 """
 
 from __future__ import annotations
@@ -27,46 +26,55 @@ if TYPE_CHECKING:
 
 SCHEMA = "lockkit-attack/3"
 ROWS = "rows.jsonl"
-# What PyTorch says on CUDA, on Windows and on Linux; its class of error is a plain RuntimeError on the last two.
+# PyTorch's messages on CUDA, on Windows and on Linux. On the last two it raises a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
-AGAIN = ("out-of-memory", "failed", "unavailable")  # run again: on another machine, mended, or installed
+AGAIN = ("out-of-memory", "failed", "unavailable")  # runs that ended so are tried again when an audit resumes
 
 
 class RowStore:
-    """Rows of one folder, and rows of the original from others'."""
+    """The rows of one audit folder.
+
+    Args:
+        folder: the audit's folder; `rows.jsonl` is created in it.
+        controls: folders of other audits. Their finished rows of the original are reused.
+
+    Attributes:
+        used: the rows of this audit by key, in the order in which they were requested.
+    """
 
     def __init__(self, folder: Path, controls: Iterable[Path] = ()):
         self.file = folder / ROWS
         self._lock = FileLock(folder / f".{ROWS}.lock")
         with self._lock:
-            self.file.touch()  # by it an audit is known, even one interrupted in its first run
+            self.file.touch()  # marks the folder as an audit, even if the first run is interrupted
             _mend(self.file)
         self._known = read_rows(self.file)
         self._controls: dict[str, dict] = {}
         for other in controls:
             found = read_rows(other / ROWS).items()
             self._controls |= {key: row for key, row in found if row["model"] == "original" and _is_done(row)}
-        self.used: dict[str, dict] = {}  # rows of this audit by key, old and new, in order
+        self.used: dict[str, dict] = {}
 
     def row(self, head: dict, depends_on: list, work: Callable[[], dict]) -> dict:
-        """The row of `depends_on`: read, taken from another audit, or made by `work`.
+        """Return the row of a run: read from the file, reused from another audit, or computed by `work`.
 
         An error in `work` is recorded in the row. Figures that are not finite are None in it.
 
         Args:
-            head: what the row says of its run; its first entries.
-            depends_on: everything that the figures depend on, as JSON can hold it.
+            head: the first entries of the row, which describe the run.
+            depends_on: everything that the figures depend on, as JSON values.
+            work: runs the attack and returns the figures.
         """
         key = key_of([SCHEMA, *depends_on])
         if key not in self.used:
             if not _is_done(self._known.get(key)):
-                self._known = read_rows(self.file)  # another process may have made it
+                self._known = read_rows(self.file)  # another process may have added it
             if not _is_done(self._known.get(key)):
                 if key in self._controls:
                     row = self._controls[key] | {"reused": True}
                 else:
                     row = finite({"schema": SCHEMA, "key": key, **head, **guarded(work), "reused": False})
-                if row != self._known.get(key):  # tried again to the same end
+                if row != self._known.get(key):  # it is, if the run was tried again and ended the same way
                     self._append(row)
             self.used[key] = self._known[key]
         return self.used[key]
@@ -78,7 +86,7 @@ class RowStore:
 
 
 def head_of(attack: type[Attack], config: dict, task: str | None, subject: str) -> dict:
-    """What a row says of its run."""
+    """The first entries of a row, which describe its run."""
     return {
         "attack": attack.name,
         "family": attack.family,
@@ -90,10 +98,10 @@ def head_of(attack: type[Attack], config: dict, task: str | None, subject: str) 
 
 
 def depends_on(bench: Bench, attack: type[Attack], config: dict, task: str | None, subject: str) -> list:
-    """Everything that a row's figures depend on: settings and hashes.
+    """Everything that the figures of a row depend on: settings and hashes.
 
-    A row of the original does not depend on the lock, except for attacks that know it: they work on the
-    original in the lock's shape, may read unlabelled text, and may spend as many tokens as the lock took.
+    A row of the original does not depend on the lock, with one exception. Attacks that use knowledge of the lock work
+    on the original in the lock's shape, may read unlabelled text, and may have a budget in multiples of the lock's.
     """
     identity = bench.identity()
     if subject == "original":
@@ -109,7 +117,7 @@ def check_controls(controls: Iterable[Path]) -> None:
     """Check that all folders are audits.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a folder is not an audit.
     """
     for folder in controls:
         if not (folder / ROWS).is_file():
@@ -130,10 +138,10 @@ def guarded(work: Callable[[], dict]) -> dict:
         return {"status": "unavailable", "note": str(reason)}
     except Exception as error:
         memory = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
-        reason = " ".join(str(error).split())[:200]
+        message = " ".join(str(error).split())[:200]
         return {
             "status": "out-of-memory" if memory else "failed",
-            "note": "out of memory" if memory else f"{type(error).__name__}: {reason}",
+            "note": "out of memory" if memory else f"{type(error).__name__}: {message}",
         }
     finally:
         if torch.cuda.is_available():
@@ -141,7 +149,7 @@ def guarded(work: Callable[[], dict]) -> dict:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for every number that is not finite, at any depth: JSON has neither NaN nor infinity."""
+    """`value` with None in place of every NaN and infinity, at any depth, because JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -150,7 +158,7 @@ def finite(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> dict[str, dict]:
-    """Rows of this schema by key, the last of each. Lines that are no such row (cut short, older) are ignored."""
+    """The rows of a file by key; of rows with the same key, the last. Incomplete lines and older schemas are ignored."""
     found: dict[str, dict] = {}
     if not path.is_file():
         return found
@@ -169,7 +177,7 @@ def _is_done(row: dict | None) -> bool:
 
 
 def _mend(path: Path) -> None:
-    """Remove a last line that was cut short, so that the next row starts on a new line."""
+    """Remove an incomplete last line, so that the next row starts on a new line."""
     text = path.read_text(encoding="utf-8")
     if text and not text.endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")

@@ -1,17 +1,17 @@
-"""Shorter chains without a regression: neighbouring blocks merged to first order, small ones dropped.
+"""Shorter chains without a regression: by merging neighbouring blocks to first order, or by dropping small ones.
 
-*Merging* blocks `l .. l+k-1` into one of all their units, so that they all read `t_l`:
+*Merging* replaces blocks `l .. l+k-1` by one block of all their units, which reads `t_l`:
 
-1. What block `l+i` reads is `t_{l+i} = x + gain * s_{l+i}`: `t_l`, and `gain` times the updates between.
+1. Block `l+i` reads `t_{l+i} = x + gain * s_{l+i}`. That is `t_l` plus `gain` times the updates of the blocks between.
 2. Each of these updates, `U a(t)`, is replaced by its first-order expansion `U (A t + o)`. `A` is the units' mean
-   Jacobian over unlabelled activations, which needs two means a unit: for `a = act(g) * v`,
+   Jacobian over unlabelled activations, which needs two means per unit: for `a = act(g) * v`,
    `A = diag(mean(act'(g) v)) G + diag(mean(act(g))) V`; for `a = act(v)`, `A = diag(mean(act'(v))) V`.
 3. So `t_{l+i} = M t_l + c` with `M <- M + gain U A M`, and the block's rows become `V M` (and `G M`). The offsets
-   `o` and `c` go into biases; families without biases lose them.
-4. The columns `U` stay as they are: unlike in `stack-solve`, nothing is solved for.
+   `o` and `c` go into biases. In families without biases they are lost.
+4. The columns `U` do not change. Unlike in `stack-solve`, nothing is fitted.
 
-*Pruning* drops the blocks whose updates together carry the least energy, and cuts the singular values of each
-factor of the others down to a share of theirs.
+*Pruning* drops the blocks whose updates together have the least energy (sum of squares), and truncates each factor of
+the other blocks to a share of the energy of its singular values.
 
 Sources: merging layers by a first-order expansion of the residual stream follows from the method itself;
 dropping residual blocks by what they contribute, Veit et al. 2016, arXiv 1605.06431; truncation, Eckart and Young 1936.
@@ -19,7 +19,9 @@ dropping residual blocks by what they contribute, Veit et al. 2016, arXiv 1605.0
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -31,55 +33,60 @@ from lockkit.dlr.view import Step, block_weights, walk
 
 @dataclass
 class _Means:
-    """Over tokens, of one block."""
+    """Means over tokens for one block."""
 
-    gate_slope: torch.Tensor | None  # `[rank]`, of units by gate pre-activations
-    up_slope: torch.Tensor  # `[rank]`
+    gate_slope: torch.Tensor | None  # `[rank]`, derivative of the units by their gate pre-activations
+    up_slope: torch.Tensor  # `[rank]`, derivative of the units by their up pre-activations
     units: torch.Tensor  # `[rank]`
     inputs: torch.Tensor  # `[hidden]`
-    update_energy: torch.Tensor  # scalar
+    update_energy: torch.Tensor  # scalar, squared norm of the update
 
 
-def _block_means(step: Step, activation: Activation) -> list[torch.Tensor | None]:
-    leading, *up = step.before  # what the activation is applied to, and for gated blocks what multiplies it
+def _block_means(step: Step, activation: Activation) -> _Means:
+    leading, *up = step.before  # the activation's argument, and in gated blocks the factor of its result
     with torch.enable_grad():
         leaf = leading.detach().requires_grad_()
         after = activation(leaf.view_as(leaf))  # a view: the hooks of PyTorch's FLOP counter refuse a leaf
         (slope,) = torch.autograd.grad(after.sum(), leaf)
     after = after.detach()
     units = after * up[0] if up else after
-    slopes = [slope * up[0], after] if up else [None, slope]
-    means = [value if value is None else value.mean(0) for value in (*slopes, units, step.t)]
-    return [*means, step.update.square().sum(1).mean()]
+    return _Means(
+        gate_slope=(slope * up[0]).mean(0) if up else None,
+        up_slope=(after if up else slope).mean(0),
+        units=units.mean(0),
+        inputs=step.t.mean(0),
+        update_energy=step.update.square().sum(1).mean(),
+    )
+
+
+def _weighted_sum(parts: Sequence[_Means], weights: Sequence[float]) -> _Means:
+    def total(values: list[torch.Tensor | None]) -> Any:
+        products = [value * weight for value, weight in zip(values, weights, strict=True) if value is not None]
+        return sum(products[1:], start=products[0]) if products else None
+
+    return _Means(**{field.name: total([getattr(part, field.name) for part in parts]) for field in fields(_Means)})
 
 
 @torch.no_grad()
 def _means(chain: DLRNet, x: torch.Tensor) -> list[_Means]:
-    """Run a chain on its inputs, `[tokens, hidden]`, and take each block's means."""
+    """Run a chain on its inputs, `[tokens, hidden]`; return the means of each block."""
     device = next(chain.parameters()).device
-    totals: list[list[torch.Tensor | None]] = []
-    for part in x.split(CHUNK):
-        share = len(part) / len(x)
-        for index, step in enumerate(walk(chain, part.to(device))):
-            new = [value if value is None else value * share for value in _block_means(step, chain.activation)]
-            if index == len(totals):
-                totals.append(new)
-            else:
-                totals[index] = [
-                    old if old is None else old + value for old, value in zip(totals[index], new, strict=True)
-                ]
-    return [_Means(*values) for values in totals]
+    chunks = x.split(CHUNK)
+    shares = [len(chunk) / len(x) for chunk in chunks]
+    means = [[_block_means(step, chain.activation) for step in walk(chain, chunk.to(device))] for chunk in chunks]
+    return [_weighted_sum(of_block, shares) for of_block in zip(*means, strict=True)]
 
 
 @torch.no_grad()
 def merge(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]]) -> list[MLPWeights]:
-    """Merge the blocks `[first, last)` of each of `bounds` into one.
+    """Merge the blocks of each stage into one, see the top of this file.
 
     Args:
         x: inputs of the chain, `[tokens, hidden]`; only means over them are used.
+        bounds: blocks `[first, last)` of each stage.
 
     Returns:
-        The blocks of the shorter chain; the last carries the output bias.
+        The blocks of the shorter chain. The last one carries the output bias, if the chain has one.
     """
     means = _means(chain, x)
     merged = []
@@ -98,14 +105,14 @@ def merge(chain: DLRNet, x: torch.Tensor, bounds: list[tuple[int, int]]) -> list
 
 
 def _seen(chain: DLRNet, blocks: list[MLPWeights], means: list[_Means]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What each block reads as a function of what the first reads: `M` `[hidden, hidden]` and `c` `[hidden]`."""
+    """The input of each block as a function of that of the first: `M`, `[hidden, hidden]`, and `c`, `[hidden]`."""
     hidden = blocks[0].up.shape[1]
     m, c = (make(hidden, device=means[0].inputs.device) for make in (torch.eye, torch.zeros))
     found = []
     for block, mean in zip(blocks, means, strict=True):
         found.append((m, c))
         jacobian = mean.up_slope[:, None] * block.up
-        if mean.gate_slope is not None:
+        if mean.gate_slope is not None and block.gate is not None:
             jacobian = jacobian + mean.gate_slope[:, None] * block.gate
         update = chain.gain * block.down
         if block.up_bias is not None:
@@ -116,12 +123,16 @@ def _seen(chain: DLRNet, blocks: list[MLPWeights], means: list[_Means]) -> list[
 
 
 @torch.no_grad()
-def prune(chain: DLRNet, x: torch.Tensor, energy: float) -> tuple[list[MLPWeights], dict]:
-    """Drop and truncate; return the blocks that stay, and how much of the chain they are.
+def prune(chain: DLRNet, x: torch.Tensor, energy: float) -> tuple[list[MLPWeights], dict[str, Any]]:
+    """Drop the smallest blocks of a chain and truncate the others, see the top of this file.
 
     Args:
         x: inputs of the chain, `[tokens, hidden]`.
-        energy: share of the updates' energy, and of each factor's squared singular values, that stays.
+        energy: share of the updates' energy, and of each factor's squared singular values, that is kept.
+
+    Returns:
+        The blocks that are kept, and notes: `blocks`, their number; `share_of_rank`, the mean rank of their factors
+        over the full rank. The last block carries the output bias, if the chain has one.
     """
     energies = torch.stack([mean.update_energy for mean in _means(chain, x)]).cpu()
     order = energies.argsort()
@@ -142,7 +153,7 @@ def prune(chain: DLRNet, x: torch.Tensor, energy: float) -> tuple[list[MLPWeight
 
 
 def _truncated(matrix: torch.Tensor, energy: float) -> tuple[torch.Tensor, int]:
-    """The closest matrix of the least rank that has `energy` of the squared singular values."""
+    """The closest matrix of the lowest rank that keeps the share `energy` of the squared singular values; its rank."""
     u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     shares = values.square().cumsum(0) / values.square().sum()
     rank = min(int((shares < energy).sum()) + 1, len(values))
@@ -150,15 +161,20 @@ def _truncated(matrix: torch.Tensor, energy: float) -> tuple[torch.Tensor, int]:
 
 
 def padded(blocks: list[MLPWeights], count: int, rank: int) -> list[MLPWeights]:
-    """The blocks with zero units up to `rank` each, and zero blocks up to `count`; the function is the same."""
-    empty = {name: None if value is None else torch.zeros_like(value) for name, value in vars(blocks[0]).items()}
+    """Fill every block with zero units up to `rank`, and append zero blocks up to `count`.
+
+    The function of the chain does not change.
+    """
+    empty: dict[str, Any] = {
+        name: None if value is None else torch.zeros_like(value) for name, value in vars(blocks[0]).items()
+    }
     zeros = [MLPWeights(**empty) for _ in range(count - len(blocks))]
     for zero in zeros:
         zero.down_bias = None
     found = []
     for block in [*blocks, *zeros]:
         more = rank - len(block.up)
-        values = {}
+        values: dict[str, Any] = {}
         for name, value in vars(block).items():
             if value is None or name == "down_bias":
                 values[name] = value

@@ -1,11 +1,11 @@
-"""From rows to the figures of a lock.
+"""The summary of an audit: from rows to the figures of a lock.
 
 - Cost to target, and which runs are valid: target.py.
-- *Amplification*: the cost to target on the lock over that on the original, each the cheapest of all valid
-  attacks under the same trial budget.
+- *Amplification*: the cost to target on the lock over that on the original. Each is the lowest of all valid attacks,
+  which have the same number of trials on both.
 - *Attention-only bound*: the cost of fine-tuning everything but the chains (attack `frozen-dlr`) on the lock,
   over the cheapest attack on the original. It bounds the amplification of every lock of this shape: as long as
-  the chains compute the same function, their weights cannot make this attack dearer.
+  the chains compute the same function, their weights cannot make this attack more expensive.
 - Effective depth, unlock ratio and owner's advantage: unlock_figures.py.
 """
 
@@ -15,7 +15,7 @@ import datetime
 import statistics
 from typing import TYPE_CHECKING
 
-from lockkit.attack.registry import registry
+from lockkit.attack.registry import gradient_attack, registry
 from lockkit.attack.selection import BASELINE, SUBJECTS
 from lockkit.attack.target import (
     MEMORY,
@@ -50,18 +50,18 @@ if TYPE_CHECKING:
 
 SCHEMA = "lockkit-attack-summary/2"
 ATTENTION_ONLY = "frozen-dlr"
-NO_LOCK_AWARE = "This audit has no attack that knows the lock: its figures say little."
-ADVERSARY = "has all weights of the lock, knows the method, has unlabelled text and the task's data; not the original"
-FALSIFIED_BY = "any attack that reaches a target at a lower cost than the cheapest here"
+NO_LOCK_AWARE = "This audit has no attack that uses knowledge of the lock: its figures say little."
+ADVERSARY = "knows the method; has all weights of the lock, unlabelled text and the data of the task; does not have the original"
+FALSIFIED_BY = "any attack that reaches a target at a lower cost than the cheapest attack of this audit"
 
 
 def summarise(bench: Bench, rows: list[dict], attacks: list[type[Attack]], sweeps: list[dict]) -> dict:
-    """The summary of an audit. It may hold numbers that are not finite.
+    """The summary of an audit. It may contain numbers that are not finite.
 
     Args:
         rows: all rows of this audit.
         attacks: the attacks that were chosen.
-        sweeps: records of its searches (sweep.py).
+        sweeps: the records of its searches (sweep.py).
     """
     unlocks = unlocks_of(rows)
     quality = {subject: bench.quality_of(subject).record() for subject in SUBJECTS}
@@ -105,33 +105,33 @@ def _lock(bench: Bench) -> dict:
 
 def _budget(bench: Bench) -> str:
     config = bench.config
-    searched = f", and {config.sweep} searched trials an attack" if config.sweep else ""
+    searched = f", and {config.sweep} trials of a search per attack" if config.sweep else ""
     return (
-        f"{config.steps} steps of {config.batch_rows} rows of {config.block_tokens} tokens a run, "
+        f"{config.steps} steps per run, each of {config.batch_rows} rows of {config.block_tokens} tokens, "
         f"learning rates {', '.join(map(str, config.learning_rates))}{searched}, the same for lock and original; "
         f"{config.unlock_tokens:,} unlabelled tokens for closed-form unlocks, {config.redistill_tokens:,} for a re-distillation"
     )
 
 
 def _probe(row: dict) -> dict:
-    """A row's own figures, without the entries that all rows have."""
+    """The row of a probe without the entries that all rows have."""
     common = ("schema", "key", "family", "lock_aware", "model", "task", "reused")
     return {key: value for key, value in row.items() if key not in common}
 
 
 def _runs(rows: list[dict]) -> dict:
-    """How many rows ended how, and those that did not finish."""
+    """The number of rows by status, and the rows that did not finish."""
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["status"]] = counts.get(row["status"], 0) + 1
     keep = ("attack", "model", "task", "status", "note")
-    troubled = [{key: row[key] for key in keep} for row in rows if row["status"] != "finished"]
+    not_finished = [{key: row[key] for key in keep} for row in rows if row["status"] != "finished"]
     reused = sum(row["reused"] for row in rows)
-    return {"rows": len(rows), "reused_from_controls": reused, "by_status": counts, "not_finished": troubled}
+    return {"rows": len(rows), "reused_from_controls": reused, "by_status": counts, "not_finished": not_finished}
 
 
 def _not_tried(rows: list[dict], attacks: list[type[Attack]]) -> list[str]:
-    """Attacks that were not chosen, and those that could not run at all, with the reason."""
+    """The attacks that were not chosen, and with a reason those that could not run at all."""
     left_out = sorted(set(registry()) - {attack.name for attack in attacks})
     for attack in attacks:
         own = [row for row in rows if row["attack"] == attack.name]
@@ -141,12 +141,13 @@ def _not_tried(rows: list[dict], attacks: list[type[Attack]]) -> list[str]:
 
 
 def _best_so_far(trials: list[dict]) -> list[dict]:
-    """Lowest loss and lowest value after each trial, by number; trials without a loss count as tried."""
-    found, best = [], {"value": None, "loss": None}
+    """The lowest loss and the lowest value after each trial, in order. Trials without a loss are counted."""
+    best: dict[str, float | None] = {"value": None, "loss": None}
+    found: list[dict] = []
     for trial in sorted(trials, key=lambda trial: trial["number"]):
         for key in best:
-            if trial[key] is not None and (best[key] is None or trial[key] < best[key]):
-                best[key] = trial[key]
+            known = [value for value in (best[key], trial[key]) if value is not None]
+            best[key] = min(known, default=None)
         found.append({"trial": trial["number"] + 1, **best})
     return found
 
@@ -156,10 +157,11 @@ def _task_figures(bench: Bench, rows: list[dict], task: str) -> dict:
     references = [
         row
         for row in runs_of(rows, task)
-        # The first seed's alone, as when the target was set: more seeds and searched trials do not move it.
+        # Only the suite's own trials, as when the target was set: more seeds and searches do not change it.
         if row["attack"] == BASELINE and row["model"] == "original" and _in_grid(row, bench)
     ]
     target = reference_target(references, config.target_share)
+    assert target is not None, "an audit ends if a task has no target"
     valid = valid_runs(rows, task, target)
     return {
         "start_loss": target.start,
@@ -172,13 +174,11 @@ def _task_figures(bench: Bench, rows: list[dict], task: str) -> dict:
 
 
 def _in_grid(row: dict, bench: Bench) -> bool:
-    from lockkit.attack.registry import attack_class
-
-    return row["config"] in [config.model_dump() for config in attack_class(BASELINE).trials(bench.config)]
+    return row["config"] in [config.model_dump() for config in gradient_attack(BASELINE).trials(bench.config)]
 
 
 def _attack_table(rows: list[dict], task: str, target: Target) -> list[dict]:
-    """A line for each attack: control, best losses, least costs to the target."""
+    """One entry per attack: control, best losses, lowest costs to the target."""
     table = []
     runs = runs_of(rows, task)
     for name in dict.fromkeys(run_name(row) for row in rows if row["task"] == task or _control_did_not_run(row)):
@@ -208,22 +208,22 @@ def _attack_table(rows: list[dict], task: str, target: Target) -> list[dict]:
 
 
 def _control_did_not_run(row: dict) -> bool:
-    """Whether this is the control of an unlock that did not finish, so that the lock was not tried."""
+    """Whether this is a control of an unlock that did not finish, so that the unlock did not run on the lock."""
     return row["model"] == "original" and row["task"] is None and row["status"] != "finished"
 
 
 def _least(rows: list[dict], target: float) -> dict[str, float | None] | None:
-    """The least of each resource that any of `rows` spent to the target; None if none reached it."""
+    """The lowest cost in each resource at which any of `rows` reached the target; None if none did."""
     costs = [cost for row in rows if (cost := cost_to_target(row, target))]
 
     def least(key: str) -> float | None:
-        return min((cost[key] for cost in costs if cost[key] is not None), default=None)
+        return min((value for cost in costs if (value := cost[key]) is not None), default=None)
 
     return {key: least(key) for key in (*WORK, *MEMORY)} if costs else None
 
 
 def _amplification(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
-    """Cheapest on the lock over cheapest on the original, and the same over other seeds of both."""
+    """The cheapest attack on the lock over the cheapest on the original, with its spread over seeds."""
     own = {subject: [row for row in valid if row["model"] == subject] for subject in SUBJECTS}
     best = {subject: cheapest(own[subject], target.loss, resource) for subject in SUBJECTS}
     if best["original"] is None:
@@ -248,14 +248,14 @@ def _amplification(valid: list[dict], target: Target, resource: str, first_seed:
 
 
 def _not_reached(rows: list[dict], target: Target) -> str:
-    """Why there is no cost to target: none of `rows` reached it, or the cost of those that did was not counted."""
+    """Why there is no cost to target: no run reached it, or the cost of those that did was not counted."""
     return NOT_FINITE if any(cost_to_target(row, target.loss) for row in rows) else "target not reached: > budget"
 
 
 def _attention_only(valid: list[dict], target: Target, resource: str) -> dict | None:
-    """Cheapest attention-only fine-tune of the lock over the cheapest attack on the original: a bound for every lock.
+    """The attention-only bound, see the top of this file.
 
-    `value_on_original` is the same with the attention-only fine-tune of the original.
+    `value_on_original` is the same figure with the attention-only fine-tune of the original in place of the lock's.
     """
     best = cheapest([row for row in valid if row["model"] == "original"], target.loss, resource)
     if best is None:
@@ -283,9 +283,11 @@ def _attention_only(valid: list[dict], target: Target, resource: str) -> dict | 
 
 
 def _over_seeds(valid: list[dict], target: Target, resource: str, first_seed: int) -> dict | None:
-    """The cheapest runs of the first seed, repeated with other seeds: ratio of means, and the spread of the lock's.
+    """The ratio over seeds, for the runs that were cheapest with the first seed.
 
-    None if there is one seed only. `reached` counts the seeds that reached the target.
+    Returns:
+        `mean`: the mean cost on the lock over that on the original. The spread is that of the costs on the lock over
+        the mean on the original. `reached`: the number of seeds that reached the target. None if there is one seed only.
     """
     costs: dict[str, list[float]] = {}
     seeds = 0

@@ -1,11 +1,11 @@
-"""A search over an attack's settings: one Optuna study for each attack, task and model, in one file.
+"""A search over the settings of an attack: one Optuna study for each attack, task and model, all in one file.
 
-1. A study's trials are numbered, and those below the budget count. So original and lock get the same number,
-   whatever the number of processes that share the file.
-2. The process that runs a trial holds a file lock on it. If it dies, the lock is free, and another process
-   takes the trial over with the same settings: no trial is lost or counted twice.
-3. The value is the share of the budget spent when the target was reached; if it was not, one plus
-   how far the loss stayed above it.
+1. The trials of a study are numbered, and those with a number below the budget count. So original and lock get the
+   same number of trials, however many processes share the file.
+2. The process that runs a trial holds a file lock on it. If the process dies, the lock is released, and another process
+   runs the trial with the same settings. No trial is lost or counted twice.
+3. The value to minimise is the share of the budget that was spent when the target was reached. If it was not
+   reached, the value is 1 plus the difference between the lowest loss and the target.
 
 Settings come from Optuna's tree-structured Parzen estimator (Bergstra et al. 2011), seeded by the trial's number.
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
 
 from lockkit.attack.rows import depends_on, key_of
 from lockkit.attack.target import Target, cost_to_target
@@ -28,23 +27,26 @@ if TYPE_CHECKING:
     import optuna
 
     from lockkit.attack.base import GradientAttack
-    from lockkit.attack.bench import Bench
+    from lockkit.attack.bench import Bench, Subject
+    from lockkit.attack.finetune import FinetuneConfig
 
 FILE, LOCKS = "sweep.log", ".sweep-locks"
 POLL_SECONDS = 0.2
 
 
 class Sweep:
-    """The search over one attack on one task and model.
+    """The search over the settings of one attack on one task and model.
 
     Raises:
         UsageError: optuna is not installed.
     """
 
-    def __init__(self, out: Path, attack: type[GradientAttack], task: str, subject: str, bench: Bench, target: Target):
+    def __init__(
+        self, out: Path, attack: type[GradientAttack], task: str, subject: Subject, bench: Bench, target: Target
+    ):
         self.attack, self.task, self.subject, self.target = attack, task, subject, target
         self.config, self.budget = bench.config, bench.config.sweep
-        # Not the budget: a longer sweep resumes a shorter one.
+        # The budget is not part of the key, so that a longer search continues a shorter one.
         settings = self.config.model_dump(include={"steps", "batch_rows", "seed", "target_share"})
         key = key_of(depends_on(bench, attack, settings, task, subject))[:12]
         self.name = f"{attack.name} {task} {subject} {key}"
@@ -52,11 +54,14 @@ class Sweep:
         self.locks.mkdir(exist_ok=True)
         self.study = _study(out / FILE, self.name)
 
-    def run(self, row_of: Callable[[BaseModel], dict]) -> dict:
-        """Run trials until the budget is spent, by this process or others; every trial is a row.
+    def run(self, row_of: Callable[[FinetuneConfig], dict]) -> dict:
+        """Run trials until this process and others have spent the budget.
+
+        Args:
+            row_of: runs a trial with these settings and returns its row.
 
         Returns:
-            The record: attack, task, model, budget, and each trial's number, settings, value and loss.
+            The record of the search: attack, task, model, budget, and each trial's number, settings, value and loss.
         """
         while (found := self._next()) is not None:
             trial, lock = found
@@ -64,7 +69,7 @@ class Sweep:
                 self._trial(trial, row_of)
             finally:
                 lock.release()
-        # Settings come back from the study in the order of trials: also rows that other processes made.
+        # Read from the study, so that trials of other processes are included.
         trials = [self._record(trial, row_of) for trial in self.study.get_trials() if trial.number < self.budget]
         return {
             "attack": self.attack.name,
@@ -75,7 +80,10 @@ class Sweep:
         }
 
     def _next(self) -> tuple[optuna.Trial, FileLock] | None:
-        """A trial to run, locked; waits while others run the last ones. None when all are done."""
+        """The next trial to run, and the lock that is held on it. None when all trials are finished.
+
+        Waits while other processes run the last trials.
+        """
         import optuna
 
         while True:
@@ -92,7 +100,7 @@ class Sweep:
                     return optuna.trial.Trial(self.study, current._trial_id), lock
                 lock.release()
             if len(trials) < self.budget:
-                with self._lock("next"):  # a trial and its lock are taken together
+                with self._lock("next"):  # so that no other process sees the trial before its lock is held
                     number = len(self.study.get_trials(deepcopy=False))
                     if number < self.budget:
                         lock = self._lock(number)
@@ -105,13 +113,13 @@ class Sweep:
     def _lock(self, what: int | str) -> FileLock:
         return FileLock(self.locks / f"{key_of([self.name])[:16]}-{what}.lock")
 
-    def _suggested(self, trial: optuna.Trial) -> BaseModel:
+    def _suggested(self, trial: optuna.Trial) -> FinetuneConfig:
         from optuna.samplers import TPESampler
 
         self.study.sampler = TPESampler(seed=self.config.seed + trial.number)
         return self.attack.suggest(trial, self.config)
 
-    def _trial(self, trial: optuna.Trial, row_of: Callable[[BaseModel], dict]) -> None:
+    def _trial(self, trial: optuna.Trial, row_of: Callable[[FinetuneConfig], dict]) -> None:
         from optuna.trial import TrialState
 
         row = row_of(self._suggested(trial))
@@ -129,13 +137,17 @@ class Sweep:
         cost = cost_to_target(row, self.target.loss)
         if cost is None:
             return 1 + row["best_loss"] - self.target.loss
-        return cost["step"] / self.config.steps
+        steps = cost["step"]
+        assert steps is not None, "the steps of a run are always counted"
+        return steps / self.config.steps
 
-    def _record(self, trial: optuna.trial.FrozenTrial, row_of: Callable[[BaseModel], dict]) -> dict:
+    def _record(self, trial: optuna.trial.FrozenTrial, row_of: Callable[[FinetuneConfig], dict]) -> dict:
         from optuna.trial import FixedTrial, TrialState
 
         if trial.state == TrialState.COMPLETE:
-            row_of(self.attack.suggest(FixedTrial(trial.params), self.config))  # the row exists and is read
+            row_of(
+                self.attack.suggest(FixedTrial(trial.params), self.config)
+            )  # its row exists, and is now one of this audit's
         return {
             "number": trial.number,
             "settings": trial.params,

@@ -1,8 +1,8 @@
-"""Cost to target: what a run spent until it reached a held-out loss that the original reaches.
+"""Cost to target: what a run spent until its held-out loss reached the target.
 
-The target is the loss at a share of the improvement that the reference (the original, fine-tuned
-with the baseline) reaches. A run's cost there is interpolated between the two measured points
-around it; peaks of memory are the whole run's.
+The reference is the original, fine-tuned with the baseline. The target is the loss at a given share of the
+reference's improvement. The cost of a run at the target is interpolated between the two measured points around it.
+Peaks of memory are those of the whole run.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from dataclasses import dataclass
 
 WORK = ("step", "tokens", "flops", "seconds")
 MEMORY = ("peak_tensor_bytes", "saved_bytes")
-RESOURCES = (*WORK[1:], *MEMORY)  # steps say little where batches differ
-NOT_FINITE = "not finite"  # says a figure whose measurements hold a NaN or an infinity (None in rows), or a cost of 0
-CONTROL_SHARE = 0.25  # of the reference's improvement, that a gradient attack must reach on the original
+RESOURCES = (*WORK[1:], *MEMORY)  # without steps, which are not comparable where batches differ
+NOT_FINITE = (
+    "not finite"  # text of a figure whose measurements have a NaN or an infinity (None in rows), or a cost of 0
+)
+CONTROL_SHARE = 0.25  # share of the reference's improvement that a gradient attack must reach on the original
 
 
 @dataclass(frozen=True)
 class Target:
-    """Of one task; losses in nats per label."""
+    """The target of one task; held-out losses in nats per label."""
 
-    start: float  # of the original
-    best: float  # of the reference
-    loss: float
+    start: float  # the original's, before fine-tuning
+    best: float  # the reference's lowest
+    loss: float  # to be reached
 
     @property
     def control_loss(self) -> float:
-        """What a gradient attack must reach on the original, or it is invalid."""
+        """The loss that a gradient attack must reach on the original to be valid."""
         return self.start - CONTROL_SHARE * (self.start - self.best)
 
 
 def reference_target(references: list[dict], share: float) -> Target | None:
-    """From the reference's rows; None if the loss did not fall in any of them."""
+    """The target from the reference's rows; None if the loss did not fall in any of them."""
     finished = [row for row in references if row["status"] == "finished"]
     if not finished:
         return None
@@ -42,9 +44,9 @@ def reference_target(references: list[dict], share: float) -> Target | None:
 
 
 def cost_to_target(row: dict, target: float) -> dict[str, float | None] | None:
-    """What `row` spent to reach a loss of `target`, by resource; None if it never did.
+    """What the run of `row` spent to reach a loss of `target`, by resource; None if it did not reach it.
 
-    A resource that was not counted (a run that diverged at once) is None.
+    A resource that was not counted, because the run diverged at once, is None.
     """
     curve = row.get("curve", [])
     if not curve:
@@ -60,7 +62,7 @@ def cost_to_target(row: dict, target: float) -> dict[str, float | None] | None:
 
 
 def ratio(cost: float, base: float) -> float | None:
-    """`cost` over `base`; None where `base` is 0 (MeZO saves nothing for a backward pass)."""
+    """`cost` over `base`; None if `base` is 0 (MeZO saves nothing for a backward pass)."""
     return cost / base if base else None
 
 
@@ -74,7 +76,7 @@ def seed_of(row: dict) -> int:
 
 
 def without_seed(row: dict) -> dict:
-    """Settings that repeats with other seeds share."""
+    """The settings of a row without the seed of its fine-tune."""
     config = row["config"]
     if "finetune" in config:
         return config | {"finetune": {key: v for key, v in config["finetune"].items() if key != "seed"}}
@@ -82,18 +84,18 @@ def without_seed(row: dict) -> dict:
 
 
 def run_name(row: dict) -> str:
-    """The attack; for an unlock, also the attack that fine-tuned the unlocked model, if it was not the baseline."""
+    """The name of the attack. For an unlock, it also names the fine-tuning attack if that was not the baseline."""
     then = row["config"].get("finetune_attack")
     return f"{row['attack']}, then {then}" if then else row["attack"]
 
 
 def runs_of(rows: Iterable[dict], task: str) -> list[dict]:
-    """Fine-tuning runs on a task that have a curve, controls such as random weights included."""
+    """The fine-tuning runs on a task that have a curve, including controls such as random weights."""
     return [row for row in rows if row["task"] == task and row.get("curve")]
 
 
 def unlock_control(row: dict, rows: Iterable[dict]) -> dict | None:
-    """The positive control of an unlock's row."""
+    """The row of an unlock's positive control; None if there is none."""
     return next(
         (
             other
@@ -107,7 +109,10 @@ def unlock_control(row: dict, rows: Iterable[dict]) -> dict | None:
 
 
 def control_passed(row: dict, rows: list[dict], target: Target) -> bool:
-    """Whether the positive control of a row passed: that of this unlock, or of this attack at any setting."""
+    """Whether the positive control of a row passed.
+
+    The control of an unlock has the same settings. A gradient attack passes if any of its runs on the original does.
+    """
     if "unlock" in row["config"]:
         control = unlock_control(row, rows)
         return bool(control and control.get("control_passed"))
@@ -116,12 +121,15 @@ def control_passed(row: dict, rows: list[dict], target: Target) -> bool:
 
 
 def valid_runs(rows: list[dict], task: str, target: Target) -> list[dict]:
-    """Runs on a task that count: no controls, none of an attack that failed its own."""
+    """The runs on a task that count: not of the family `control`, and of attacks that passed their positive control."""
     return [row for row in runs_of(rows, task) if row["family"] != "control" and control_passed(row, rows, target)]
 
 
 def cheapest(runs: Iterable[dict], target: float, resource: str) -> tuple[float, dict] | None:
-    """The least of a resource at which any of `runs` reached the target, and that run; the first of equals."""
+    """The lowest cost in a resource at which any of `runs` reached the target, and that run.
+
+    Of several equal costs the first counts. None if no run reached the target.
+    """
     costs = [(cost[resource], row) for row in runs if (cost := cost_to_target(row, target))]
     found = [(cost, row) for cost, row in costs if cost is not None]
     return min(found, key=lambda pair: pair[0]) if found else None

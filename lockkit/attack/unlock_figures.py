@@ -1,15 +1,15 @@
-"""Three figures of a lock, from the unlocked models of valid unlocks.
+"""Three figures of a lock, from the models of valid unlocks.
 
-- *Effective depth*: the fewest stages of a closed-form unlock that stay near the lock: within a KL
-  divergence, and within a rise in perplexity of 5 %.
-- *Unlock ratio*: the cost of the cheapest unlock that is near in either sense, over that of a re-distillation from
+- *Effective depth*: the fewest stages of a closed-form unlock that stay close to the lock. There are two limits: one
+  on the KL divergence to the lock, and one of 5 % on the rise in perplexity.
+- *Unlock ratio*: the cost of the cheapest unlock within either limit, over that of a re-distillation from
   scratch (one that uses none of the lock's weights) that comes as close to the lock. 1 is ideal for the
-  owner: knowing the lock saves nothing.
-- *Owner's advantage*: tokens that a re-distillation from scratch needs to be as close to the lock as
-  the lock is to the original, over the tokens the lock took.
+  owner: an attacker gains nothing from the lock's weights. A zero-cost unlock is exact, not a bound.
+- *Owner's advantage*: the tokens that a re-distillation from scratch needs to be as close to the lock as
+  the lock is to the original, over the tokens of the lock's own distillation.
 
-A figure that was not reached within the budget is a bound, and says so. Unlocked models whose figures are not
-finite do not count; a figure for which only such models are left says "not finite".
+A figure that was not reached within the budget is a bound, and its text says so. Unlocked models whose figures are not
+finite are ignored. If no others are left, the text of the figure is "not finite".
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
 
 PERPLEXITY_RISE = 1.05
-NOT_TOLD = ("points", "seed")  # of an unlock's settings: the same in all of its rows
+NOT_IN_LABEL = ("points", "seed")  # settings of an unlock that are the same in all of its rows
 
 
 def unlocks_of(rows: list[dict]) -> dict[str, dict]:
-    """Records of unlocked models, by name and settings; `valid` is whether the control passed."""
+    """The records of unlocked models, by attack and settings. `valid` is whether the positive control passed."""
     found = {}
     for row in rows:
         if row.get("unlock"):
@@ -42,26 +42,23 @@ def unlocks_of(rows: list[dict]) -> dict[str, dict]:
 
 
 def _knows_weights(row: dict) -> bool:
-    """Whether an unlock uses the lock's weights, and not its inputs and outputs alone."""
+    """Whether an unlock uses the lock's weights, and not only its inputs and outputs."""
     return row["attack"] != "random-features" and row["config"]["unlock"].get("start") not in ("scratch", "features")
 
 
 def _label(row: dict) -> str:
     settings = {key: value for key, value in row["config"]["unlock"].items() if value is not None}
-    return " ".join([row["attack"], *(f"{key}={value}" for key, value in settings.items() if key not in NOT_TOLD)])
+    return " ".join([row["attack"], *(f"{key}={value}" for key, value in settings.items() if key not in NOT_IN_LABEL)])
 
 
 def _is_finite(unlock: dict) -> bool:
-    """Whether an unlocked model has all figures that others are derived from."""
+    """Whether the figures of an unlocked model that this file uses are finite."""
     figures = (unlock["kl_to_lock"], unlock["perplexity"], unlock["cost"]["tokens"], unlock["cost"]["flops"])
     return all(figure is not None and math.isfinite(figure) for figure in figures)
 
 
 def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
-    """The fewest stages of a closed-form unlock within the stated KL, and within 5 % of the perplexity.
-
-    KL divergences are in nats per token.
-    """
+    """The effective depth under both limits. KL divergences are in nats per token."""
     best: dict[int, dict] = {}
     counted = [u for u in unlocks.values() if u["valid"] and u["from_weights"] and not u["cost"]["steps"]]
     for unlock in filter(_is_finite, counted):
@@ -86,7 +83,7 @@ def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
 
 
 def perplexity_limit(bench: Bench) -> float:
-    """The perplexity up to which an unlocked model counts as near the lock."""
+    """The highest perplexity at which an unlocked model counts as close to the lock."""
     return PERPLEXITY_RISE * bench.quality_of("locked").perplexity
 
 
@@ -97,12 +94,12 @@ def _stages(within: list[int], tried: dict[int, dict], not_tried: str) -> str:
 
 
 def _scratch(unlocks: dict[str, dict]) -> list[dict]:
-    """All re-distillations that use none of the lock's weights."""
+    """The re-distillations from scratch: those that use none of the lock's weights."""
     return [u for u in unlocks.values() if not u["from_weights"] and u["notes"].get("curve")]
 
 
 def _curve(scratch: list[dict]) -> list[dict]:
-    """Points (tokens, flops, kl_to_lock) of re-distillations; those that are not finite are left out."""
+    """The points (tokens, flops, kl_to_lock) of re-distillations, without those that are not finite."""
     points = [point for unlock in scratch for point in unlock["notes"]["curve"]]
     return [point for point in points if None not in (point["kl_to_lock"], point["tokens"], point["flops"])]
 
@@ -112,16 +109,16 @@ def _caveat(valid: bool) -> str:
 
 
 def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: float) -> dict:
-    """Cost of the cheapest valid unlock over that of a re-distillation from scratch as close to the lock.
+    """The cost of the cheapest valid unlock over that of a re-distillation from scratch as close to the lock.
 
-    The cheapest of all unlocks within either limit is taken (KL to the lock, or perplexity), or the closest one if
-    none is within. Only ordinary models count. Where no re-distillation came as close, the ratio is an upper bound,
-    taken at the end of the budget.
+    Only unlocks that return an ordinary model are considered. Of those within either limit the cheapest is taken; if
+    there is none, the one closest to the lock. If no re-distillation came as close, the ratio is an upper bound,
+    computed at the end of the budget.
 
     Args:
-        unlocks: as `unlocks_of` gives them.
-        kl_limit: KL(lock || unlocked model), nats per token.
-        perplexity_limit: as `perplexity_limit` gives it.
+        unlocks: the result of `unlocks_of`.
+        kl_limit: limit of KL(lock || unlocked model), in nats per token.
+        perplexity_limit: the result of the function of this name.
     """
     scratch = _scratch(unlocks)
     curve, scratch_valid = _curve(scratch), any(unlock["valid"] for unlock in scratch)
@@ -149,18 +146,18 @@ def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: fl
 
 
 def _over_scratch(unlock: dict, curve: list[dict], key: str) -> tuple[float, bool]:
-    """The ratio of costs, and whether a re-distillation from scratch came as close to the lock at all."""
+    """The ratio of costs, and whether any re-distillation from scratch came as close to the lock."""
     reached = [point[key] for point in curve if point["kl_to_lock"] <= unlock["kl_to_lock"]]
     return unlock["cost"][key] / (min(reached) if reached else max(point[key] for point in curve)), bool(reached)
 
 
 def owner_advantage(lock_tokens: int, unlocks: dict[str, dict], kl_of_lock: float) -> dict:
-    """Tokens of a re-distillation from scratch to the lock's own fidelity, over the tokens the lock took.
+    """The tokens of a re-distillation from scratch to the lock's own fidelity, over those of the lock.
 
     Args:
-        lock_tokens: tokens that the lock took; 0 if that is not known.
-        unlocks: as `unlocks_of` gives them.
-        kl_of_lock: KL(original || lock), nats per token.
+        lock_tokens: tokens of the lock's distillation; 0 if that is not known.
+        unlocks: the result of `unlocks_of`.
+        kl_of_lock: KL(original || lock), in nats per token.
     """
     scratch = _scratch(unlocks)
     curve, valid = _curve(scratch), any(unlock["valid"] for unlock in scratch)

@@ -1,8 +1,8 @@
-"""Unlocks in an audit: their positive control, and the unlocked models, saved once and loaded again.
+"""Unlocks in an audit: the positive control, and the unlocked models, which are saved once and then loaded.
 
-The control: each unlock first runs on the original rewritten as a chain (its own units in blocks that do not
-depend on each other). An original without its MLPs has some KL divergence from the original. The unlock must
-win back a share of it.
+The control: each unlock first runs on the original rewritten as a chain, whose blocks are independent of each other.
+The model that it returns is compared with the original. The scale is the KL divergence between the original and the
+original without its MLPs: the unlock must remove a given share of that divergence.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -34,7 +34,7 @@ FOLDER, RECORD = "unlocked", "unlock.json"
 
 
 def original_as_chain(bench: Bench) -> PreTrainedModel:
-    """The original in the lock's architecture: its own units in blocks that do not depend on each other (gain 0)."""
+    """The original in the lock's architecture: its own units, divided among blocks that are independent (gain 0)."""
     original, config = bench.frozen("original"), bench.frozen("locked").config
     model = locked_classes(bench.family)[1](config).to(bench.device, torch.float32)
     rest = {key: value for key, value in original.state_dict().items() if ".mlp." not in key}
@@ -46,10 +46,13 @@ def original_as_chain(bench: Bench) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict:
-    """Run an unlock on the original rewritten as a chain; return whether it passed, and the figures.
+def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict[str, Any]:
+    """Run the positive control of an unlock, on the original rewritten as a chain.
 
-    KL divergences are in nats per token; `won_back` is a share of `kl_without_mlps`.
+    Returns:
+        Figures for its row. `control_passed`: whether the control passed. `control_kl`: KL(original || unlocked model).
+        `kl_without_mlps`: KL(original || original without MLPs). `won_back`: the share of the second that the unlock
+        removed. KL divergences are in nats per token.
     """
     unlocked = attack(config).unlock(original_as_chain(bench), bench)
     worst, left = bench.kl_without_mlps, bench.kl(unlocked.model, "original")
@@ -63,10 +66,13 @@ def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict
     }
 
 
-def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Path) -> tuple[Unlocked, dict]:
-    """The unlocked model and its record: made and saved in `out` once, by one process, then loaded.
+def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Path) -> tuple[Unlocked, dict[str, Any]]:
+    """Unlock the lock, or load the unlocked model if an earlier run has saved it in `out`.
 
-    Figures that are not finite are None in the record.
+    Only one of several processes that need the same model builds it.
+
+    Returns:
+        The unlocked model, and its record. Figures that are not finite are None in the record.
     """
     from lockkit.models.load import load_model, no_progress_bars
 

@@ -1,4 +1,4 @@
-"""Reports: results of lock, verify and attack as one page that opens offline, as Markdown and as JSON.
+"""Reports: results of lock, verify and attack as one HTML page without external resources, as Markdown and as JSON.
 
 from lockkit.report.run import write_report
 """

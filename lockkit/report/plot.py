@@ -1,4 +1,4 @@
-"""Curves as inline SVG whose colours are the page's, so that they suit light and dark."""
+"""Curves as inline SVG. Their colours are variables of the page's style, which has a light and a dark scheme."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-# Stand-ins that matplotlib writes; the page's style says what they look like (render.py: --c0, --c1, ...).
+# Placeholders that matplotlib writes. They are replaced by variables of the page's style (render.py: --c0, --c1, ...).
 COLOURS = [f"#c0ffe{index}" for index in range(9)]
 INK, MUTED = "#000000", "#c0ffee"
-LEGEND_MAX = 9
+LEGEND_MAX = 9  # lines
 
 
 def svg(curve: Curve, salt: str) -> str:
-    """A curve as inline SVG; `salt` keeps the ids of one page's plots apart."""
+    """A curve as inline SVG. `salt` must be different for each plot of a page: it makes the ids unique."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -44,11 +44,14 @@ def svg(curve: Curve, salt: str) -> str:
 
 
 def _draw(axes: Axes, curve: Curve) -> None:
+    """Draw lines, level and axes."""
+    from matplotlib.ticker import MaxNLocator
+
     for points in curve.muted.values():
         if points:
             axes.plot(*zip(*points, strict=True), color=MUTED, linewidth=0.8, alpha=0.45)
     for position, (name, points) in enumerate(curve.lines.items()):
-        # Labels are data, not formulas; a leading underscore would hide a line.
+        # A dollar sign would start a formula, and a leading underscore would hide the line.
         label = name.replace("$", r"\$").replace("_", " ")
         label = label if len(label) <= 34 else label[:33] + "…"
         across, up = zip(*points, strict=True) if points else ((), ())
@@ -64,7 +67,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         axes.axhline(value, color=INK, linewidth=0.8, linestyle=":")
         axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     shown = [up for points in curve.lines.values() for _, up in points] + ([curve.level[1]] if curve.level else [])
-    if curve.muted and shown:  # they must not squeeze the others together
+    if curve.muted and shown:  # the limits of the axis depend on the other lines only
         low, high = min(shown), max(shown)
         margin = 0.06 * (high - low or abs(high) or 1)
         axes.set_ylim(low / 1.3, high * 1.3) if curve.log_up else axes.set_ylim(low - margin, high + margin)
@@ -73,11 +76,13 @@ def _draw(axes: Axes, curve: Curve) -> None:
             scale("log")
             _label_decades(axis)
     if not curve.log:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        locator = axes.xaxis.get_major_locator()
+        assert isinstance(locator, MaxNLocator), "matplotlib's default on a linear axis"
+        locator.set_params(integer=True)
 
 
 def _label_decades(axis: Axis) -> None:
-    """Decades, and 2 and 5 between them where there are few: labels of all nine run into each other."""
+    """Label decades; also 2 and 5 if the axis has few decades. More labels would overlap."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -89,7 +94,7 @@ def _label_decades(axis: Axis) -> None:
 
 
 def _short(value: float) -> str:
-    """2,000 as 2k: ticks of two plots side by side stay apart."""
+    """2,000 as 2k, so that labels do not overlap."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{unit}"
@@ -97,14 +102,14 @@ def _short(value: float) -> str:
 
 
 def _inline(text: str, title: str, salt: str) -> str:
-    """Only the drawing, named for screen readers, with ids of its own and the page's colours."""
+    """The `svg` element of matplotlib's file, with a title for screen readers, unique ids and the page's colours."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Identifiers such as axes_1 come back in every plot; a page may have each only once.
+    # Every plot has ids such as axes_1. On a page, ids must be unique.
     text = re.sub(r'(\bid="|="#|url\(#)', lambda match: f"{match[1]}p{salt}-", text)
-    for index, stand_in in enumerate(COLOURS):
-        text = text.replace(stand_in, f"var(--c{index})")
+    for index, colour in enumerate(COLOURS):
+        text = text.replace(colour, f"var(--c{index})")
     text = text.replace(MUTED, "currentColor").replace(INK, "currentColor")
-    # Glyphs have no colour of their own, and would stay black.
+    # Glyphs have no colour attribute and would be black.
     text = text.replace("<svg ", '<svg role="img" fill="currentColor" ', 1)
     return text.replace(">", f"><title>{html.escape(title)}</title>", 1)

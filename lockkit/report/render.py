@@ -1,4 +1,4 @@
-"""Sections as one self-contained HTML page, and as Markdown. Everything that comes from results is escaped."""
+"""Sections as one self-contained HTML page, and as Markdown. All text from results is escaped."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ th:first-child,td:first-child{position:sticky;left:0;background:var(--page);padd
 p{overflow-wrap:anywhere;max-width:46rem}svg{display:block;width:100%;max-width:34rem;height:auto;color:var(--ink)}
 footer{margin-top:3rem}
 """
-LONG_CELL = 16  # characters; narrower columns would break such text into single words
+LONG_CELL = 16  # characters; longer text gets a minimum width, so that it does not break into single words
 _NUMBER = re.compile(r"[<>–]?\s?[-+]?[\d.,]*(e[-+]?\d+)?\s?%?|> budget|\d+, \d+")
 
 
 def html_page(sections: list[Section], made_by: str) -> str:
-    """The page: inline style, inline SVG, no script and nothing loaded from anywhere."""
+    """The HTML page. Style and SVG are inline; there are no scripts and no external resources."""
     body = "\n".join(_html_section(section, number) for number, section in enumerate(sections))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -74,7 +74,7 @@ def _html_table(table: Table) -> str:
         for cell, right in zip(table.head, numeric, strict=True)
     )
     rows = "".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in table.rows)
-    # A region that scrolls can be reached by keyboard.
+    # The tabindex makes the scrollable region reachable by keyboard.
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.head[0])}">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -87,7 +87,7 @@ def _html_cell(cell: str) -> str:
 
 
 def markdown(sections: list[Section]) -> str:
-    """For a model card."""
+    """Sections as Markdown, for a model card; without curves."""
     parts = []
     for section in sections:
         parts.append(f"{'###' if section.part else '##'} {_plain(section.title)}")
@@ -104,5 +104,5 @@ def markdown(sections: list[Section]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves alone."""
+    """Text in one line, escaped so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.split()))

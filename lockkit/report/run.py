@@ -1,6 +1,6 @@
 """Writing a report.
 
-1. Find results in a folder: JSON files, at most one folder down, whose `schema` has sections.
+1. Find results: JSON files with a known `schema`, in the folder or in folders directly below it.
 2. Turn them into sections (`sections/`).
 3. Write the page, and Markdown and JSON beside it. Each file is replaced as a whole.
 """
@@ -23,7 +23,7 @@ SCHEMA = "lockkit-report/2"
 
 @dataclass(frozen=True)
 class Report:
-    """The files of a report."""
+    """The files of a report, and its number of sections."""
 
     page: Path
     markdown: Path
@@ -35,8 +35,8 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
     """Report on all results in `folder`.
 
     Args:
-        folder: of a lock, a verification or an audit, or one that holds several of these.
-        out: the page; `report.html` in `folder` by default. Markdown and JSON take its name.
+        folder: the folder of a lock, a verification or an audit, or one with several of these.
+        out: the page; by default `report.html` in `folder`. Markdown and JSON have the same name with another ending.
 
     Raises:
         UsageError: there are no results, one is broken, `out` cannot be written, or a file is there that no earlier
@@ -56,7 +56,7 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
         parts = sections(results)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"a result in {folder} is not what its schema says ({type(error).__name__}: {error}): change DIR"
+            f"a result in {folder} does not match its schema ({type(error).__name__}: {error}): change DIR"
         ) from error
     made_by = f"lockkit {__version__}" + (f", commit {git_hash()}" if git_hash() else "")
     record = {"schema": SCHEMA, "made_by": made_by, "sections": [asdict(part) for part in parts]}
@@ -68,7 +68,8 @@ def write_report(folder: Path, out: Path | None = None) -> Report:
     with readable_disk_errors(out, "--out"):
         for path, text in reversed(texts.items()):  # the JSON first: it marks all three as a report's
             write_text(path, text)
-    return Report(*texts, sections=len(parts))
+    page, card, data = texts
+    return Report(page, card, data, len(parts))
 
 
 def _check_replaceable(out: Path) -> None:
@@ -89,7 +90,7 @@ def find_results(folder: Path) -> list[tuple[dict, Path]]:
     """All results in a folder, each with its file. Other files are ignored.
 
     Raises:
-        UsageError: there is nothing to report in it.
+        UsageError: there are no results.
     """
     known = builders()
     found = []

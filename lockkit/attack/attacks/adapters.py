@@ -1,4 +1,4 @@
-"""Low-rank adapters on all linear layers: LoRA, LoRA-FA, and LoRA on a base of 4 bits (QLoRA)."""
+"""Low-rank adapters on all linear layers: LoRA, LoRA-FA, and LoRA on 4-bit weights (QLoRA)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class LoraConfig(FinetuneConfig):
     """Settings of the attacks with adapters."""
 
-    rank: int = Field(16, ge=1, description="Rank of the adapters; alpha is twice that.")
+    rank: int = Field(16, ge=1, description="Rank of the adapters. Alpha is twice the rank.")
 
 
 def adapted(model: PreTrainedModel, rank: int) -> PeftModel:
-    """The model with adapters of `rank` on all linear layers but the head, in chains too.
+    """The model with adapters on all linear layers except the head, including those in chains.
 
     Raises:
         CannotRun: peft is not installed.
@@ -37,12 +37,12 @@ def adapted(model: PreTrainedModel, rank: int) -> PeftModel:
     peft = optional_package("peft")
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft still uses an older name of transformers'
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name in transformers
         return peft.get_peft_model(model, settings)
 
 
 class Lora(GradientAttack):
-    """LoRA: two matrices of low rank beside every linear layer."""
+    """LoRA: two trained matrices of low rank beside every linear layer."""
 
     name = "lora"
     description = "Adapters on all linear layers; the weights stay frozen."
@@ -50,23 +50,24 @@ class Lora(GradientAttack):
     family = "adapters"
     in_quick = True
     Config = LoraConfig
+    config: LoraConfig
     learning_rate_factor = 5.0
     learning_rate_range = (1e-4, 3e-2)
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        """Several ranks, and the main one with reversal."""
+        """Several ranks, and the main rank with reversal."""
         return [{"rank": 16}, {"rank": 8}, {"rank": 64}, {"rank": 16, "saver": "reversal"}]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Add adapters to `model`, and train them alone."""
+        """Add adapters to `model`. Only they are trained."""
         model = adapted(model, self.config.rank)
         trained = [p for p in model.parameters() if p.requires_grad]
         return Training(model, trained, make_optimiser("adamw", model.named_parameters(), self.config.learning_rate))
 
 
 class LoraFA(Lora):
-    """LoRA whose first matrices stay as they were initialised."""
+    """LoRA whose first matrices keep their initial values."""
 
     name = "lora-fa"
     description = "Adapters of which only the second matrix is trained, so that fewer activations are saved."
@@ -80,7 +81,7 @@ class LoraFA(Lora):
         return [{"rank": rank} for rank in (16, 64)]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Add adapters to `model`, and train their second matrices alone."""
+        """Add adapters to `model`. Only their second matrices are trained."""
         model = adapted(model, self.config.rank)
         from peft.optimizers import create_lorafa_optimizer
 
@@ -104,7 +105,7 @@ class QLora(Lora):
         return [{"rank": 16}, {"rank": 16, "saver": "reversal"}]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Quantise `model` in place, add adapters, and train them alone.
+        """Quantise `model` in place and add adapters. Only the adapters are trained.
 
         Raises:
             CannotRun: bitsandbytes is missing, or has no kernels for this device.
@@ -116,7 +117,7 @@ class QLora(Lora):
 
 
 def quantise(model: PreTrainedModel) -> None:
-    """Replace all linear layers of the decoder by 4-bit ones of bitsandbytes, in place.
+    """Replace all linear layers in the decoder layers by 4-bit ones of bitsandbytes, in place.
 
     Raises:
         CannotRun: bitsandbytes is missing, or has no kernels for this device.
@@ -131,7 +132,7 @@ def quantise(model: PreTrainedModel) -> None:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     except (NotImplementedError, RuntimeError) as error:
         raise CannotRun(f"bitsandbytes has no 4-bit kernels for this device ({error}): try another --device") from error
-    model.is_loaded_in_4bit = True  # peft reads it
+    model.is_loaded_in_4bit = True  # peft reads this attribute
 
 
 def _four_bits(linear: nn.Linear, library: ModuleType) -> nn.Module:
@@ -148,13 +149,13 @@ def _four_bits(linear: nn.Linear, library: ModuleType) -> nn.Module:
     )
     if linear.bias is not None:
         found.bias = linear.bias
-    # On some CPUs it packs weights anew for inference, in a form that training cannot read (and only for some shapes).
+    # On some CPUs, bitsandbytes repacks weights of some shapes for inference, in a form that training cannot read.
     found.support_avx512bf16_for_cpu = False
-    return found.to(linear.weight.device)  # which quantises
+    return found.to(linear.weight.device)  # this call quantises the weight
 
 
 def _scales(model: nn.Module) -> list[torch.Tensor]:
-    """The scales of 4-bit weights, which are not parameters."""
+    """The scales of 4-bit weights. They are not parameters."""
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
     nested = [state.state2 for state in states if state.nested]
     return [tensor for state in states + nested for tensor in (state.absmax, state.code)]

@@ -1,11 +1,11 @@
-"""Unlocks in closed form: the whole chain into one MLP, or into K stages."""
+"""Unlocks in closed form: each chain becomes one MLP, or a chain of K blocks."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from pydantic import BaseModel, Field
@@ -28,23 +28,26 @@ if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
     from lockkit.attack.config import AuditConfig
 
-CACHE_BYTES = 4 * 10**9  # activations kept in memory; the rest goes to files
+CACHE_BYTES = 4 * 10**9  # of activations in memory; the rest is written to files
+Result = TypeVar("Result")
 
 
 class CollapseConfig(BaseModel):
     """Settings of a collapse into stages."""
 
-    stages: int = Field(1, ge=1, description="Blocks that the result has; 1 is an ordinary MLP.")
-    first_layer: FirstLayer = Field("linearised", description="Where the first layer comes from.")
+    stages: int = Field(1, ge=1, description="Blocks of the unlocked model's chains; 1 is an ordinary MLP.")
+    first_layer: FirstLayer = Field(
+        "linearised", description="Source of the first layer, see lockkit/attack/closed_form.py."
+    )
 
 
 def unlabelled_rows(bench: Bench) -> torch.Tensor:
-    """Token ids `[rows, block]` of the audit's unlabelled tokens; enough rows to hold some out."""
+    """The audit's unlabelled tokens for closed-form unlocks, `[rows, block]`; enough rows to hold some out."""
     return bench.unlabelled[: max(HELD_OUT_SHARE // 4, -(-bench.config.unlock_tokens // bench.text_block))]
 
 
 def mlp_inputs(locked: PreTrainedModel, rows: torch.Tensor, bench: Bench) -> Iterator[torch.Tensor]:
-    """Yield the inputs of each layer's MLP on `rows`, `[tokens, hidden]`, in one forward pass over `[rows, block]`."""
+    """Yield the inputs of each decoder layer's MLP, `[tokens, hidden]`, in one forward pass over `rows`, `[rows, block]`."""
     with tempfile.TemporaryDirectory() as folder:
         cache = ActivationCache(Path(folder), CACHE_BYTES)
         capture = LayerwiseCapture(LayeredModel(locked, bench.device), rows, cache, "unlock", Workers())
@@ -55,36 +58,42 @@ def mlp_inputs(locked: PreTrainedModel, rows: torch.Tensor, bench: Bench) -> Ite
 
 
 def of_each_chain(
-    locked: PreTrainedModel, rows: torch.Tensor, bench: Bench, function: Callable[[DLRNet, torch.Tensor], Any]
-) -> tuple[list, Cost]:
-    """Apply `function` to each chain and its inputs, `[tokens, hidden]`; return all results, and the cost.
+    locked: PreTrainedModel, rows: torch.Tensor, bench: Bench, function: Callable[[DLRNet, torch.Tensor], Result]
+) -> tuple[list[Result], Cost]:
+    """Apply `function` to the chain of each decoder layer.
 
     Args:
         rows: token ids, `[rows, block]`.
-        function: from a chain and its inputs.
+        function: called with a chain and its inputs on these tokens, `[tokens, hidden]`.
+
+    Returns:
+        The results, by decoder layer, and the cost.
     """
-    chains = [layer.mlp for layer in decoder_layers(locked)]
+    chains: list[DLRNet] = [layer.mlp for layer in decoder_layers(locked)]
     with Meter(bench.device) as meter, torch.no_grad():
-        found = [function(*both) for both in zip(chains, mlp_inputs(locked, rows, bench), strict=True)]
+        found = [function(chain, x) for chain, x in zip(chains, mlp_inputs(locked, rows, bench), strict=True)]
     meter.cost.tokens = rows.numel()
     return found, meter.cost
 
 
 class _Collapse(UnlockAttack):
+    """Unlocks by `collapse`; they differ in their settings."""
+
     Config = CollapseConfig
+    config: CollapseConfig
     reference = "this project; ridge regression: Hoerl and Kennard 1970"
 
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Solve each layer's stages on the unlabelled tokens.
+        """Solve the stages of each chain on the unlabelled tokens.
 
         Raises:
-            CannotRun: the blocks cannot be cut into stages of equal rank.
+            CannotRun: the blocks cannot be divided into stages of equal rank.
         """
         config = self.config
         chain = decoder_layers(locked)[0].mlp
         bounds = stage_bounds(chain, config.stages)
         if bounds is None:
-            raise CannotRun(f"{len(chain.blocks)} blocks cannot be cut into {config.stages} stages of equal rank")
+            raise CannotRun(f"{len(chain.blocks)} blocks cannot be divided into {config.stages} stages of equal rank")
         solved, cost = of_each_chain(
             locked, unlabelled_rows(bench), bench, lambda chain, x: collapse(chain, x, bounds, config.first_layer)
         )
@@ -104,7 +113,9 @@ class StackSolve(_Collapse):
     """First layer: the blocks' own rows. Second layer: ridge regression."""
 
     name = "stack-solve"
-    description = "Put the blocks' first layers side by side in one MLP; solve the second layer by ridge regression."
+    description = (
+        "Put the blocks' first layers side by side in one MLP, and solve for its second layer by ridge regression."
+    )
     in_quick = True
 
     @classmethod
@@ -117,7 +128,7 @@ class LinearisedStack(_Collapse):
     """First layer: regression of all pre-activations on the chain's input. Second layer: ridge regression."""
 
     name = "linearised-stack"
-    description = "Regress all pre-activations on the chain's input, then solve the second layer."
+    description = "Regress all pre-activations on the chain's input, then solve for the second layer."
     in_quick = True
 
     @classmethod
@@ -127,7 +138,7 @@ class LinearisedStack(_Collapse):
 
 
 class PartialCollapse(_Collapse):
-    """A shorter chain, solved stage by stage."""
+    """A shorter chain, solved one stage after the other."""
 
     name = "partial-collapse"
     description = "As linearised-stack, for each of K stages; the result is a chain of K blocks, not an ordinary MLP."
@@ -135,7 +146,7 @@ class PartialCollapse(_Collapse):
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[CollapseConfig]:
-        """Several numbers of stages; one in the suite `quick`."""
+        """Several numbers of stages; only one in the suite `quick`."""
         stages = [2] if audit.suite == "quick" else [2, 4, 8]
         return [CollapseConfig(stages=k, first_layer="linearised") for k in stages]
 
@@ -144,7 +155,9 @@ class CorrectedConfig(BaseModel):
     """Settings of `corrected-stack`."""
 
     tokens: int = Field(
-        1024, ge=0, description="Unlabelled tokens, in whole rows of text; with 0 no weight is changed."
+        1024,
+        ge=0,
+        description="Unlabelled tokens, rounded up to whole rows of text. With 0, the weights are not corrected.",
     )
 
 
@@ -156,15 +169,16 @@ class CorrectedStack(UnlockAttack):
     reference = "this project; ridge towards a prior: Swindel 1976, Good ridge estimators based on prior information"
     in_quick = True
     Config = CorrectedConfig
+    config: CorrectedConfig
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[CorrectedConfig]:
-        """Several numbers of tokens, 0 included, up to the audit's."""
+        """Several numbers of tokens, including 0, up to the audit's."""
         tried = (0, 1024) if audit.suite == "quick" else (0, 256, 1024, 4096)
         return [CorrectedConfig(tokens=tokens) for tokens in tried if tokens <= audit.unlock_tokens]
 
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Put each chain's blocks side by side; with tokens, correct both layers by regression on them."""
+        """Put the blocks of each chain side by side. With tokens, correct both layers by regressions on them."""
         if not self.config.tokens:
             weights = [side_by_side(layer.mlp) for layer in decoder_layers(locked)]
             return Unlocked(ordinary_model(locked, bench.family, weights), 1, Cost())
@@ -180,10 +194,10 @@ class CorrectedStack(UnlockAttack):
 
 
 class RandomFeatures(_Collapse):
-    """First layer: noise. Second layer: ridge regression. A control for what the lock's weights are worth."""
+    """First layer: noise. Second layer: ridge regression. It shows what the lock's weights add to other unlocks."""
 
     name = "random-features"
-    description = "A random first layer, the second solved by ridge regression: a closed form that uses none of the lock's weights."
+    description = "A random first layer, and a second layer by ridge regression: it uses none of the lock's weights."
     reference = "Rahimi and Recht 2007, Random features for large-scale kernel machines"
     lock_aware = False
     control_share = 0.5

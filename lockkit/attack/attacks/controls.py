@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,7 @@ from lockkit.attack.attacks.full_ft import FullFinetune
 from lockkit.attack.base import NoSettings, Probe
 from lockkit.attack.finetune import Training, held_out_loss
 from lockkit.attack.rebuild import ordinary_model
+from lockkit.attack.selection import SUBJECTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,13 +28,12 @@ class Untouched(Probe):
     in_quick = True
     Config = NoSettings
 
-    def probe(self, bench: Bench) -> dict:
+    def probe(self, bench: Bench) -> dict[str, Any]:
         """Held-out losses by task and model, in nats per label."""
         return {
             "held_out": {
                 name: {
-                    subject: held_out_loss(bench.frozen(subject), task.held_out, bench.device)
-                    for subject in ("original", "locked")
+                    subject: held_out_loss(bench.frozen(subject), task.held_out, bench.device) for subject in SUBJECTS
                 }
                 for name, task in bench.tasks.items()
             }
@@ -41,15 +41,15 @@ class Untouched(Probe):
 
 
 class RandomMLPs(FullFinetune):
-    """What a model learns whose MLPs know nothing."""
+    """How far fine-tuning gets with random MLPs."""
 
     name = "random-mlps"
-    description = "Control: fine-tune all weights after the chains (the MLPs) were replaced by random MLPs."
+    description = "Control: replace the chains (on the original, the MLPs) by random MLPs, and fine-tune all weights."
     reference = "control"
     family = "control"
     in_quick = False
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Replace all chains or MLPs by random MLPs; train all weights."""
+        """Replace all chains or MLPs by random MLPs. All weights are trained."""
         torch.manual_seed(self.config.seed)
         return super().prepare(ordinary_model(model, bench.family).requires_grad_(True), bench)

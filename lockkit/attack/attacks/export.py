@@ -1,10 +1,10 @@
-"""Recovering trainable weights from an ONNX export."""
+"""Whether trainable weights can be recovered from an ONNX export."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -27,24 +27,25 @@ class RecoverConfig(BaseModel):
 
 
 class RecoverOnnx(Probe):
-    """Whether publishing ONNX alone hides the weights."""
+    """Tests whether publishing ONNX alone hides the weights."""
 
     name = "recover-onnx"
     description = (
-        "Export the lock, rebuild trainable PyTorch weights from the graph, compare forward and backward pass."
+        "Export the lock, rebuild trainable PyTorch weights from the graph, and compare the model with the graph."
     )
     reference = "this project (lockkit/attack/recover_onnx.py)"
     family = "export"
     in_quick = True
     Config = RecoverConfig
+    config: RecoverConfig
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[RecoverConfig]:
         """A float export and a quantised one."""
         return [RecoverConfig(precision=precision) for precision in MAX_NMSE]
 
-    def probe(self, bench: Bench) -> dict:
-        """NMSE of the recovered model's logits to the graph's, and whether every weight gets a gradient."""
+    def probe(self, bench: Bench) -> dict[str, Any]:
+        """The NMSE of the recovered model's logits to the graph's, and whether every weight gets a gradient."""
         from lockkit.attack.recover_onnx import recover_onnx
         from lockkit.export import ExportConfig, ExportSession, export_model
 

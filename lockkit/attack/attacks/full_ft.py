@@ -1,4 +1,4 @@
-"""Fine-tuning of all weights: with AdamW (the baseline), and with other optimisers."""
+"""Fine-tuning of all weights with AdamW (the baseline) or another optimiser."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class FullFinetune(GradientAttack):
-    """All weights, AdamW."""
+    """All weights with AdamW."""
 
     name = "full-ft"
     description = "All weights with AdamW: the baseline that every other attack is compared with."
@@ -41,7 +41,7 @@ class OptimizersConfig(FinetuneConfig):
 
 
 class Optimizers(GradientAttack):
-    """All weights, another optimiser."""
+    """All weights with another optimiser."""
 
     name = "optimizers"
     description = "All weights with SGD, Nesterov, Adafactor, Muon, SOAP or schedule-free AdamW."
@@ -49,6 +49,7 @@ class Optimizers(GradientAttack):
     family = "optimisation"
     in_quick = True
     Config = OptimizersConfig
+    config: OptimizersConfig
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:

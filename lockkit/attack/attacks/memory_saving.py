@@ -1,4 +1,4 @@
-"""The baseline with less kept for the backward pass."""
+"""The baseline with memory savers: fewer activations are kept for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Checkpointing(FullFinetune):
-    """Activations are computed again, not stored."""
+    """Activations are recomputed in the backward pass."""
 
     name = "checkpointing"
-    description = "All weights; activations are computed again in the backward pass: per layer, every k blocks, nested."
+    description = "All weights; activations are recomputed in the backward pass: per layer, every k blocks, or nested."
     reference = "Chen et al. 2016, arXiv 1604.06174"
     family = "memory"
 
@@ -33,9 +33,7 @@ class Reversal(FullFinetune):
     """Reversal (lockkit/dlr/reversal.py), without and with anchors."""
 
     name = "reversal"
-    description = (
-        "All weights; the stream of each chain is recomputed in the backward pass from its blocks' units, not stored."
-    )
+    description = "All weights; the backward pass recomputes the stream of each chain from its blocks' units."
     reference = "this project (lockkit/dlr/reversal.py), after Gomez et al. 2017, arXiv 1707.04585"
     family = "memory"
     lock_aware = True
@@ -47,7 +45,7 @@ class Reversal(FullFinetune):
 
 
 class Offload(FullFinetune):
-    """Saved activations take fewer bytes, or lie elsewhere."""
+    """Saved activations are compressed, or kept in the CPU's memory."""
 
     name = "offload"
     description = "All weights; saved activations are compressed to bfloat16, or kept in the CPU's memory."
@@ -64,8 +62,8 @@ class Offload(FullFinetune):
         """Train all weights.
 
         Raises:
-            CannotRun: offloading on a CPU, where it saves nothing.
+            CannotRun: the training runs on a CPU, where offloading saves nothing.
         """
         if self.config.saver == "offload" and bench.device.type == "cpu":
-            raise CannotRun("offloading to the CPU saves nothing where the CPU trains: use --device cuda")
+            raise CannotRun("offloading to the CPU saves nothing if the training runs on the CPU: use --device cuda")
         return super().prepare(model, bench)

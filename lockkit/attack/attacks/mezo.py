@@ -1,4 +1,4 @@
-"""Zeroth order: two forward passes a step, and no backward pass (MeZO)."""
+"""Zeroth-order training: two forward passes per step and no backward pass (MeZO)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ if TYPE_CHECKING:
 class MezoConfig(FinetuneConfig):
     """Settings of `mezo`."""
 
-    epsilon: float = Field(1e-3, gt=0, description="Size of the random step to either side.")
+    epsilon: float = Field(1e-3, gt=0, description="Size of the random steps at which the loss is measured.")
 
 
 class Mezo(GradientAttack):
     """MeZO: gradients from two forward passes along one random direction."""
 
     name = "mezo"
-    description = "Zeroth order: the loss on both sides of a random step gives the gradient along it."
+    description = "Zeroth order: the losses after a random step and after its opposite give the gradient along it."
     reference = "Malladi et al. 2023, arXiv 2305.17333"
     family = "zeroth order"
     in_quick = True
     Config = MezoConfig
+    config: MezoConfig
     learning_rate_factor = 1e-3
     learning_rate_range = (1e-7, 1e-4)
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Train all weights of `model`, without an optimiser and without a backward pass."""
+        """Train all weights of `model` without an optimiser and without a backward pass."""
         parameters = list(model.parameters())
         config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
 
         def move(seed: int, factor: float) -> None:
-            # The same seed gives the same direction again, so no direction is stored.
+            # The same seed gives the same direction, so directions are not stored.
             noise = torch.Generator(device=parameters[0].device).manual_seed(seed)
             for p in parameters:
                 p.add_(torch.randn(p.shape, generator=noise, device=p.device), alpha=factor)

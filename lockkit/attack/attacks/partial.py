@@ -1,4 +1,4 @@
-"""Training a part of the model: all but the chains, or the last layers only."""
+"""Training a part of the model: everything but the chains, or only the last layers."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def _training(model: PreTrainedModel, rate: float) -> Training:
 
 
 class FrozenDLR(GradientAttack):
-    """Attention-only fine-tuning: a bound on what any lock can cost (summary.py)."""
+    """Attention-only fine-tuning. Its cost bounds what any lock of this shape can add (summary.py)."""
 
     name = "frozen-dlr"
-    description = "Train attention, embeddings and norms; never the chains (on the original: never the MLPs)."
+    description = "Train attention, embeddings and norms, but not the chains (on the original, the MLPs)."
     reference = "this project"
     family = "partial training"
     lock_aware = True
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        """Without and with reversal, which then saves nothing of a chain but its units."""
+        """Without and with reversal, which then keeps only the units of a chain."""
         return [{}, {"saver": "reversal"}]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Freeze the chains (MLPs) of `model`; train the rest."""
+        """Freeze the chains or MLPs of `model`, and train the rest."""
         for layer in decoder_layers(model):
             layer.mlp.requires_grad_(False)
         return _training(model, self.config.learning_rate)
@@ -46,18 +46,19 @@ class FrozenDLR(GradientAttack):
 class LastLayersConfig(FinetuneConfig):
     """Settings of `last-layers`."""
 
-    layers: int = Field(1, ge=1, description="How many of the last decoder layers are trained.")
+    layers: int = Field(1, ge=1, description="Number of last decoder layers to train.")
 
 
 class LastLayers(GradientAttack):
     """Only the last decoder layers are trained."""
 
     name = "last-layers"
-    description = "Train the last decoder layers alone: no back-propagation through the others."
+    description = "Train only the last decoder layers: no back-propagation through the others."
     reference = "Lee et al. 2019, arXiv 1911.03090"
     family = "partial training"
     in_quick = True
     Config = LastLayersConfig
+    config: LastLayersConfig
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:

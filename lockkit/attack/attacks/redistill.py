@@ -1,12 +1,15 @@
-"""Re-distillation: train ordinary MLPs on the chains' input-output maps, layer by layer.
+"""Re-distillation: train ordinary MLPs to compute what the chains compute, each layer by itself.
 
-One forward pass of the lock gives every layer's inputs and outputs; all students take a step on
-them. Two starts use none of the lock's weights: noise (`scratch`), and noise with the second layer
-solved for (`features`), which is much faster. `warm` starts from the closed-form solution.
+One forward pass of the lock gives the inputs and outputs of all chains. Then each student, an ordinary MLP, takes one
+step on those of its layer. Students start in one of three ways:
 
-The KL divergence to the lock is measured at points spaced evenly on a logarithmic axis of tokens. The
-learning rate falls to zero at the end of a run, so only the last point shows what this many tokens are worth.
-Earlier points show an attack that was stopped early. Each budget is a run of its own.
+- `scratch`: random weights. `features`: a random first layer and a solved second layer, which is much
+  faster. Both use none of the lock's weights.
+- `warm`: the closed-form solution from the lock's weights.
+
+The KL divergence to the lock is measured at points that are evenly spaced on a logarithmic axis of tokens. The
+learning rate falls to zero at the end of a run. So only the last point shows what an attacker reaches with that many
+tokens; earlier points belong to runs that were not finished. Each budget is a separate run.
 """
 
 from __future__ import annotations
@@ -42,12 +45,12 @@ class RedistillConfig(BaseModel):
     """Settings of a re-distillation."""
 
     start: Literal["scratch", "features", "warm"] = Field(
-        "scratch", description="From noise, from `random-features`, or from `linearised-stack`."
+        "scratch", description="Initial weights: random, from `random-features`, or from `linearised-stack`."
     )
     learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate (Adam, cosine to zero).")
-    tokens: int | None = Field(None, ge=1, description="Tokens to spend; by default the audit's.")
+    tokens: int | None = Field(None, ge=1, description="Training tokens; by default those of the audit.")
     budget: float | None = Field(
-        None, gt=0, description="Tokens to spend, in multiples of what the lock took; in place of `tokens`."
+        None, gt=0, description="Training tokens as a multiple of those of the lock; replaces `tokens`."
     )
     points: int = Field(4, ge=1, description="Points of the curve of KL against tokens.")
     seed: int = Field(0, ge=0, description="Seed of the order of rows and of random weights.")
@@ -61,39 +64,35 @@ class Redistill(UnlockAttack):
     reference = "this project; Hinton et al. 2015, arXiv 1503.02531"
     in_quick = True
     Config = RedistillConfig
+    config: RedistillConfig
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[RedistillConfig]:
-        """Every start at every of its learning rates and budgets; one in the suite `quick`."""
+        """Every start at each of its learning rates and each budget; a single run in the suite `quick`."""
         if audit.suite == "quick" and not audit.redistill_budgets:
-            # With so few tokens, noise alone would learn nothing.
+            # With so few tokens, random weights would learn nothing.
             return [RedistillConfig(start="features", learning_rate=1e-3)]
+        budgets: list[float | None] = [*audit.redistill_budgets] or [None]
         return [
             RedistillConfig(start=start, learning_rate=rate, budget=budget, points=8)
-            for budget in audit.redistill_budgets or [None]
+            for budget in budgets
             for start in RATES
             for rate in RATES[start]
         ]
 
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Train one MLP per chain; the notes hold the curve of KL to the lock, in nats per token.
+        """Train one MLP per chain. The notes contain the curve of KL(lock || model), in nats per token.
 
         Raises:
-            CannotRun: the budget is in multiples of the lock's tokens, which are not known.
+            CannotRun: the budget is a multiple of the lock's tokens, and their number is not known.
         """
-        config, before = self.config, Cost()
+        config = self.config
         batch_tokens = BATCH_ROWS * bench.text_block
         rows = bench.unlabelled[: max(BATCH_ROWS, bench.config.redistill_tokens // bench.text_block)]
         wanted = max(1, self._tokens(bench) // batch_tokens)
         steps = min(wanted, max(1, MAX_PASSES * len(rows) // BATCH_ROWS))
-        torch.manual_seed(config.seed)
-        if config.start in SOLVED:
-            attack = SOLVED[config.start]
-            solved = attack(attack.trials(bench.config)[0]).unlock(locked, bench)
-            model, before = solved.model, solved.cost
-        else:
-            model = ordinary_model(locked, bench.family)
-        students = [layer.mlp for layer in decoder_layers(model)]
+        model, before = self._initial(locked, bench)
+        students: list[nn.Module] = [layer.mlp for layer in decoder_layers(model)]
         model.requires_grad_(False)
         for student in students:
             student.requires_grad_(True)
@@ -118,27 +117,37 @@ class Redistill(UnlockAttack):
             "curve": curve,
             "text_tokens": rows.numel(),
             "passes": steps * BATCH_ROWS / len(rows),
-            "cut_short": steps < wanted,  # by MAX_PASSES
+            "cut_short": steps < wanted,  # MAX_PASSES limited the number of steps
         }
         return Unlocked(model.requires_grad_(False), 1, spent, notes)
 
+    def _initial(self, locked: PreTrainedModel, bench: Bench) -> tuple[PreTrainedModel, Cost]:
+        """The model before training, and its cost."""
+        torch.manual_seed(self.config.seed)
+        if self.config.start not in SOLVED:
+            return ordinary_model(locked, bench.family), Cost()
+        attack = SOLVED[self.config.start]
+        solved = attack(attack.trials(bench.config)[0]).unlock(locked, bench)
+        return solved.model, solved.cost
+
     def _tokens(self, bench: Bench) -> int:
+        """The number of training tokens."""
         if self.config.budget is None:
             return self.config.tokens or bench.config.redistill_tokens
         recipe = bench.record.get("recipe") or {}
         if "tokens" not in recipe:
-            raise CannotRun("the lock's lockkit.json, which says how many tokens it took, is not there")
+            raise CannotRun("the lock has no lockkit.json, which says how many tokens its distillation took")
         return round(self.config.budget * (recipe["tokens"] + recipe.get("end_to_end_tokens", 0)))
 
 
 def measured_after(steps: int, points: int) -> list[int]:
-    """Up to `points` numbers of steps, evenly spaced on a logarithmic axis; the last is `steps`."""
+    """Up to `points` numbers of steps, evenly spaced on a logarithmic axis. The last one is `steps`."""
     shares = torch.logspace(torch.tensor(FIRST_POINT).log10().item(), 0, points).tolist() if points > 1 else [1.0]
     return sorted({max(1, round(share * steps)) for share in shares} | {steps})
 
 
 def _loss(locked: PreTrainedModel, students: list[nn.Module], ids: torch.Tensor) -> torch.Tensor:
-    """Sum over layers of the students' NMSE, on the lock's own activations for `ids`, `[rows, block]`."""
+    """The sum over layers of the students' NMSE, on the lock's own activations for `ids`, `[rows, block]`."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
         layer.mlp.register_forward_hook(lambda _m, args, out: seen.append((args[0].flatten(0, -2), out.flatten(0, -2))))
@@ -150,4 +159,5 @@ def _loss(locked: PreTrainedModel, students: list[nn.Module], ids: torch.Tensor)
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(nmse(student(x), y) for student, (x, y) in zip(students, seen, strict=True))
+    losses = [nmse(student(x), y) for student, (x, y) in zip(students, seen, strict=True)]
+    return sum(losses[1:], start=losses[0])

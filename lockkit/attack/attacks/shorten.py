@@ -1,4 +1,4 @@
-"""Unlocks by shortening: blocks merged to first order, small blocks dropped and factors truncated."""
+"""Unlocks that shorten the chains: by merging blocks to first order, or by dropping small blocks."""
 
 from __future__ import annotations
 
@@ -24,24 +24,29 @@ if TYPE_CHECKING:
 class MergeConfig(BaseModel):
     """Settings of `merge-blocks`."""
 
-    neighbours: int | None = Field(2, ge=2, description="Blocks that become one; None: all of a chain.")
+    neighbours: int | None = Field(
+        2, ge=2, description="Number of blocks that become one; None: all blocks of a chain."
+    )
 
 
 class MergeBlocks(UnlockAttack):
-    """Fewer blocks, each to first order what its neighbours were."""
+    """Fewer blocks. Each replaces several neighbouring blocks to first order."""
 
     name = "merge-blocks"
-    description = "Merge neighbouring blocks to first order, without a regression; all of them: an ordinary MLP."
+    description = (
+        "Merge neighbouring blocks to first order, without a regression. All blocks merged are an ordinary MLP."
+    )
     reference = "this project (lockkit/attack/shorten.py)"
     Config = MergeConfig
+    config: MergeConfig
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[MergeConfig]:
-        """Pairs, fours, and all blocks of a chain."""
+        """Two blocks, four, and all blocks of a chain."""
         return [MergeConfig(neighbours=k) for k in (2, 4, None)]
 
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Merge the blocks of every chain, on the unlabelled tokens."""
+        """Merge the blocks of every chain, with means over the unlabelled tokens."""
         chains = [layer.mlp for layer in decoder_layers(locked)]
         depth = len(chains[0].blocks)
         size = min(depth, self.config.neighbours or depth)
@@ -58,18 +63,22 @@ class MergeBlocks(UnlockAttack):
 class PruneConfig(BaseModel):
     """Settings of `prune-svd`."""
 
-    energy: float = Field(0.99, gt=0, lt=1, description="Share that is kept, of updates and of singular values.")
+    energy: float = Field(
+        0.99,
+        gt=0,
+        lt=1,
+        description="Share of energy (sum of squares) that is kept, of updates and of singular values.",
+    )
 
 
 class PruneSVD(UnlockAttack):
-    """Fewer blocks, of lower rank."""
+    """Fewer blocks of lower rank."""
 
     name = "prune-svd"
-    description = (
-        "Drop the blocks that contribute least and truncate the others' factors; the result is a shorter chain."
-    )
+    description = "Drop the blocks with the smallest updates and truncate the factors of the others: a shorter chain."
     reference = "Veit et al. 2016, arXiv 1605.06431; Eckart and Young 1936"
     Config = PruneConfig
+    config: PruneConfig
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[PruneConfig]:
@@ -77,16 +86,18 @@ class PruneSVD(UnlockAttack):
         return [PruneConfig(energy=energy) for energy in (0.99, 0.9)]
 
     def unlock(self, locked: PreTrainedModel, bench: Bench) -> Unlocked:
-        """Prune every chain, on the unlabelled tokens."""
+        """Prune every chain, with means over the unlabelled tokens."""
         energy = self.config.energy
         rows = unlabelled_rows(bench)
         pruned, cost = of_each_chain(locked, rows, bench, lambda chain, inputs: prune(chain, inputs, energy))
         model = _shorter_model(locked, bench, [blocks for blocks, _ in pruned])
-        return Unlocked(model, chain_config(model.config).depth, cost, {"layers": [notes for _, notes in pruned]})
+        chains = chain_config(model.config)
+        assert chains is not None, "a shorter chain is a locked model"
+        return Unlocked(model, chains.depth, cost, {"layers": [notes for _, notes in pruned]})
 
 
 def _shorter_model(locked: PreTrainedModel, bench: Bench, layers: list[list[MLPWeights]]) -> PreTrainedModel:
-    """A chain model around blocks that may differ in number and rank: zeros fill them up."""
+    """A locked model with these blocks. Layers with fewer blocks or lower ranks are filled with zeros."""
     count = max(2, *(len(blocks) for blocks in layers))
     rank = max(len(block.up) for blocks in layers for block in blocks)
     layers = [padded(blocks, count, rank) for blocks in layers]

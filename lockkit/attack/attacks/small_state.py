@@ -1,8 +1,7 @@
-"""All weights with less gradient and optimiser state: GaLore, LOMO and AdaLOMO, BAdam."""
+"""All weights with less memory for gradients and optimiser state: GaLore, LOMO and AdaLOMO, BAdam."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from lockkit.attack.base import GradientAttack
 from lockkit.attack.finetune import FinetuneConfig, Training, logits_of, task_loss
-from lockkit.attack.optimisers import BETAS, optional_package
+from lockkit.attack.optimisers import BETAS, Together, optional_package
 from lockkit.models.families import decoder_layers
 
 if TYPE_CHECKING:
@@ -23,25 +22,30 @@ if TYPE_CHECKING:
 class GaloreConfig(FinetuneConfig):
     """Settings of `galore`."""
 
-    rank: int | None = Field(None, ge=1, description="Rank of projected gradients; by default a quarter of the width.")
-    update_every: int = Field(
-        32, ge=2, description="Steps between two projections; the paper's 200 are for runs of ten thousand."
+    rank: int | None = Field(
+        None, ge=1, description="Rank of projected gradients; by default a quarter of the hidden size."
     )
-    scale: float = Field(0.25, gt=0, description="Factor of updates that were projected.")
+    update_every: int = Field(
+        32,
+        ge=2,
+        description="Steps between updates of the projection. The paper has 200, in runs of ten thousand steps.",
+    )
+    scale: float = Field(0.25, gt=0, description="Factor of projected updates.")
 
 
 class Galore(GradientAttack):
     """GaLore: AdamW in a low-rank projection of each matrix's gradient."""
 
     name = "galore"
-    description = "AdamW on gradients projected to low rank, which makes its state smaller."
+    description = "AdamW on gradients projected to low rank, which makes the optimiser's state smaller."
     reference = "Zhao et al. 2024, arXiv 2403.03507"
     family = "memory"
     Config = GaloreConfig
-    learning_rate_factor = 4.0  # makes up for `scale`
+    config: GaloreConfig
+    learning_rate_factor = 4.0  # compensates for `scale`
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Train all weights; matrices of the decoder layers in a projection.
+        """Train all weights. The gradients of the matrices in decoder layers are projected.
 
         Raises:
             CannotRun: pytorch-optimizer is not installed.
@@ -80,25 +84,23 @@ class Lomo(GradientAttack):
     """LOMO and AdaLOMO: the update is part of the backward pass."""
 
     name = "lomo"
-    description = (
-        "Update each weight as soon as the backward pass has its gradient: no gradients are kept, and little state."
-    )
+    description = "Update each weight as soon as its gradient is known in the backward pass: gradients are not kept."
     reference = "Lv et al. 2023, arXiv 2306.09782 (LOMO) and 2310.10195 (AdaLOMO)"
     family = "memory"
     Config = LomoConfig
+    config: LomoConfig
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        # AdaLOMO's learning rates are relative to the size of a weight.
         """Both forms, and the adaptive one with reversal."""
-        return [
+        return [  # AdaLOMO's learning rates are relative to the size of a weight
             {"form": "adalomo", "learning_rate_factor": 10.0},
             {"form": "lomo", "learning_rate_factor": 100.0},
             {"form": "adalomo", "learning_rate_factor": 10.0, "saver": "reversal"},
         ]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Train all weights with a step of its own.
+        """Train all weights with the library's fused step.
 
         Raises:
             CannotRun: pytorch-optimizer is not installed.
@@ -112,7 +114,7 @@ class Lomo(GradientAttack):
         def step(ids: torch.Tensor, labels: torch.Tensor, share: float) -> torch.Tensor:
             loss = task_loss(logits_of(model, ids), labels)
             if config.form == "lomo":
-                optimiser.grad_norm(loss)  # a backward pass of its own: gradients cannot be clipped after the update
+                optimiser.grad_norm(loss)  # an extra backward pass: the norm must be known before the first update
             optimiser.fused_backward(loss, config.learning_rate * share)
             return loss.detach()
 
@@ -127,7 +129,9 @@ class BAdamConfig(FinetuneConfig):
     """Settings of `badam`."""
 
     switch_every: int | None = Field(
-        None, ge=1, description="Steps on a block of weights; by default each is visited once within the budget."
+        None,
+        ge=1,
+        description="Steps on one block of weights; by default each block gets its turn once within the budget.",
     )
 
 
@@ -139,6 +143,7 @@ class BAdam(GradientAttack):
     reference = "Luo et al. 2024, arXiv 2404.02827"
     family = "memory"
     Config = BAdamConfig
+    config: BAdamConfig
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
@@ -146,7 +151,7 @@ class BAdam(GradientAttack):
         return [{}, {"saver": "reversal"}]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Train all weights, one block of them at a time."""
+        """Train all weights, one block at a time."""
         config = self.config
         layers = [list(layer.parameters()) for layer in decoder_layers(model)]
         inside = {id(p) for layer in layers for p in layer}
@@ -156,48 +161,36 @@ class BAdam(GradientAttack):
         return Training(model, list(model.parameters()), optimiser, kind=optimiser.block_at)
 
 
-class BlockAdam(torch.optim.Optimizer):
-    """AdamW on one block of weights after the other, for `every` steps each, in turns.
+class BlockAdam(Together):
+    """AdamW on one block of weights at a time, in turn, for a number of steps each.
+
+    Parameter groups and state are those of the current block.
 
     Args:
-        blocks: parameters of each block.
-        every: steps on a block.
+        blocks: the parameters of each block.
+        every: steps on a block before the next one.
         rate: peak learning rate.
     """
 
     def __init__(self, blocks: list[list[nn.Parameter]], every: int, rate: float):
-        self.blocks, self.every, self.taken = blocks, every, 0
-        self.make: Callable = lambda block: torch.optim.AdamW(block, lr=rate, betas=BETAS, weight_decay=0.0)
+        super().__init__()
+        self.blocks, self.every, self.rate, self.taken = blocks, every, rate, 0
         self._turn_to(0)
 
     def block_at(self, step: int) -> int:
-        """The block that a step trains; steps and blocks are counted from 0."""
+        """The index of the block that a step trains. Steps are counted from 0."""
         return step // self.every % len(self.blocks)
 
     def _turn_to(self, index: int) -> None:
         for number, block in enumerate(self.blocks):
             for parameter in block:
                 parameter.requires_grad_(number == index)
-        self.current = self.make(self.blocks[index])
+        self.optimisers = [torch.optim.AdamW(self.blocks[index], lr=self.rate, betas=BETAS, weight_decay=0.0)]
 
-    @property
-    def param_groups(self) -> list[dict]:
-        """Those of the block that is trained now."""
-        return self.current.param_groups
-
-    @property
-    def state(self) -> dict:
-        """That of the block that is trained now."""
-        return self.current.state
-
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Update the block, free its gradients, and turn to the next block when it is due."""
-        self.current.step()
-        self.current.zero_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the current block, free its gradients, and turn to the next block when it is due."""
+        super().step()
+        self.zero_grad()
         self.taken += 1
         if self.block_at(self.taken) != self.block_at(self.taken - 1):
             self._turn_to(self.block_at(self.taken))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Free the gradients of the block."""
-        self.current.zero_grad(set_to_none)

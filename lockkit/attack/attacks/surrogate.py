@@ -1,13 +1,14 @@
-"""Forward through the lock, backward through a cheap smooth surrogate of each chain (BPDA).
+"""Forward pass through the lock, backward pass through an approximation of each chain (BPDA).
 
-1. An unlock turns every chain into an ordinary MLP with as many hidden units: unit j of the MLP corresponds to
-   unit j of the chain (`stack-solve`, or a short `redistill` from the closed-form solution).
-2. The surrogate is the chain's own rows side by side plus a fixed correction, so that it follows the chain
-   as that is trained, and its gradients are gradients of the chain's weights, unit by unit.
-3. The forward pass runs the chain and keeps its input only; the backward pass differentiates the surrogate.
+1. An unlock turns every chain into an ordinary MLP with as many hidden units, so that unit j of the MLP corresponds to
+   unit j of the chain. The unlock is `stack-solve`, or a short `redistill` from the closed-form solution.
+2. The surrogate of a chain has the chain's own weights side by side, plus a fixed correction that makes it equal to
+   that MLP at the start. So it changes with the chain during training, and its gradients are used for the chain's weights.
+3. The forward pass runs the chain and keeps only its input. The backward pass differentiates the surrogate.
+
+On the original, an ordinary MLP is its own surrogate.
 
 Source: backward pass differentiable approximation, Athalye et al. 2018, arXiv 1802.00420, section 4.1.
-An ordinary MLP (the original) is its own surrogate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from lockkit.attack.attacks.closed_form import CollapseConfig, StackSolve
 from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
@@ -35,41 +36,46 @@ if TYPE_CHECKING:
 
     from lockkit.attack.bench import Bench
 
-SAVERS = ("none", "checkpoint-layers", "offload", "compress")  # the others replace the chain's passes themselves
-PROBE_ROWS = 2
-REDISTILL_SHARE = 4  # a short re-distillation takes the audit's tokens divided by this
+SAVERS = ("none", "checkpoint-layers", "offload", "compress")  # the others replace the chains' passes, too
+PROBE_ROWS = 2  # for the fidelity of gradients
+REDISTILL_SHARE = 4  # a short re-distillation has the audit's tokens divided by this
 
 
 class SurrogateConfig(FinetuneConfig):
     """Settings of `surrogate-backward`."""
 
-    surrogate: Literal["stack-solve", "redistill"] = Field("stack-solve", description="Where surrogates come from.")
+    surrogate: Literal["stack-solve", "redistill"] = Field(
+        "stack-solve", description="The unlock that the surrogates come from."
+    )
 
 
 class SurrogateBackward(GradientAttack):
-    """BPDA on the chains of a lock."""
+    """Backward pass differentiable approximation (BPDA) of the chains of a lock."""
 
     name = "surrogate-backward"
-    description = "Forward through the lock, backward through an ordinary MLP that approximates each chain."
+    description = "Forward pass through the lock, backward pass through an ordinary MLP that approximates each chain."
     reference = "Athalye et al. 2018, arXiv 1802.00420 (BPDA)"
     family = "optimisation"
     lock_aware = True
     Config = SurrogateConfig
+    config: SurrogateConfig
 
     @classmethod
     def variants(cls) -> list[dict[str, Any]]:
-        """One source of surrogates each."""
+        """Surrogates from both unlocks."""
         return [{"surrogate": "stack-solve"}, {"surrogate": "redistill"}]
 
     def prepare(self, model: PreTrainedModel, bench: Bench) -> Training:
-        """Give each chain of `model` a surrogate's backward pass; train all weights.
+        """Replace the backward pass of each chain of `model` by that of a surrogate. All weights are trained.
 
         Raises:
-            CannotRun: the saver replaces the chains' passes too.
+            CannotRun: the saver replaces the chains' passes, too.
         """
         config = self.config
         if config.saver not in SAVERS:
-            raise CannotRun(f"the saver {config.saver} replaces what this attack replaces: one of {', '.join(SAVERS)}")
+            raise CannotRun(
+                f"the saver {config.saver} replaces the passes that this attack replaces: use one of {', '.join(SAVERS)}"
+            )
         mlps = [layer.mlp for layer in decoder_layers(model)]
         named = list(model.named_parameters())
         training = Training(
@@ -99,13 +105,20 @@ def _unlocked(config: SurrogateConfig, model: PreTrainedModel, bench: Bench) -> 
 
 
 class Surrogate:
-    """An ordinary MLP in the place of `mlp`, in the backward pass."""
+    """An ordinary MLP that replaces a chain in the backward pass.
+
+    Args:
+        mlp: the chain, or the original's MLP.
+        family: the family of the model.
+
+    Attributes:
+        corrections: differences to the chain's own weights, by the names in `MLPWeights`.
+    """
 
     def __init__(self, mlp: nn.Module, family: Family):
         self.mlp, self.family = mlp, family
         self.chain_forward = mlp.forward
-        self.activation = mlp.activation if isinstance(mlp, DLRNet) else getattr(mlp, "act_fn", None)
-        self.corrections: dict[str, torch.Tensor] = {}  # by the names of `MLPWeights`
+        self.corrections: dict[str, torch.Tensor] = {}
 
     def _own(self) -> MLPWeights:
         if not isinstance(self.mlp, DLRNet):
@@ -114,18 +127,20 @@ class Surrogate:
 
     @torch.no_grad()
     def correct(self, solved: MLPWeights) -> None:
-        """Choose the corrections so that the surrogate is `solved` now."""
+        """Set the corrections so that the surrogate equals `solved` with the chain's current weights."""
         own = vars(self._own())
         self.corrections = {
             name: value.detach() - own[name] for name, value in vars(solved).items() if own[name] is not None
         }
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The surrogate's output, `[..., hidden]`, for `x`, `[..., hidden]`; without corrections, the chain's own."""
         if not self.corrections:
             return self.chain_forward(x)
         own = {name: value for name, value in vars(self._own()).items() if value is not None}
         weights = MLPWeights(**{name: value + self.corrections[name] for name, value in own.items()})
-        return weights.output(x, self.activation)
+        assert isinstance(self.mlp, DLRNet), "only chains are corrected"
+        return weights.output(x, self.mlp.activation)
 
     def install(self) -> None:
         """Replace the module's backward pass by the surrogate's."""
@@ -139,17 +154,17 @@ class Surrogate:
 
 
 class _BackwardThrough(torch.autograd.Function):
-    """The chain's output; the surrogate's gradients."""
+    """The output of the chain, with the gradients of the surrogate."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, surrogate: Surrogate, x: torch.Tensor, *_weights: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, surrogate: Surrogate, x: torch.Tensor, *_weights: torch.Tensor) -> torch.Tensor:
         ctx.surrogate = surrogate
         ctx.save_for_backward(x)
         return surrogate.chain_forward(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         weights = list(ctx.surrogate.mlp.parameters())
         with torch.enable_grad():
@@ -159,11 +174,16 @@ class _BackwardThrough(torch.autograd.Function):
         return None, *found
 
 
-def _fidelity(model: PreTrainedModel, surrogates: list[Surrogate], ids: torch.Tensor) -> dict:
-    """How far the surrogates' gradients are from the chains'. Its cost is not charged: the attack does not need it.
+def _fidelity(model: PreTrainedModel, surrogates: list[Surrogate], ids: torch.Tensor) -> dict[str, float]:
+    """How close the surrogates' gradients are to the chains'. The attack does not need it, so its cost is not counted.
 
-    The Jacobian's NMSE compares products with random output directions, over layers and the tokens of
-    `ids`, `[rows, block]`; the cosine is that of all weights' gradients of the language-modelling loss.
+    Args:
+        ids: token ids, `[rows, block]`.
+
+    Returns:
+        `jacobian_nmse`: error of the products of the Jacobian with random output directions, mean over layers.
+        `jacobian_nmse_worst_layer`: the largest of these. `gradient_cosine`: between the gradients of all weights, for
+        the language-modelling loss.
     """
     inputs: list[torch.Tensor] = []
     hooks = [s.mlp.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach())) for s in surrogates]

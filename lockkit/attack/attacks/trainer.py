@@ -1,19 +1,19 @@
-"""The baseline once more, through Hugging Face's `Trainer`: a second, independent loop.
+"""The baseline in a second, independent training loop: Hugging Face's `Trainer`.
 
-Same rows in the same order, same optimiser, schedule and clipping; only the loop differs. A lock that
-resists one loop and not the other would show a mistake in ours.
+Rows and their order, optimiser, schedule and clipping are the same; only the loop differs. If a lock resisted one loop
+and not the other, lockkit's own loop would have a mistake.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import tempfile
 import time
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lockkit.attack.base import GradientAttack
 from lockkit.attack.cost import LiveTensors, ProcessMemory, SavedTensors, StepCost, flop_counter
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from lockkit.attack.bench import Bench
 
-FLOPS_STEP, LIVE_STEP, SAVED_STEP = 1, 2, 3  # one counter each, as in cost.measure_step
+FLOPS_STEP, LIVE_STEP, SAVED_STEP = 1, 2, 3  # steps with one counter each, as in cost.measure_step
+Counter = FlopCounterMode | LiveTensors | SavedTensors
 
 
 class TrainerFinetune(GradientAttack):
@@ -55,14 +56,15 @@ class TrainerFinetune(GradientAttack):
         return Training(model, [p for _, p in named], make_optimiser("adamw", named, config.learning_rate))
 
     def run(self, model: PreTrainedModel, bench: Bench, task: Task) -> FinetuneResult:
-        """Fine-tune through the Trainer; costs are counted as in `finetune`.
+        """Fine-tune with the Trainer. Costs are counted as in `finetune`.
 
         Raises:
-            FloatingPointError: the model was broken before the first step.
+            FloatingPointError: the held-out loss is not finite before the first step.
         """
         import transformers
 
         config, training = self.config, self.prepare(model, bench)
+        assert training.optimiser is not None, "`prepare` sets it"
         rows = [
             {"input_ids": ids, "labels": labels}
             for batch in batches(task.train, config.batch_rows, config.steps, config.seed)
@@ -102,14 +104,15 @@ class TrainerFinetune(GradientAttack):
 
 
 def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch.device) -> TrainerCallback:
-    """A callback that counts, times and measures as `finetune` does."""
+    """A callback that counts, times and evaluates as `finetune` does."""
     import transformers
 
     class Watch(transformers.TrainerCallback):
-        def __init__(self):
+        def __init__(self) -> None:
             self.steps, self.timed, self.seconds, self.diverged = 0, 0, 0.0, False
-            self.measured: list[tuple[int, float]] = []
-            self.figures: dict[str, float] = {}
+            self.measured: list[tuple[int, float]] = []  # steps, held-out loss
+            self.figures: dict[str, Any] = {}  # of one step: the fields of `StepCost`
+            self.counter: Counter | None = None
             self._measure()
 
         def _measure(self) -> None:
@@ -121,39 +124,44 @@ def _watch(training: Training, task: Task, config: FinetuneConfig, device: torch
         def on_step_begin(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
         ) -> None:
-            """Start the counter of this step, and the clock."""
-            makers = {
-                FLOPS_STEP: flop_counter,
-                LIVE_STEP: lambda: LiveTensors(device, tensors_of(training)),
-                SAVED_STEP: lambda: SavedTensors(training.parameters),
-            }
-            self.counter = makers.get(self.steps, contextlib.nullcontext)()
-            self.counter.__enter__()
+            """Start the counter of this step, if it has one, and the clock."""
+            self.counter = self._counter()
+            if self.counter is not None:
+                self.counter.__enter__()
             self.started = time.perf_counter()
+
+        def _counter(self) -> Counter | None:
+            if self.steps == FLOPS_STEP:
+                return flop_counter()
+            if self.steps == LIVE_STEP:
+                return LiveTensors(device, tensors_of(training))
+            return SavedTensors(training.parameters) if self.steps == SAVED_STEP else None
 
         def on_step_end(
             self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
         ) -> None:
-            """Read the counter or the clock; measure the held-out loss where a point of the curve is due."""
+            """Read the counter or the clock; evaluate if a point of the curve is due."""
             synchronise(device)
             seconds = time.perf_counter() - self.started
-            self.counter.__exit__(None, None, None)
-            if self.steps == FLOPS_STEP:
-                self.figures["flops"] = float(self.counter.get_total_flops())
-            elif self.steps == LIVE_STEP:
-                self.figures["peak_tensor_bytes"] = self.counter.peak
-            elif self.steps == SAVED_STEP:
-                self.figures["saved_bytes"] = self.counter.bytes
-            elif self.steps > 0:  # the first is the warm-up
+            counter = self.counter
+            if counter is not None:
+                counter.__exit__(None, None, None)
+            if isinstance(counter, FlopCounterMode):
+                self.figures["flops"] = float(counter.get_total_flops())
+            elif isinstance(counter, LiveTensors):
+                self.figures["peak_tensor_bytes"] = counter.peak
+            elif isinstance(counter, SavedTensors):
+                self.figures["saved_bytes"] = counter.bytes
+            elif self.steps > 0:  # the first step is the warm-up
                 self.timed, self.seconds = self.timed + 1, self.seconds + seconds
             self.steps += 1
             if self.steps in evaluation_steps(config):
                 self._measure()
                 control.should_training_stop = self.diverged
 
-        def charges(self, tokens_a_step: int) -> Charges:
-            """What the steps cost, `tokens_a_step` tokens each."""
+        def charges(self, tokens_per_step: int) -> Charges:
+            """The cost of the steps."""
             counted = {0: StepCost(**self.figures)} if len(self.figures) == len(fields(StepCost)) else {}
-            return Charges(training, counted, tokens_a_step, self.seconds / max(1, self.timed))
+            return Charges(training, counted, tokens_per_step, self.seconds / max(1, self.timed))
 
     return Watch()

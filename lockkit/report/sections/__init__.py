@@ -1,11 +1,11 @@
-"""Sections of a report: one module of this package for each kind of result.
+"""The sections of a report: one module of this package for each kind of result.
 
-A module registers the function that makes its sections, by the `schema` of the results it is for:
+A module registers a function that turns a result into sections, by the `schema` of the result:
 
     @reports("lockkit-lock/2", place=1)
     def lock_sections(record: dict, path: Path) -> list[Section]: ...
 
-That file is all it takes to report on another kind of result.
+To report on another kind of result, add a module. No other file changes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pathlib import Path
 
 from lockkit.report.page import Section
 
-# From a result (a JSON object) and the file it was read from.
+# Arguments: a result (a JSON object), and the file it was read from.
 Build = Callable[[dict, Path], list[Section]]
 _registered: dict[str, tuple[int, Build]] = {}
 
 
 def reports(schema: str, place: int) -> Callable[[Build], Build]:
-    """Register a function as the one that makes the sections of results whose `schema` this is.
+    """Register a function that makes the sections of one kind of result.
 
     Args:
-        place: position of this kind of result in a report, ascending.
+        schema: the entry `schema` of these results.
+        place: position of this kind of result in a report; lower places come first.
 
     Raises:
-        ValueError: the schema or the place is taken.
+        ValueError: another module has registered the schema or the place.
     """
 
     def register(build: Build) -> Build:
@@ -51,10 +52,13 @@ def builders() -> dict[str, Build]:
 
 
 def sections(results: list[tuple[dict, Path]]) -> list[Section]:
-    """The sections of all results, each a JSON object and its file, by kind.
+    """The sections of all results, grouped by kind.
+
+    Args:
+        results: JSON objects and their files.
 
     Raises:
-        UsageError: a file that belongs to a result is broken.
+        UsageError: another file that belongs to a result is broken.
     """
     return [
         section

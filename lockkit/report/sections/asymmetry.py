@@ -10,7 +10,7 @@ from lockkit.report.sections import reports
 
 @reports("lockkit-asymmetry/1", place=3)
 def depth_sections(record: dict, path: Path) -> list[Section]:
-    """From the JSON of tools/measure_asymmetry.py. What is missing in it is left out."""
+    """The sections from the JSON of tools/measure_asymmetry.py. Missing entries are left out."""
     rows, settings = record.get("rows", []), record.get("settings", {})
     section = Section("Time and memory against depth, locked over original")
     section.text.append(

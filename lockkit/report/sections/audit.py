@@ -1,7 +1,7 @@
-"""An audit in a report: headline beside the lock's quality, attacks, unlocks, searches, limits.
+"""An audit in a report: headline and quality of the lock, attacks, unlocks, searches, limits.
 
-All figures come from the summary (lockkit/attack/summary.py); nothing is computed here. Curves show each
-attack's best run, from rows.jsonl beside the summary.
+All figures are taken from the summary (lockkit/attack/summary.py); none is computed here. Curves show the best run of
+each attack, from the file rows.jsonl beside the summary.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ RESOURCES = {
     "peak_tensor_bytes": "peak memory",
     "saved_bytes": "memory for the backward pass",
 }
-SHOWN_LINES = 7  # attacks in colour; more cannot be told apart
+SHOWN_LINES = 7  # lines in colour; more could not be distinguished
 CONSEQUENCE = (
-    "Every figure is what this lock costs against these attacks. Nothing is said of attacks that were not tried, "
-    "and where the original weights are public a lock adds nothing."
+    "Every figure is the cost of this lock against these attacks. It says nothing about attacks that were not tried. "
+    "If the original weights are public, a lock adds no cost."
 )
 
 
 @reports("lockkit-attack-summary/2", place=0)
 def audit_sections(summary: dict, path: Path) -> list[Section]:
-    """From summary.json and the rows beside it. What is missing in it is left out.
+    """The sections from summary.json and the rows beside it.
 
     Raises:
         UsageError: the rows are broken.
@@ -39,14 +39,14 @@ def audit_sections(summary: dict, path: Path) -> list[Section]:
     for task, figures in summary["tasks"].items():
         runs = [row for row in rows if row["task"] == task and row.get("curve")]
         found.append(_task(task, figures, runs))
-    found += [_unlocks(summary), _layers(summary), _searches(summary), _limits(summary)]
-    return [section for section in found if section is not None]
+    optional = [_unlocks(summary), _layers(summary), _searches(summary)]
+    return [*found, *(section for section in optional if section is not None), _limits(summary)]
 
 
 def _rows(summary: dict, file: Path) -> list[dict]:
-    """The rows that the summary was made from: the file may hold others, of other settings.
+    """The rows of the summary. The file may have more rows, from other settings.
 
-    A last line without its end is ignored: an audit is writing it, or was stopped while it did.
+    An incomplete last line is ignored: an audit is writing it, or was interrupted.
     """
     rows: dict[str, dict] = {}
     if file.is_file():
@@ -65,7 +65,9 @@ def _headline(summary: dict) -> Section:
     section = Section(f"Audit of {summary['locked']}", warning=summary["first_line"])
     best = [found for resource in RESOURCES if (found := _best(summary, resource))]
     if not best:
-        section.warning = "No valid attack reached a target: nothing is known of what this lock is worth."
+        section.warning = (
+            "No valid attack reached a target, so this audit does not show what the lock costs an attacker."
+        )
     section.figures = [
         ("perplexity of the lock, over the original's", number(quality["perplexity_ratio"], ".4f")),
         ("KL divergence from original to lock, nats per token", number(quality["locked"]["kl_to_original"], ".5f")),
@@ -90,7 +92,7 @@ def _headline(summary: dict) -> Section:
 
 
 def _best(summary: dict, resource: str) -> tuple[str, str] | None:
-    """The lowest amplification of a resource over tasks: the attacker chooses."""
+    """The lowest amplification of a resource over all tasks."""
     found = {task: figures["amplification"].get(resource) for task, figures in summary["tasks"].items()}
     reached = {task: value for task, value in found.items() if value and value["value"] is not None}
     if reached:
@@ -129,16 +131,17 @@ def _seeds(found: dict) -> str:
 def _task(task: str, figures: dict, runs: list[dict]) -> Section:
     section = Section(f"Attacks on the task {task}", part=True)
     section.text.append(
-        f"Held-out loss of the original {figures['start_loss']:.3f}, after its reference fine-tune "
-        f"{figures['reference_loss']:.3f}; target {figures['target_loss']:.3f}. Costs are the least that reached "
-        f"it. {figures['left_out_as_distillation_text']} documents were left out as distillation text; training and "
-        f"held-out rows by SHA-256: {figures['train_sha256'][:12]}, {figures['held_out_sha256'][:12]}."
+        f"Held-out loss of the original: {figures['start_loss']:.3f}; after the reference fine-tune: "
+        f"{figures['reference_loss']:.3f}; target {figures['target_loss']:.3f}. Costs in the table are the lowest at which "
+        f"the target was reached on the lock. {figures['left_out_as_distillation_text']} documents were left out because "
+        "they are part of the distillation text. SHA-256 of training rows: "
+        f"{figures['train_sha256'][:12]}, of held-out rows: {figures['held_out_sha256'][:12]}."
     )
     losses = {line["attack"]: line["best_loss_locked"] for line in figures["attacks"]}
     if losses.get("full-ft") is not None and losses.get("trainer") is not None:
         section.text.append(
-            f"Two loops: the baseline reached {losses['full-ft']:.4f} on the lock, the same through Hugging Face's "
-            f"Trainer {losses['trainer']:.4f}."
+            f"Two training loops: the baseline reached a loss of {losses['full-ft']:.4f} on the lock, and of "
+            f"{losses['trainer']:.4f} with Hugging Face's Trainer."
         )
     section.text += _attention_only(figures)
     head = [
@@ -152,7 +155,7 @@ def _task(task: str, figures: dict, runs: list[dict]) -> Section:
 
 
 def _attention_only(figures: dict) -> list[str]:
-    """The bound that attention-only fine-tuning sets; nothing where it was not measured."""
+    """A paragraph on the attention-only bound, if it was measured."""
     bounds = figures.get("attention_only_bound") or {}
     said = [
         f"{bound['value']:.2f} in {name}"
@@ -162,16 +165,16 @@ def _attention_only(figures: dict) -> list[str]:
     if not said:
         return []
     return [
-        "A bound for every lock of this shape: fine-tuning everything but the chains (frozen-dlr), over the cheapest "
-        f"attack on the original, costs {', '.join(said)}. As long as the chains compute the same function, their "
-        "weights cannot make this attack dearer."
+        "A bound for every lock of this shape: the cost of fine-tuning everything but the chains (frozen-dlr), over the "
+        f"cheapest attack on the original, is {', '.join(said)}. As long as the chains compute the same function, their "
+        "weights cannot make this attack more expensive."
     ]
 
 
 def _attack_cells(line: dict) -> list[str]:
     control = line["says"] or ("valid" if line["valid"] else "–")
     if line["control_won_back"] is not None:
-        control += f", {max(0.0, line['control_won_back']):.0%} won back"
+        control += f", {max(0.0, line['control_won_back']):.0%} recovered"
     cells = [
         line["attack"], control, f"{line['trials_original']}, {line['trials_locked']}",
         number(line["best_loss_original"], ".3f"), number(line["best_loss_locked"], ".3f"),
@@ -190,7 +193,7 @@ def _giga(operations: float | None) -> str:
 
 
 def _loss_curve(resource: str, figures: dict, runs: list[dict]) -> Curve:
-    """The best run of each attack on the lock, the first few in colour; the reference beside them."""
+    """The best run of each attack on the lock, the best few in colour, and the reference on the original."""
     best: dict[str, dict] = {}
     for row in sorted(runs, key=lambda row: row["mean_loss_over_log_budget"]):
         name = run_name(row) if row["model"] == "locked" else f"{row['attack']} on the original"
@@ -203,7 +206,7 @@ def _loss_curve(resource: str, figures: dict, runs: list[dict]) -> Curve:
     return Curve(
         f"Held-out loss against {RESOURCES[resource]}",
         RESOURCES[resource],
-        "loss, nats",
+        "loss, nats per label",
         {name: lines[name] for name in reference + shown},
         log=True,
         dashed=reference,
@@ -220,10 +223,11 @@ def _unlocks(summary: dict) -> Section | None:
     unlocks, depth = summary["unlocks"], summary["effective_depth"]
     if not unlocks:
         return None
-    section = Section("Undoing the lock", part=True)
+    section = Section("Unlocks", part=True)
     section.text.append(
-        f"Fewest stages of a closed-form unlock within a KL divergence of {depth['kl_limit']} nats: {depth['says']}; "
-        f"within 5 % of the lock's perplexity: {depth['says_within_5_percent']}, of {depth['depth']} blocks."
+        f"The lock has {depth['depth']} blocks per chain. Fewest stages of a closed-form unlock within a KL divergence of "
+        f"{depth['kl_limit']} nats per token: {depth['says']}; within 5 % of the lock's perplexity: "
+        f"{depth['says_within_5_percent']}."
     )
     rows = [
         [
@@ -233,9 +237,9 @@ def _unlocks(summary: dict) -> Section | None:
         ]
         for label, found in unlocks.items()
     ]  # fmt: skip
-    head = ["unlock", "control", "blocks left", "perplexity", "KL to the lock", "tokens", "GFLOP", "seconds"]
+    head = ["unlock", "control", "blocks", "perplexity", "KL to the lock", "tokens", "GFLOP", "seconds"]
     section.tables.append(Table(head, rows))
-    stages = [(int(stages), kl) for stages, kl in depth["kl_by_stages"].items()]
+    stages = [(float(count), kl) for count, kl in depth["kl_by_stages"].items()]
     if stages:
         level = ("limit", depth["kl_limit"])
         section.curves.append(
@@ -246,8 +250,8 @@ def _unlocks(summary: dict) -> Section | None:
 
 
 def _redistillation(unlocks: dict[str, dict]) -> list[Curve]:
-    """KL against tokens of every re-distillation; closed-form unlocks are points beside it."""
-    lines = {}
+    """KL against tokens for all re-distillations. Closed-form unlocks are points in the same plot."""
+    lines: dict[str, list[tuple[float, float]]] = {}
     for label, found in unlocks.items():
         curve = found["notes"].get("curve") or []
         finite = [(point["tokens"], point["kl_to_lock"]) for point in curve if point["kl_to_lock"] is not None]
@@ -276,7 +280,7 @@ def _layers(summary: dict) -> Section | None:
 
 
 def _searches(summary: dict) -> Section | None:
-    """Best so far against the number of trials, lock and original under the same budget."""
+    """The lowest loss so far against the number of trials, for lock and original."""
     by_attack: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for sweep in summary["sweeps"]:
         points = [(point["trial"], point["loss"]) for point in sweep["best_so_far"] if point["loss"] is not None]
@@ -286,7 +290,7 @@ def _searches(summary: dict) -> Section | None:
         return None
     section = Section("Searches", part=True)
     section.text.append(
-        f"{summary['sweeps'][0]['budget']} trials an attack and model; the lowest held-out loss so far."
+        f"{summary['sweeps'][0]['budget']} trials per attack and model. The curves show the lowest held-out loss so far."
     )
     section.curves = [
         Curve(title, "trial", "best loss so far", lines, dashed=["original"]) for title, lines in by_attack.items()
@@ -296,14 +300,14 @@ def _searches(summary: dict) -> Section | None:
 
 def _limits(summary: dict) -> Section:
     runs = summary["runs"]
-    section = Section("What this rests on, and what it does not show", part=True)
+    section = Section("Assumptions and limits", part=True)
     tried = ", ".join(f"{count} {status}" for status, count in runs["by_status"].items())
     section.text = [
         f"Adversary: {summary['adversary']}.",
         f"Budget: {summary['budget']}.",
-        f"This would be falsified by {summary['falsified_by']}.",
-        "Not tried: " + ("; ".join(summary["not_tried"]) or "nothing of lockkit's own suite is left out") + ".",
-        f"{runs['rows']} runs ({tried}), {runs['reused_from_controls']} of them on the original taken from another audit.",
+        f"These figures would be falsified by {summary['falsified_by']}.",
+        "Not tried: " + ("; ".join(summary["not_tried"]) or "none; all attacks of lockkit were run") + ".",
+        f"{runs['rows']} runs ({tried}). {runs['reused_from_controls']} of them, on the original, are from other audits.",
     ]
     head = ["run", "on", "task", "ended", "note"]
     rows = [
@@ -328,5 +332,7 @@ def _outcome(row: dict) -> str:
             f"{task}: loss {number(found['original'], '.3f')} (original), {number(found['locked'], '.3f')} (lock)"
             for task, found in row["held_out"].items()
         )
-    verdict = {True: "the weights were recovered", False: "not recovered"}.get(row.get("passed"), "measured")
+    verdict = "measured"
+    if row.get("passed") is not None:
+        verdict = "the weights were recovered" if row["passed"] else "not recovered"
     return verdict + (f" (NMSE of logits {number(row['logits_nmse'], '.1e')})" if "logits_nmse" in row else "")

@@ -1,4 +1,4 @@
-"""A lock in a report: fidelity, and the error of each layer."""
+"""A lock in a report: its fidelity and the error of each layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lockkit.report.sections import reports
 
 @reports("lockkit-lock/2", place=1)
 def lock_sections(record: dict, path: Path) -> list[Section]:
-    """From `lockkit.json`. What is missing in it is left out."""
+    """The section from `lockkit.json`. Missing entries are left out."""
     fidelity, dlr, layers = record.get("fidelity", {}), record.get("dlr", {}), record.get("layers", [])
     section = Section(f"Lock of {record.get('model', 'a model')}")
     section.figures = [

@@ -10,7 +10,7 @@ from lockkit.report.sections import reports
 
 @reports("lockkit-verify/1", place=2)
 def verify_sections(record: dict, path: Path) -> list[Section]:
-    """From the JSON of `lockkit verify`. What is missing in it is left out."""
+    """The section from the JSON of `lockkit verify`. Missing entries are left out."""
     name = str(record.get("export", "an export")).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     passed = record.get("passed")
     ratios = record.get("perplexity", {})
