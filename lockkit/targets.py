@@ -1,16 +1,16 @@
-"""What an export can be made for: one row for each execution provider and for each precision.
+"""The targets of an export: one row per execution provider and one row per precision.
 
-Everything that depends on one of them reads it here; the configurations take `Provider` and
-`Precision` as types. Imports no library that computes.
+Whatever depends on a provider or a precision reads it here. Configurations use `Provider` and `Precision` as types.
+Imports no heavy library.
 
-What runs where, tried with onnxruntime 1.31.1 on the CPU provider (x86-64):
+Support, tested with onnxruntime 1.31.1 on the CPU provider (x86-64):
 
-| precision | for cpu | for cuda |
+| precision | exported for cpu | exported for cuda |
 |---|---|---|
-| fp32 | yes | yes, without soft caps (Gemma 2) and sliding windows; its graph also runs on the CPU |
-| fp16 | yes: attention and norms in fp16, other products by casts that onnxruntime inserts | yes, also on the CPU |
-| bf16 | no: no kernels (Mul, MatMul, Where), refused | builds; not tried for want of a GPU |
-| int8, int4 | yes, arithmetic in fp32 (int8 products of activations) | yes, arithmetic in fp16, also on the CPU |
+| fp32 | yes | yes, without soft caps (Gemma 2) and sliding windows; the graph also runs on the CPU |
+| fp16 | yes; attention and norms in fp16, onnxruntime inserts casts for other products | yes; also runs on the CPU |
+| bf16 | refused: kernels are missing (Mul, MatMul, Where) | builds; not tested, since no GPU was available |
+| int8, int4 | yes; arithmetic in fp32, products with activations in int8 | yes; arithmetic in fp16; also runs on the CPU |
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Self
 
 from lockkit.errors import UsageError
 
 
 @dataclass(frozen=True)
 class ElementType:
-    """A floating-point format, by the name that each library has for it.
+    """A floating-point format, with its name in each library.
 
     Attributes:
         onnx: its number in `onnx.TensorProto.DataType` and `onnx_ir.DataType`.
-        onnxruntime: type of a tensor as onnxruntime writes it.
-        torch: name of the PyTorch type.
-        numpy: name of the NumPy type that holds the bits.
+        onnxruntime: onnxruntime's name of a tensor type, such as `tensor(float)`.
+        torch: name of the PyTorch dtype.
+        numpy: name of the NumPy dtype that holds the bits.
     """
 
     onnx: int
@@ -41,29 +42,33 @@ class ElementType:
 
 FLOAT = ElementType(1, "tensor(float)", "float32", "float32")
 FLOAT16 = ElementType(10, "tensor(float16)", "float16", "float16")
-BFLOAT16 = ElementType(16, "tensor(bfloat16)", "bfloat16", "uint16")  # NumPy has none
+BFLOAT16 = ElementType(16, "tensor(bfloat16)", "bfloat16", "uint16")  # NumPy has no bfloat16
 _ELEMENT_TYPES = {row.onnxruntime: row for row in (FLOAT, FLOAT16, BFLOAT16)}
 
 
 def element_type(onnxruntime_name: str) -> ElementType:
-    """The row of a type as onnxruntime writes it, `tensor(float)` for instance."""
+    """The row of a tensor type, given onnxruntime's name of it, such as `tensor(float)`.
+
+    Raises:
+        KeyError: there is no row for this type.
+    """
     return _ELEMENT_TYPES[onnxruntime_name]
 
 
 @dataclass(frozen=True)
 class ProviderRow:
-    """All that is known of an execution provider.
+    """The properties of an execution provider.
 
     Attributes:
-        title: in a sentence.
+        title: its name in a sentence.
         onnxruntime: its name in onnxruntime.
-        torch_device: where its tensors are, and where a PyTorch model runs beside it.
+        torch_device: the PyTorch device of its tensors, and of a PyTorch model that it is compared with.
+        package: the package to install if onnxruntime lacks this provider.
+        needs: what it needs to start, in words.
         genai: its name in onnxruntime-genai; None is the default there.
-        settings: of a session, by onnxruntime's names.
-        preload: load its libraries as pip installed them beside PyTorch, before the first session.
-        package: what to install where onnxruntime does not have it.
-        needs: what must be there for it to start.
-        runs_kernel: lockkit's fused operator exists for it.
+        settings: provider options of a session, by onnxruntime's names.
+        preload: load the CUDA libraries that pip installed for PyTorch, before the first session.
+        runs_kernel: lockkit's fused operator supports it.
     """
 
     title: str
@@ -78,11 +83,11 @@ class ProviderRow:
 
 
 class Provider(StrEnum):
-    """Execution provider of onnxruntime; its `row` has all that is known of it."""
+    """An execution provider of onnxruntime. Its `row` has its properties."""
 
     row: ProviderRow
 
-    def __new__(cls, name: str, row: ProviderRow) -> Provider:
+    def __new__(cls, name: str, row: ProviderRow) -> Self:
         member = str.__new__(cls, name)
         member._value_, member.row = name, row
         return member
@@ -105,7 +110,7 @@ class Provider(StrEnum):
             package="onnxruntime-gpu",
             needs="a usable GPU, CUDA and cuDNN",
             genai="cuda",
-            # TF32 would round fp32 products to 10 bits of mantissa, which no fp32 gate could pass.
+            # TF32 rounds the factors of fp32 products to 10 bits of mantissa. The fp32 gates would fail.
             settings={"use_tf32": "0"},
             preload=True,
         ),
@@ -113,7 +118,7 @@ class Provider(StrEnum):
 
     @property
     def reference_device(self) -> str:
-        """The PyTorch device beside this provider: its own where PyTorch has it, else the CPU."""
+        """The device for a PyTorch model that is compared with this provider: the provider's own, or else the CPU."""
         import torch
 
         device = self.row.torch_device
@@ -122,14 +127,14 @@ class Provider(StrEnum):
 
 @dataclass(frozen=True)
 class PrecisionRow:
-    """All that is known of a precision.
+    """The properties of a precision.
 
     Attributes:
         weights: number format of the weights in matrix products, by its name in `onnx_ir.DataType`.
-        arithmetic: number format of everything else, by provider; a provider without one refuses this precision.
-        gates: default limits of `lockkit verify`, by gate (lockkit/verify/figures.py); None is off.
-        bits: of a quantised weight. Blocks of `--block-size` weights share a scale.
-        quantises_lookup: the embedding table is quantised, too, where it is the output head's.
+        arithmetic: number format of everything else, by provider. Other providers do not support this precision.
+        gates: default limits of `lockkit verify`, by gate (lockkit/verify/figures.py). None is off.
+        bits: bits of a quantised weight; None if weights are not quantised. `--block-size` weights share one scale.
+        quantises_lookup: the embedding table is quantised too, if the output head uses the same matrix.
     """
 
     weights: str
@@ -140,17 +145,17 @@ class PrecisionRow:
 
 
 class Precision(StrEnum):
-    """Number format of the exported weights; its `row` has all that is known of it."""
+    """The number format of the exported weights. Its `row` has its properties."""
 
     row: PrecisionRow
 
-    def __new__(cls, name: str, row: PrecisionRow) -> Precision:
+    def __new__(cls, name: str, row: PrecisionRow) -> Self:
         member = str.__new__(cls, name)
         member._value_, member.row = name, row
         return member
 
-    # PyTorch and ONNX compute the same in another order and differ by rounding alone: KL is 1e-13 to
-    # 1e-12 on the tiny models and the bundled one. The perplexity ratio leaves room for the lock itself.
+    # PyTorch and ONNX compute the same in a different order, so they differ by rounding only: KL is 1e-13 to 1e-12 nats
+    # per token on the tiny models and the bundled one. The limit of the perplexity ratio leaves room for the lock.
     fp32 = (
         "fp32",
         PrecisionRow(
@@ -159,7 +164,8 @@ class Precision(StrEnum):
             gates={"max_kl": 1e-6, "min_top1": 0.999, "max_perplexity_ratio": 1.02, "min_continuations": 1.0},
         ),
     )
-    # 11 and 8 bits of mantissa: near-ties turn over, and greedy continuations part there.
+    # fp16 and bf16 have 11 and 8 bits of precision. Rounding changes the order of nearly equal logits, so greedy
+    # continuations differ.
     fp16 = (
         "fp16",
         PrecisionRow(
@@ -176,17 +182,17 @@ class Precision(StrEnum):
             gates={"max_kl": 1e-2, "min_top1": 0.97, "max_perplexity_ratio": 1.03, "min_continuations": None},
         ),
     )
-    # The weights are other numbers. On the bundled model KL is 6e-5 and 7e-3, top-1 0.99 and 0.92,
-    # perplexity 1.0005 and 1.006 of the original; larger models lose more. The limits tell a working
-    # export from a broken one (KL of nats, top-1 near 0) and from a careless one. How much loss is
-    # acceptable is the owner's decision, so set them for your model.
+    # Quantisation changes the weights. For int8 and int4 on the bundled model, KL is 6e-5 and 7e-3 nats per token, top-1
+    # agreement 0.99 and 0.92, and perplexity 1.0005 and 1.006 times the original's. Larger models lose more. The limits
+    # detect a broken export (KL of several nats, top-1 agreement near 0) and a poor quantisation. How much loss is
+    # acceptable depends on the use, so set the limits for your model.
     int8 = (
         "int8",
         PrecisionRow(
             weights="INT8",
             arithmetic={Provider.cpu: FLOAT, Provider.cuda: FLOAT16},
             gates={"max_kl": 1e-2, "min_top1": 0.97, "max_perplexity_ratio": 1.03, "min_continuations": None},
-            bits=8,  # onnxruntime has no lookup of 8 bits
+            bits=8,  # the lookup stays as it is, because onnxruntime has no embedding lookup of 8 bits
         ),
     )
     int4 = (
@@ -202,14 +208,14 @@ class Precision(StrEnum):
 
     @property
     def quantised(self) -> bool:
-        """Whether weights are whole numbers with scales."""
+        """Whether weights are integers with scales."""
         return self.row.bits is not None
 
     def arithmetic(self, provider: Provider) -> ElementType:
-        """The number format that a graph for `provider` computes in.
+        """The number format of the arithmetic in a graph for `provider`.
 
         Raises:
-            UsageError: the provider cannot compute in this precision.
+            UsageError: the provider does not support this precision.
         """
         if provider not in self.row.arithmetic:
             raise UsageError(
@@ -220,12 +226,11 @@ class Precision(StrEnum):
 
 
 def provider_called(name: str) -> Provider:
-    """The provider called `name`.
+    """The provider with this name.
 
     Raises:
         UsageError: there is none.
     """
-    try:
-        return Provider(name)
-    except ValueError:
-        raise UsageError(f"there is no provider '{name}': give --provider {' or '.join(Provider)}") from None
+    if name not in Provider.__members__:
+        raise UsageError(f"there is no provider '{name}': give --provider {' or '.join(Provider)}")
+    return Provider[name]

@@ -1,14 +1,14 @@
-"""Text for distillation, as rows of token ids: to train on, to choose a state by, to measure.
+"""The text of a lock as rows of token ids: for training, for choosing the best state, and for the final measurement.
 
-The three come from different splits of the same source (lockkit/text.py), or, for `self`, are
-sampled from the teacher with different seeds.
+The three sets come from different splits of one source (lockkit/text.py). With the source `self` they are sampled from
+the teacher with different seeds.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,27 +23,36 @@ if TYPE_CHECKING:
 
     from lockkit.progress import Progress
 
-# Text is read again for as long as --tokens ask for more, but no more often than this.
-MAX_PASSES = 16
-SAMPLING_ROWS = 32
+MAX_PASSES = 16  # over the training text; less text than this needs is refused
+SAMPLING_ROWS = 32  # in a batch
+SPLIT_OF_PART = {"train": "distill", "validation": "validate", "evaluation": "evaluate"}
 
 
 @dataclass(frozen=True)
 class DistillationData:
-    """Rows of token ids `[rows, block_tokens]`, and where they came from."""
+    """The text of a lock.
+
+    Attributes:
+        source: the source of the text, as given; `self` if it was sampled from the teacher.
+        train: token ids to train on, `[rows, block_tokens]`.
+        validation: held-out token ids that choose the best state, `[rows, block_tokens]`.
+        evaluation: held-out token ids for the final measurement only, `[rows, block_tokens]`.
+    """
 
     source: str
     train: torch.Tensor
     validation: torch.Tensor
     evaluation: torch.Tensor
 
-    def record(self) -> dict:
-        """What `lockkit.json` says of the data: sizes and hashes, no text."""
+    def split(self, part: str) -> str | None:
+        """The split of one part, `train`, `validation` or `evaluation`. None if it was sampled from the teacher."""
+        return None if self.source == "self" else SPLIT_OF_PART[part]
+
+    def record(self) -> dict[str, Any]:
+        """The entry on the data in `lockkit.json`: sizes and hashes, no text."""
         return {
             "source": self.source,
-            "splits": {"train": "distill", "validation": "validate", "evaluation": "evaluate"}
-            if self.source != "self"
-            else None,
+            "splits": None if self.source == "self" else dict(SPLIT_OF_PART),
             "block_tokens": self.train.shape[1],
             "train_tokens": self.train.numel(),
             "train_sha256": rows_sha256(self.train),
@@ -55,7 +64,7 @@ class DistillationData:
 
 
 def effective_source(config: LockConfig, model: str) -> str:
-    """The source of text for a lock of `model`, where `--data auto` is decided."""
+    """The source of the text for a lock of `model`, with `--data auto` resolved."""
     if config.data != "auto":
         return config.data
     return "stdlib" if model == "demo" else "self"
@@ -65,6 +74,12 @@ def load_data(
     config: LockConfig, source: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> DistillationData:
     """Read the text of all three sets.
+
+    Args:
+        config: the recipe.
+        source: a source of lockkit/text.py.
+        model_config: configuration of the original; it limits the length of a row.
+        tokenizer: of the original.
 
     Raises:
         UsageError: there is too little text, or it cannot be read.
@@ -84,7 +99,7 @@ def load_data(
 
 
 def _sizes(config: LockConfig, model_config: PreTrainedConfig) -> tuple[int, int]:
-    """Tokens in a row, and tokens to train on."""
+    """The tokens in a row, and the tokens to train on."""
     block = min(config.block_tokens, getattr(model_config, "max_position_embeddings", config.block_tokens))
     return block, max(config.tokens, config.end_to_end_tokens, block)
 
@@ -96,16 +111,19 @@ def sample_from_model(
     device: str,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """All three sets of rows, written by the model in `folder` itself.
+    """Sample all three sets of rows from the model in `folder`.
 
-    The model is in memory as a whole while it writes; a larger one needs text from `--data`.
+    The whole model is in memory. For a larger model, give text with `--data` instead.
+
+    Returns:
+        Token ids, `[rows, block]` each, by their names in `DistillationData`.
     """
     block, wanted = _sizes(config, model_config)
     held_out = math.ceil(config.validation_tokens / block)
     sizes = {"train": math.ceil(wanted / block), "validation": held_out, "evaluation": held_out}
     model, _ = load_model(folder, torch.float32, device)
     return {
-        # no two locks share a seed by accident
+        # locks with different seeds use different seeds here, too
         name: sample_rows(model, block, rows, 3 * config.seed + number, progress)
         for number, (name, rows) in enumerate(sizes.items())
     }
@@ -113,10 +131,9 @@ def sample_from_model(
 
 @torch.no_grad()
 def sample_rows(model: PreTrainedModel, block: int, rows: int, seed: int, progress: Progress) -> torch.Tensor:
-    """Sample `[rows, block]` token ids from the model itself at temperature 1.
+    """Sample token ids, `[rows, block]`, from a model at temperature 1.
 
-    Each row starts with the beginning-of-text token, or, where the model has none, with a
-    token drawn from the vocabulary.
+    Each row starts with the beginning-of-text token. If the model has none, it starts with a random token.
     """
     device = model.device
     start = model.config.bos_token_id

@@ -1,4 +1,4 @@
-"""How a model with chains compares with the original, one decoder layer in memory at a time."""
+"""Measure how close a model with chains is to the original, with one decoder layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.workers import Workers
 
 ROWS_IN_A_BATCH = 4
-Chains = Callable[[int], nn.Module]  # from a layer's index to what stands in for its MLP
+Chains = Callable[[int], nn.Module]  # from the index of a layer to the module that replaces its MLP
 
 
 @contextmanager
 def mlp_replaced(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
-    """Put `mlp` into a decoder layer for the length of a block."""
+    """Replace the MLP of a decoder layer inside the `with` block."""
     own = layer.mlp
     layer.mlp = mlp
     try:
@@ -31,12 +31,13 @@ def mlp_replaced(layer: nn.Module, mlp: nn.Module) -> Iterator[None]:
 
 
 class FidelityMeter:
-    """Compares chains with the original on fixed rows; the original is run once.
+    """Compares models with the original on fixed rows. The original runs once.
 
     Args:
         stream: the original.
-        rows: token ids `[rows, block]`; each worker takes a share of them.
-        text: what the rows are.
+        rows: token ids, `[rows, block]`, the same on all workers. Each worker computes its share.
+        text: description of the rows.
+        workers: share the rows.
     """
 
     def __init__(self, stream: StreamedModel, rows: torch.Tensor, text: MeasuredText, workers: Workers | None = None):
@@ -51,17 +52,16 @@ class FidelityMeter:
     def on(
         cls, part: str, stream: StreamedModel, data: DistillationData, workers: Workers | None = None
     ) -> FidelityMeter:
-        """A meter on one part of a lock's data: `validation` or `evaluation`."""
-        rows, splits = getattr(data, part), data.record()["splits"]
-        text = MeasuredText.of(rows, public_name(data.source), splits[part] if splits else None)
-        return cls(stream, rows, text, workers)
+        """A meter for one part of a lock's data: `validation` or `evaluation`."""
+        rows = getattr(data, part)
+        return cls(stream, rows, MeasuredText.of(rows, public_name(data.source), data.split(part)), workers)
 
     def measure(self, chains: Chains) -> Fidelity:
-        """Fidelity of the original with `chains(layer)` in place of each MLP."""
+        """The fidelity of the original with the MLP of layer `i` replaced by `chains(i)`."""
         return self._compare(self.stream, self._last_hidden(self.stream, self.first, chains))
 
     def measure_model(self, locked: StreamedModel) -> Fidelity:
-        """Fidelity of a locked model, with its own embeddings, attention and head."""
+        """The fidelity of a locked model with its own embeddings, attention and head."""
         first = [locked.begin(batch)[0].cpu() for batch in self.batches]
         return self._compare(locked, self._last_hidden(locked, first))
 
@@ -69,7 +69,7 @@ class FidelityMeter:
     def _last_hidden(
         self, stream: StreamedModel, first: list[torch.Tensor], chains: Chains | None = None
     ) -> list[torch.Tensor]:
-        """The last layer's output for every batch, `[rows, block, hidden]`, from the `first` layer's input."""
+        """The last layer's output for each batch, given the `first` layer's input; `[rows, block, hidden]` each."""
         hidden = list(first)
         for index in range(len(stream)):
             with stream.layer(index) as layer, mlp_replaced(layer, chains(index) if chains else layer.mlp):
@@ -80,7 +80,7 @@ class FidelityMeter:
 
     @torch.no_grad()
     def _compare(self, locked: StreamedModel, states: list[torch.Tensor]) -> Fidelity:
-        """Compare with the original; `states` are the locked model's last hidden states, by batch."""
+        """Compare with the original. `states` has the last hidden states of `locked` for each batch."""
         device = self.stream.device
         figures = TextFigures(["original", "locked"], [("original", "locked")])
         for ids, own, student in zip(self.batches, self.original, states, strict=True):

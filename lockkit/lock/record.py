@@ -1,25 +1,27 @@
-"""`lockkit.json`: what a lock was made from, how, and what it measured.
+"""`lockkit.json`: the origin, the recipe and the measurements of a lock.
 
 Schema `lockkit-lock/2`:
 
-    schema, versions, git_hash, machine     what made it
-    model, model_type, original_sha256      what was locked (a name, never a local path)
-    dlr                                     depth and ranks of the chains
-    recipe                                  every setting (lockkit/lock/config.py)
-    data                                    source, sizes and sha256 of the token ids, no text
-    layers                                  per layer: gain, nmse, tokens, learning rate it took, seconds
-    after_phase_1, fidelity                 KL, top-1 agreement and perplexities, and the text they were
-                                            measured on (lockkit/measure/records.py); `fidelity` is of
-                                            the weights as saved
-    end_to_end                              phase 2: steps, best step, KL, and the text that chose it
-    scrubbed_rows                           rows that had to be freed from the teacher's bits
-    memory                                  peak and predicted, and the process's size before the lock
-    dtype, seconds, workers
+    schema, versions, git_hash, machine     software and hardware that made the lock
+    model, model_type, original_sha256      the original (a name, never a local path)
+    dlr                                     depth, ranks and gains of the chains
+    recipe                                  all settings (lockkit/lock/config.py)
+    data                                    source, sizes and SHA-256 of the token ids, no text
+    layers                                  per layer: gain, NMSE, tokens, learning rate, seconds
+    after_phase_1, fidelity                 KL, top-1 agreement and perplexities, with the text that they were
+                                            measured on (lockkit/measure/records.py); `fidelity` is that of the
+                                            weights as saved
+    end_to_end                              phase 2: steps, best step, KL before and after, and the text that chose
+                                            the best step; null if phase 2 was skipped
+    scrubbed_rows                           rows that were perturbed because they were bit-identical to the teacher's
+    memory                                  peak, prediction, and memory of the process before the lock, in bytes
+    dtype, seconds, workers                 dtype of the weights, wall time, number of processes
 """
 
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -52,9 +54,27 @@ def lock_record(
     dtype: torch.dtype,
     seconds: float,
     workers: int,
-    memory: dict,
-) -> dict:
-    """Collect everything that belongs into `lockkit.json`."""
+    memory: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of `lockkit.json`, as JSON values.
+
+    Args:
+        model: public name of the original.
+        original_sha256: hash of its weights.
+        intermediate_size: width of its MLPs.
+        family: its family.
+        config: the recipe.
+        data: the text.
+        layers: results of phase 1, in order.
+        after_phase_1: fidelity of the chains after phase 1.
+        end_to_end: result of phase 2; None if it was skipped.
+        fidelity: of the weights as saved.
+        scrubbed_rows: rows perturbed because they were bit-identical to the teacher's.
+        dtype: of the saved weights.
+        seconds: wall time of the lock.
+        workers: number of processes.
+        memory: see `MemoryPrediction.record`.
+    """
     ranks = block_ranks(intermediate_size, config.depth)
     source = public_name(data.source)
     return {

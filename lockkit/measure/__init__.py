@@ -1,6 +1,6 @@
-"""How close two models are: each figure is defined once, for `lock`, `verify` and `attack`.
+"""How close two models are. `lock`, `verify` and `attack` use the same definition of each figure.
 
-records.py   what is reported: `MeasuredText`, `Fidelity` (without PyTorch)
+records.py   the records in a result: `MeasuredText`, `Fidelity` (imports no PyTorch)
 metrics.py   each figure as a plain function of logits
-totals.py    the figures over many rows of text, in float64 sums and in chunks of logits
+totals.py    the figures over many rows of text: float64 sums, computed in chunks of logits
 """

@@ -1,4 +1,4 @@
-"""The records of a measurement, as they are written to JSON. Imports no PyTorch.
+"""The records of a measurement, as written to JSON. Imports no PyTorch.
 
 Figures that are not finite are written as null and read back as NaN.
 """
@@ -29,12 +29,12 @@ Figure = Annotated[
 
 
 class Record(BaseModel):
-    """A part of a result."""
+    """Base class of everything in a result."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null", validate_by_name=True, validate_by_alias=True)
 
     def record(self) -> dict[str, Any]:
-        """The record as it is written to JSON: names and plain values, null for what is not finite."""
+        """The record as JSON values, with null for figures that are not finite."""
         return json.loads(self.model_dump_json(by_alias=True))
 
 
@@ -51,29 +51,40 @@ class MeasuredText(Record):
 
     @classmethod
     def of(cls, rows: torch.Tensor, source: str, split: str | None) -> MeasuredText:
-        """Describe token ids `[rows, block]` of a source, given by its public name."""
-        sizes = {"rows": len(rows), "block_tokens": rows.shape[1]}
-        return cls(source=source, split=split, token_sha256=rows_sha256(rows), **sizes)
+        """The description of token ids, `[rows, block]`.
+
+        Args:
+            rows: the token ids.
+            source: public name of the text.
+            split: its split; None if the text was sampled from the original.
+        """
+        return cls(
+            source=source,
+            split=split,
+            rows=len(rows),
+            block_tokens=rows.shape[1],
+            token_sha256=rows_sha256(rows),
+        )
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows. One less per row is predicted."""
+        """Tokens in all rows. One per row, the first, is not predicted."""
         return self.rows * self.block_tokens
 
     def __str__(self) -> str:
-        """For a reader: how much text, and from where."""
+        """Size and origin of the text, in words."""
         if self.split is None:
             return f"{self.tokens:,} tokens sampled from the original itself"
         return f"{self.tokens:,} tokens of {self.source}, split '{self.split}'"
 
 
 class Fidelity(Record):
-    """How well a model keeps the original, over all positions that predict a token of their row."""
+    """How close a model is to the original, over all predicted tokens."""
 
-    tokens: int = Field(description="Predictions counted: all tokens but the first of every row.")
+    tokens: int = Field(description="Predicted tokens: all but the first of every row.")
     kl_divergence: Figure = Field(description="Mean KL(original || model) per token, nats.")
     top1_agreement: Figure = Field(description="Share of predictions with the same most likely token, 0 to 1.")
     perplexity: Figure = Field(description="Of the model, per token.")
     original_perplexity: Figure = Field(description="Of the original, per token.")
-    perplexity_ratio: Figure = Field(description="The model's perplexity over the original's.")
-    text: MeasuredText = Field(description="The text they were measured on.")
+    perplexity_ratio: Figure = Field(description="The model's perplexity divided by the original's.")
+    text: MeasuredText = Field(description="The text that the figures were measured on.")

@@ -1,8 +1,8 @@
-"""The figures over many rows of text, added up batch by batch in float64.
+"""The figures over many rows of text, summed batch by batch in float64.
 
-Logits are computed and looked at a chunk of positions at a time. A model is given as its last hidden
-states and its output head, so that the logits of all positions need not exist at once; a caller who
-has logits gives those. The sums of each class are in float64 tensors, which workers can add up.
+Logits are processed in chunks of positions. A model is given as its last hidden states and its output head, so the
+logits of all positions are never in memory together. A caller that already has logits may give them instead. Sums are
+float64 tensors, which workers can sum over processes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lockkit.measure.metrics import (
 )
 from lockkit.measure.records import Fidelity, MeasuredText
 
-# Logits looked at together, of one model: 16 MB in float32, and 32 MB for each temporary in float64.
+# Logits of one model in a chunk: 16 MB in float32, and 32 MB for each temporary in float64.
 CHUNK_LOGITS = 4_000_000
 
-Head = Callable[[torch.Tensor], torch.Tensor]  # hidden states `[tokens, hidden]` to logits `[tokens, vocab]`
+Head = Callable[[torch.Tensor], torch.Tensor]  # from hidden states, `[tokens, hidden]`, to logits, `[tokens, vocab]`
 
 
 def _unchanged(logits: torch.Tensor) -> torch.Tensor:
@@ -34,11 +34,11 @@ def _unchanged(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model computed for rows of text.
+    """The outputs of a model for rows of text.
 
     Attributes:
-        states: hidden states, `[rows, seq, hidden]`; or logits, `[rows, seq, vocab]`.
-        head: from hidden states to logits; not given where `states` are logits.
+        states: hidden states, `[rows, seq, hidden]`, or logits, `[rows, seq, vocab]`.
+        head: computes logits from hidden states. Not needed if `states` are logits.
     """
 
     states: torch.Tensor
@@ -46,41 +46,57 @@ class Outputs:
 
 
 class Perplexity:
-    """The exponential of the mean next-token loss."""
+    """The exponential of the mean next-token loss.
+
+    Attributes:
+        sums: float64 `[2]`: the loss in nats, and the number of predictions.
+    """
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)  # loss, predictions
+        self.sums = torch.zeros(2, dtype=torch.float64)
 
     def add(self, log_p: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add predictions: `log_probabilities`, `[tokens, vocab]`, and the tokens that followed, `[tokens]`."""
+        """Add predictions.
+
+        Args:
+            log_p: `log_probabilities`, `[tokens, vocab]`.
+            targets: the tokens that follow, `[tokens]`.
+        """
         loss = -log_p.gather(-1, targets[:, None]).sum().item()
         self.sums += torch.tensor([loss, len(targets)], dtype=torch.float64)
 
     @property
     def predictions(self) -> int:
-        """How many tokens were predicted."""
+        """Number of predicted tokens."""
         return int(self.sums[1])
 
     @property
     def value(self) -> float:
-        """The perplexity per token."""
+        """Perplexity per token."""
         return perplexity_of_loss(self.sums[0].item(), self.predictions)
 
 
 class Comparison:
-    """How far one model's predictions are from a reference's.
+    """How far the predictions of a model are from those of a reference.
 
     Args:
-        figures: what is measured, by name.
+        figures: the figures to compute, by name.
+
+    Attributes:
+        sums: float64 `[figures + 1]`: the sum of each figure, then the number of positions.
     """
 
     def __init__(self, figures: Mapping[str, PairFigure] = PREDICTION_FIGURES) -> None:
         self._measured = figures
-        self.sums = torch.zeros(len(figures) + 1, dtype=torch.float64)  # of each figure, then positions
+        self.sums = torch.zeros(len(figures) + 1, dtype=torch.float64)
         self._largest = torch.full([len(figures)], -torch.inf, dtype=torch.float64)
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor) -> None:
-        """Add two sets of logits of the same shape, `[..., vocab]`."""
+        """Add logits of both models, `[..., vocab]` each.
+
+        Raises:
+            ValueError: their shapes differ.
+        """
         if reference.shape != candidate.shape:
             raise ValueError(f"logits of shape {list(reference.shape)} and {list(candidate.shape)} cannot be compared")
         reference, candidate = reference.flatten(0, -2), candidate.flatten(0, -2)
@@ -89,19 +105,19 @@ class Comparison:
             self.add_chunk(Pair(p, q, log_probabilities(p), log_probabilities(q)))
 
     def add_chunk(self, pair: Pair) -> None:
-        """Add a few positions."""
+        """Add one chunk of positions."""
         values = [figure.values(pair).double() for figure in self._measured.values()]
         self.sums += torch.tensor([*(value.sum().item() for value in values), len(pair.p)], dtype=torch.float64)
         largest = torch.tensor([value.max().item() for value in values], dtype=torch.float64)
-        self._largest = torch.maximum(self._largest, largest)  # keeps a NaN
+        self._largest = torch.maximum(self._largest, largest)  # NaN stays NaN
 
     @property
     def tokens(self) -> int:
-        """How many positions were compared."""
+        """Number of positions compared."""
         return int(self.sums[-1])
 
     def figures(self) -> dict[str, float]:
-        """All figures by name; NaN where nothing was compared."""
+        """All figures by name; NaN if nothing was compared."""
         means = (self.sums[:-1] / self.sums[-1]).tolist()
         found = {}
         for (name, figure), mean, largest in zip(self._measured.items(), means, self._largest.tolist(), strict=True):
@@ -115,14 +131,13 @@ class Comparison:
 
 
 class TextFigures:
-    """Perplexities of several models on the same text, and comparisons of some of them.
+    """Perplexities of several models on the same text, and comparisons of pairs of them.
 
-    Every position that predicts a token of its row counts: all but the last. So a row of `seq` tokens
-    gives `seq - 1` predictions.
+    Every position except the last predicts a token of its row, so a row of `seq` tokens gives `seq - 1` predictions.
 
     Args:
-        models: names of the models.
-        pairs: (reference, candidate) by name.
+        models: names of the models whose perplexity is wanted.
+        pairs: names of the models to compare: (reference, candidate).
     """
 
     def __init__(self, models: Iterable[str], pairs: Iterable[tuple[str, str]] = ()) -> None:
@@ -130,7 +145,12 @@ class TextFigures:
         self.comparison = {pair: Comparison() for pair in pairs}
 
     def add(self, ids: torch.Tensor, outputs: Mapping[str, Outputs]) -> None:
-        """Add rows of token ids, `[rows, seq]`, with what every model computed for them."""
+        """Add rows of text.
+
+        Args:
+            ids: token ids, `[rows, seq]`.
+            outputs: the outputs of every model for these rows, by its name.
+        """
         states = {name: found.states[:, :-1].flatten(0, 1) for name, found in outputs.items()}
         targets = ids[:, 1:].flatten()
         if not len(targets):
@@ -147,11 +167,16 @@ class TextFigures:
 
     @property
     def sums(self) -> list[torch.Tensor]:
-        """All sums, for workers to add up in place."""
-        return [part.sums for part in (*self.perplexity.values(), *self.comparison.values())]
+        """All sums. Workers sum them over processes, in place."""
+        return [*(part.sums for part in self.perplexity.values()), *(part.sums for part in self.comparison.values())]
 
     def fidelity(self, text: MeasuredText, reference: str = "original", candidate: str = "locked") -> Fidelity:
-        """The record of one comparison; `text` is what was added."""
+        """The record of one comparison.
+
+        Args:
+            text: the text that was added.
+            reference, candidate: names of the models.
+        """
         comparison = self.comparison[reference, candidate]
         own, original = self.perplexity[candidate].value, self.perplexity[reference].value
         return Fidelity(
@@ -165,15 +190,18 @@ class TextFigures:
 
 
 class NMSE:
-    """Squared error over the variance of the teacher's outputs, over all batches together."""
+    """Squared error over the variance of the teacher's outputs, for all batches together.
+
+    `lockkit.measure.metrics.nmse` computes the same for one batch.
+    """
 
     def __init__(self) -> None:
         self._error = self._squares = torch.zeros((), dtype=torch.float64)
-        self._sum = torch.zeros(1, dtype=torch.float64)  # of the outputs, `[hidden]`
+        self._sum = torch.zeros(1, dtype=torch.float64)  # of the teacher's outputs, `[hidden]`
         self._tokens = 0
 
     def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
-        """Add outputs, `[tokens, hidden]` each."""
+        """Add outputs of both, `[tokens, hidden]` each."""
         wanted = teacher.double()
         self._error = self._error + (student.double() - wanted).square().sum().cpu()
         self._squares = self._squares + wanted.square().sum().cpu()
@@ -182,16 +210,19 @@ class NMSE:
 
     @property
     def value(self) -> float:
-        """The error of all batches; the teacher's mean scores 1."""
+        """The NMSE. A constant output, the teacher's mean, has 1."""
         variance = self._squares - self._sum.square().sum() / self._tokens
         return (self._error / variance.clamp_min(0)).item()
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, rows: torch.Tensor, batch_rows: int = 8) -> float:
-    """Perplexity of a PyTorch language model over rows of token ids without padding.
+    """Perplexity of a PyTorch language model.
 
-    `rows` is `[rows, block]`, and `batch_rows` of them go through the model at a time.
+    Args:
+        model: a causal language model of transformers.
+        rows: token ids without padding, `[rows, block]`.
+        batch_rows: rows per forward pass.
     """
     figures = TextFigures(["model"])
     device = next(model.parameters()).device
@@ -202,7 +233,7 @@ def perplexity(model: nn.Module, rows: torch.Tensor, batch_rows: int = 8) -> flo
 
 
 def chunks(positions: int, vocab_size: int) -> Iterator[slice]:
-    """Cut `positions` into parts of at most `CHUNK_LOGITS` logits."""
+    """Yield slices of `positions` positions, of at most `CHUNK_LOGITS` logits each."""
     step = max(1, CHUNK_LOGITS // vocab_size)
     for start in range(0, positions, step):
         yield slice(start, min(start + step, positions))

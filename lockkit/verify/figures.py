@@ -1,9 +1,10 @@
-"""What a verification measures, and beside it the gates that hold these figures against limits.
+"""The figures of a verification, and the gates that compare them with limits. Imports no PyTorch.
 
-A figure is a field of one of the records; its name is its name in `lockkit verify --json`. A gate is one
-entry of `Gates`: its limit, which way it holds, what it is for, and which figures it holds. The options of
-`lockkit verify`, the verdict, the table and the line that names a failure follow from it. Its default
-limits are with the precisions (lockkit/targets.py). Imports no PyTorch.
+A figure is a field of one of the records. Its name in `lockkit verify --json` is the field's.
+
+A gate is one field of `Gates`. It says which figures it limits, whether the limit is an upper or a lower one, and what
+it is for. The options of `lockkit verify`, the verdict, the table and the message of a failure follow from that. The
+default limits are in lockkit/targets.py, beside the precisions.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ Mode = Literal["prefill", "cache_tokens", "cache_chunk", "padded_batch"]
 
 
 class Parity(Record):
-    """How far the ONNX graph's logits are from PyTorch's, in one way of running it.
+    """How far the logits of ONNX are from those of PyTorch, in one way of running the graph.
 
-    A field's title heads its column in the terminal.
+    The title of a field is the head of its column in the terminal.
     """
 
     mode: Mode = Field(
         title="",
-        description="prefill: whole rows, no cache. cache_tokens: a prefix, then token by token. "
-        "cache_chunk: a prefix, then the rest but one at once, then the last token. "
-        "padded_batch: rows of unequal lengths in one batch and one more token each, real positions only.",
+        description="prefill: whole rows, without a cache. cache_tokens: a prefix, then token by token. "
+        "cache_chunk: a prefix, then all tokens but the last in one call, then the last. "
+        "padded_batch: rows of unequal lengths in one batch, then one more token each; padding is not compared.",
     )
     tokens: int = Field(title="tokens", description="Positions compared.")
     max_difference: Figure = Field(title="max |diff|", description="Largest absolute difference of two logits.")
@@ -46,29 +47,29 @@ class Parity(Record):
 
 
 class Parting(Record):
-    """Where one greedy continuation of ONNX parts from PyTorch's."""
+    """The first token at which a greedy continuation of ONNX differs from PyTorch's."""
 
     prompt: int = Field(description="Number of the prompt, from 0.")
     position: int = Field(description="Number of the first generated token that differs, from 0.")
-    gap: Figure = Field(description="PyTorch's logit of its own token there, minus that of the token ONNX chose.")
-    tied: bool = Field(description="The gap is within the configuration's tie_tolerance.")
+    gap: Figure = Field(description="PyTorch's logit of its own token there, minus its logit of the token of ONNX.")
+    tied: bool = Field(description="The gap is no larger than tie_tolerance.")
 
 
 class Continuations(Record):
-    """Greedy continuations of the same prompts, with the cache, by PyTorch and by ONNX."""
+    """Greedy continuations of the same prompts by PyTorch and by ONNX, with a cache."""
 
     prompts: int = Field(description="Continuations compared.")
     prompt_tokens: int = Field(description="Tokens in each prompt.")
-    new_tokens: int = Field(description="Tokens generated for each; an end-of-text token does not end them.")
+    new_tokens: int = Field(description="Tokens generated per prompt. An end-of-text token does not stop generation.")
     identical: Figure = Field(description="Share of continuations that are identical, 0 to 1.")
-    identical_or_tied: Figure = Field(description="Share identical, or parting at a tie, 0 to 1.")
+    identical_or_tied: Figure = Field(description="Share that are identical or first differ at a tie, 0 to 1.")
     partings: list[Parting] = Field(description="One for each continuation that is not identical.")
 
 
 class PerplexityFigures(Record):
-    """Perplexity on the same held-out tokens, and its ratios; null where a model was not given."""
+    """Perplexities on the same held-out tokens and their ratios. null if a model was not given."""
 
-    predictions: int = Field(description="Next-token predictions counted: all but the first of every row.")
+    predictions: int = Field(description="Predicted tokens: all but the first of every row.")
     original: Figure | None = Field(description="Of the original PyTorch model.")
     locked: Figure | None = Field(description="Of the locked PyTorch model.")
     onnx: Figure = Field(description="Of the ONNX graph.")
@@ -78,7 +79,7 @@ class PerplexityFigures(Record):
 
     @classmethod
     def of(cls, predictions: int, onnx: float, original: float | None, locked: float | None) -> PerplexityFigures:
-        """With the ratios of those that are there."""
+        """The perplexities, with the ratios of those that are not None."""
 
         def ratio(above: float | None, below: float | None) -> float | None:
             return None if above is None or below is None else above / below
@@ -96,7 +97,7 @@ class PerplexityFigures(Record):
 
 @dataclass
 class Measured:
-    """All figures of a verification; the names are `VerifyResult`'s."""
+    """All figures of a verification, by their names in `VerifyResult`."""
 
     parity: list[Parity]
     continuations: Continuations | None
@@ -104,16 +105,16 @@ class Measured:
     fidelity: Fidelity | None
 
     def of_all_modes(self, figure: str) -> dict[str, float]:
-        """One figure of `parity`, by mode."""
+        """One figure of `Parity` in every mode, by mode."""
         return {parity.mode: getattr(parity, figure) for parity in self.parity}
 
     def perplexity_ratio(self) -> dict[str, float | None]:
-        """ONNX over the original; over the locked model where the original was not given."""
+        """Perplexity of ONNX over the original's, or over the locked model's if the original was not given."""
         name = "onnx_over_original" if self.perplexity.onnx_over_original is not None else "onnx_over_locked"
         return {name: getattr(self.perplexity, name)}
 
     def same_continuations(self) -> dict[str, float]:
-        """The share of greedy continuations that are the same, if there are any."""
+        """The share of greedy continuations that are identical or first differ at a tie. Empty if there are none."""
         return {} if self.continuations is None else {"identical_or_tied": self.continuations.identical_or_tied}
 
 
@@ -122,7 +123,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a gate does: which figures it holds, by name, and in which direction."""
+    """A gate.
+
+    Attributes:
+        name: of its limit in the configuration.
+        at_most: whether the limit is an upper one.
+        figures: returns the figures it limits, by name.
+    """
 
     name: str
     at_most: bool
@@ -130,11 +137,11 @@ class Gate:
 
     @property
     def sign(self) -> str:
-        """Of a figure that is kept, before the limit."""
+        """The relation of a figure that passes to its limit."""
         return "≤" if self.at_most else "≥"
 
-    def kept(self, value: float, limit: float) -> bool:
-        """Whether a figure is within the limit; one that is not finite never is."""
+    def passes(self, value: float, limit: float) -> bool:
+        """Whether a figure is within the limit. A figure that is not finite never passes."""
         return math.isfinite(value) and (value <= limit if self.at_most else value >= limit)
 
 
@@ -142,7 +149,7 @@ GATES: dict[str, Gate] = {}
 
 
 def _gate(name: str, at_most: bool, description: str, figures: Callable[[Measured], dict[str, Any]]) -> Any:
-    """The field of a gate in `Gates`."""
+    """Register a gate; return its field in `Gates`."""
     GATES[name] = Gate(name, at_most, figures)
     limits = [(precision.row.gates.get(name), precision) for precision in Precision]
     shown = ", ".join(f"{'off' if limit is None else f'{limit:g}'} {precision}" for limit, precision in limits)
@@ -150,7 +157,7 @@ def _gate(name: str, at_most: bool, description: str, figures: Callable[[Measure
 
 
 class Gates(BaseModel):
-    """Limits that an export must keep."""
+    """The limits of all gates. None is the default of the export's precision."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -163,42 +170,43 @@ class Gates(BaseModel):
     min_top1: float | None = _gate(
         "min_top1",
         at_most=False,
-        description="Lowest share of positions with the same top token, in every mode.",
+        description="Lowest share of positions with the same most likely token, in every mode.",
         figures=lambda measured: measured.of_all_modes("top1_agreement"),
     )
     max_perplexity_ratio: float | None = _gate(
         "max_perplexity_ratio",
         at_most=True,
-        description="Highest perplexity of ONNX over the original's.",
+        description="Highest perplexity of ONNX divided by the original's.",
         figures=Measured.perplexity_ratio,
     )
     min_continuations: float | None = _gate(
         "min_continuations",
         at_most=False,
-        description="Lowest share of greedy continuations that are identical, or part where the top tokens are tied.",
+        description="Lowest share of greedy continuations that are identical, or first differ where the two highest "
+        "logits are tied.",
         figures=Measured.same_continuations,
     )
 
     def limits(self, precision: Precision) -> dict[str, float | None]:
-        """The limit of every gate for an export of `precision`: the one set here, else its default. None is off."""
+        """The limit of every gate for an export of `precision`: the one set here, or the default. None is off."""
         own = {name: getattr(self, name) for name in GATES}
         return {name: precision.row.gates.get(name) if limit is None else limit for name, limit in own.items()}
 
 
 class GateOutcome(Record):
-    """One limit, and whether it was kept."""
+    """The outcome of one gate for one figure."""
 
     gate: str = Field(description="Name of the gate in the configuration.")
-    figure: str = Field(description="What was measured: a mode, or what the ratio is over.")
+    figure: str = Field(description="Which figure: a mode, a perplexity ratio, or the share of continuations.")
     value: Figure = Field(description="The figure; null if it is not finite.")
     limit: Figure = Field(description="The limit; null if it is infinite.")
     passed: bool = Field(description="A figure that is not finite never passes.")
 
 
 def judge(limits: dict[str, float | None], measured: Measured) -> list[GateOutcome]:
-    """Hold the figures against the limits, `Gates.limits`; a figure that is not finite never passes."""
+    """Compare the figures with the limits, as `Gates.limits` gives them. A figure that is not finite never passes."""
     return [
-        GateOutcome(gate=gate.name, figure=figure, value=value, limit=limit, passed=gate.kept(value, limit))
+        GateOutcome(gate=gate.name, figure=figure, value=value, limit=limit, passed=gate.passes(value, limit))
         for gate in GATES.values()
         if (limit := limits[gate.name]) is not None
         for figure, value in gate.figures(measured).items()

@@ -1,16 +1,18 @@
 """The comparisons of a verification: a candidate (ONNX) with a reference (PyTorch).
 
-1. `measure_text`: one pass over the held-out rows gives the perplexity of every model, the
-   candidate's parity in prefill, and the lock's fidelity to the original.
-2. `compare_cache_tokens`, `compare_cache_chunk`, `compare_padded`: the same logits by other
-   ways, from a cache that is never empty. The reference is always asked without a cache and
-   without padding, so that a fault in either cannot hide by being on both sides.
-3. `compare_continuations`: what a user would see, greedy text.
+1. `measure_text`: one pass over the held-out rows. It gives the perplexity of every model, the candidate's parity in
+   prefill, and the fidelity of the locked model to the original.
+2. `compare_cache_tokens`, `compare_cache_chunk`, `compare_padded`: the candidate computes the same logits from a cache
+   or in a padded batch. The reference always runs without a cache and without padding, so a fault in either cannot be
+   on both sides and cancel out.
+3. `compare_continuations`: greedy text, as a user would see it.
 
-Only one batch of logits a model is alive at a time.
+Only one batch of logits per model is in memory at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 
@@ -20,33 +22,42 @@ from lockkit.progress import Progress
 from lockkit.runners import Runner
 from lockkit.verify.figures import Continuations, Parting
 
-# Float32 logits of one batch: 64 M of them are 256 MB.
+# Logits of one batch: 256 MB in float32.
 _BATCH_LOGITS = 64_000_000
 _MAX_BATCH_ROWS = 8
 
 
 def batch_rows(block_tokens: int, vocab_size: int) -> int:
-    """Rows whose logits fit in memory together."""
+    """The number of rows in a batch, limited by the memory of their logits."""
     return max(1, min(_MAX_BATCH_ROWS, _BATCH_LOGITS // (block_tokens * vocab_size)))
 
 
 def measure_text(
     candidate: Runner,
-    references: dict[str, Runner],
+    references: Mapping[str, Runner],
     compared_with: str,
     rows: torch.Tensor,
     batch: int,
     progress: Progress,
 ) -> tuple[TextFigures, Comparison]:
-    """Over `rows`, `[rows, block]`: perplexities and fidelity, and the candidate's parity in prefill.
+    """Measure perplexities, fidelity, and the candidate's parity in prefill.
 
-    `references` has `original`, `locked` or both; the candidate, `onnx`, is compared with `compared_with`.
+    Args:
+        candidate: the export; its perplexity is called `onnx`.
+        references: `original`, `locked` or both.
+        compared_with: name of the reference for parity.
+        rows: token ids, `[rows, block]`.
+        batch: rows per forward pass.
+        progress: counts rows.
+
+    Returns:
+        Perplexities and fidelity, and the parity in prefill.
     """
     pairs = [("original", "locked")] if len(references) == 2 else []
     figures, parity = TextFigures([*references, "onnx"], pairs), Comparison(LOGIT_FIGURES)
     progress.start("held-out text", len(rows))
     for ids in rows.split(batch):
-        logits = {name: runner.logits(ids) for name, runner in (references | {"onnx": candidate}).items()}
+        logits = {name: runner.logits(ids) for name, runner in {**references, "onnx": candidate}.items()}
         figures.add(ids, {name: Outputs(found) for name, found in logits.items()})
         parity.add(logits[compared_with], logits["onnx"])
         progress.advance(len(ids))
@@ -55,7 +66,10 @@ def measure_text(
 
 
 def compare_cache_tokens(reference: Runner, candidate: Runner, rows: torch.Tensor, steps: int) -> Comparison:
-    """All but the last `steps` tokens of `rows`, `[rows, block]`, at once; then one by one."""
+    """Compare the logits of the last `steps` tokens of `rows`, `[rows, block]`.
+
+    The candidate runs the tokens before them in one call, then one token per call.
+    """
     result = Comparison(LOGIT_FIGURES)
     expected = reference.logits(rows)
     prefix = rows.shape[1] - steps
@@ -67,9 +81,10 @@ def compare_cache_tokens(reference: Runner, candidate: Runner, rows: torch.Tenso
 
 
 def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor) -> Comparison:
-    """Half of each row, then the rest but one token in one chunk, then that token; row by row.
+    """Compare the logits of the second half of each row of `rows`, `[rows, block]`.
 
-    One row at a time: onnxruntime's GroupQueryAttention takes a chunk after a cache for one row only.
+    The candidate runs the first half in one call, then all but the last token, then the last token. It runs one row at
+    a time: with a cache, onnxruntime's GroupQueryAttention takes a chunk of tokens for a single row only.
     """
     result = Comparison(LOGIT_FIGURES)
     prefix = rows.shape[1] // 2
@@ -83,7 +98,14 @@ def compare_cache_chunk(reference: Runner, candidate: Runner, rows: torch.Tensor
 
 
 def compare_padded(reference: Runner, candidate: Runner, rows: torch.Tensor, lengths: list[int]) -> Comparison:
-    """One batch of the first `lengths` tokens of `rows`, `[rows, block]`, and one token more for each."""
+    """Compare the logits of rows of unequal lengths in one batch, and of one more token per row.
+
+    Args:
+        reference: runs the rows one by one.
+        candidate: runs them as a padded batch.
+        rows: token ids, `[rows, block]`.
+        lengths: tokens of each row in the first call, below `block`.
+    """
     result = Comparison(LOGIT_FIGURES)
     shortened = [row[:length] for row, length in zip(rows, lengths, strict=True)]
     next_ids = torch.stack([row[length] for row, length in zip(rows, lengths, strict=True)])
@@ -94,7 +116,7 @@ def compare_padded(reference: Runner, candidate: Runner, rows: torch.Tensor, len
 
 
 def greedy(runner: Runner, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Continue `prompts`, `[prompts, seq]`, with the cache; returns the new ids, `[prompts, new_tokens]`."""
+    """Continue `prompts`, `[prompts, seq]`, with a cache. Returns the new ids, `[prompts, new_tokens]`."""
     ids, cache, found = prompts, None, []
     for _ in range(new_tokens):
         logits, cache = runner.extend(ids, cache)
@@ -112,7 +134,16 @@ def compare_continuations(
     batch: int,
     progress: Progress,
 ) -> Continuations:
-    """Greedy continuations of `prompts`, `[prompts, seq]`, and where the two models part."""
+    """Compare greedy continuations.
+
+    Args:
+        reference, candidate: the models.
+        prompts: token ids, `[prompts, seq]`.
+        new_tokens: tokens per continuation.
+        tie_tolerance: largest gap between two logits that are a tie.
+        batch: prompts per forward pass.
+        progress: counts prompts.
+    """
     partings = []
     progress.start("greedy continuations", len(prompts))
     for start in range(0, len(prompts), batch):

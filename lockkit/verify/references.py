@@ -1,4 +1,4 @@
-"""The PyTorch models that an export is compared with, and text they all read alike."""
+"""The PyTorch models that an export is compared with, and the held-out text for all models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lockkit.models.lock_record import read_lock_record
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from lockkit.export.manifest import Manifest
     from lockkit.export.session import ExportSession
     from lockkit.verify.config import VerifyConfig
 
@@ -27,14 +28,20 @@ SPLIT = "evaluate"
 
 @dataclass
 class Reference:
-    """A PyTorch model to compare with, not loaded yet."""
+    """A PyTorch model to compare with, not loaded yet.
 
-    name: str  # as given
+    Attributes:
+        name: as given.
+        folder: its files.
+        config: its configuration.
+    """
+
+    name: str
     folder: Path
     config: PreTrainedConfig
 
     def has_weights(self, sha256: dict[str, str]) -> bool:
-        """Whether the folder's weight files have the names and hashes in `sha256`."""
+        """Whether the folder has weight files with the names and hashes in `sha256`."""
         return sha256.items() <= weight_hashes(self.folder).items()
 
 
@@ -46,27 +53,30 @@ class References:
     locked: Reference | None
 
     def all(self) -> dict[str, Reference]:
-        """Those that were given, by kind."""
+        """Those that were given, by kind: `original`, `locked`."""
         return {kind: reference for kind, reference in vars(self).items() if reference is not None}
 
-    def made_from(self, session: ExportSession) -> Literal["original", "locked"]:
-        """Which of the two the export was made from.
+    def source_of(self, manifest: Manifest) -> Literal["original", "locked"]:
+        """The kind of the model that was exported.
 
         Raises:
-            UsageError: that one was not given.
+            UsageError: that model was not given.
         """
-        if session.manifest.locked and self.locked is None:
+        if manifest.locked and self.locked is None:
             raise UsageError("the export is of a locked model: add --reference with the locked model's folder")
-        if not session.manifest.locked and self.original is None:
+        if not manifest.locked and self.original is None:
             raise UsageError("the export is of an original model: add --reference with that model")
-        return "locked" if session.manifest.locked else "original"
+        return "locked" if manifest.locked else "original"
 
 
-def tell_apart(names: list[str]) -> References:
-    """Recognise one or two references by their configurations.
+def find_references(names: list[str]) -> References:
+    """Find one or two models. Their configurations say which is the original and which is locked.
+
+    Args:
+        names: `demo`, folders or Hub ids.
 
     Raises:
-        UsageError: there is none, or two of the same kind.
+        UsageError: there is no model, a model cannot be found, or two are of the same kind.
     """
     if not names:
         raise UsageError("nothing to compare with: add --reference MODEL, the PyTorch model of the export")
@@ -86,11 +96,11 @@ def tell_apart(names: list[str]) -> References:
 
 
 def held_out_rows(session: ExportSession, given: References, config: VerifyConfig) -> tuple[torch.Tensor, MeasuredText]:
-    """Token ids of held-out text, `[rows, block]`, and what they are.
+    """Token ids of held-out text, `[rows, block]`, and their description.
 
     Raises:
-        UsageError: the export and a reference have different vocabularies or tokenizers, there is
-            too little text, or continuations would not fit into the model's context.
+        UsageError: the export and a reference have different vocabularies or tokenizers, there is too little text, or
+            continuations do not fit into the model's context.
     """
     references = list(given.all().values())
     source = config.data if config.data != "auto" else _recorded_source(given.locked)
@@ -123,5 +133,5 @@ def _rows(folder: Path, option: str, source: str, block: int, tokens: int) -> to
 
 
 def _recorded_source(locked: Reference | None) -> str:
-    """The text a locked model was distilled on, by its own record; else the standard library."""
+    """The source that a locked model was distilled on, according to its record; `stdlib` without a locked model."""
     return read_lock_record(locked.folder, "--reference").source(locked.name) if locked else "stdlib"

@@ -1,19 +1,19 @@
 """Verify an export: from folders to a `VerifyResult`.
 
-1. Open the export; its files are checked against its manifest.
-2. Tell the references apart by their configurations (`references.py`), and load them in float32.
-3. Cut held-out text into rows, the same for every model; refuse a reference of another
-   vocabulary or tokenizer.
+1. Open the export and compare its files with its manifest.
+2. Find the references (`references.py`) and load them in float32.
+3. Cut held-out text into rows, the same for every model. Refuse a reference with another vocabulary or tokenizer.
 4. Measure (`parity.py`).
-5. Hold the figures against the gates (`figures.py`).
+5. Compare the figures with the gates (`figures.py`).
 
-Memory: each reference in float32, the export, and one batch of logits of each.
+In memory at the same time: each reference in float32, the export, and one batch of logits per model.
 """
 
 from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,19 +22,20 @@ from lockkit.errors import UsageError
 from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST, sha256_of_file
 from lockkit.measure.records import MeasuredText
+from lockkit.measure.totals import Comparison
 from lockkit.models.load import load_model
 from lockkit.progress import NoProgress, Progress
 from lockkit.runners import OnnxRunner, Runner, TorchRunner
 from lockkit.targets import Precision
 from lockkit.verify import parity
 from lockkit.verify.config import VerifyConfig
-from lockkit.verify.figures import Measured, Parity, PerplexityFigures, judge
-from lockkit.verify.references import held_out_rows, tell_apart
+from lockkit.verify.figures import Measured, Mode, Parity, PerplexityFigures, judge
+from lockkit.verify.references import find_references, held_out_rows
 from lockkit.verify.result import VerifyResult
 from lockkit.version import git_hash, versions
 
-_CHECK_ROWS = 4  # rows for the cache and padding checks
-_MAX_STEPS = 64  # single tokens in the cache check
+_CHECK_ROWS = 4  # in the cache and padding checks
+_MAX_STEPS = 64  # of one token, in the cache check
 
 
 def verify_export(
@@ -47,26 +48,27 @@ def verify_export(
 
     Args:
         export: an export's folder.
-        references: the original, the locked model, or both, in any order; `demo`, folders or Hub
-            ids. A locked export needs the locked model, an unlocked one the original.
-        config: what to measure, and the gates.
-        progress: told what is being done, see `lockkit.progress`.
+        references: the original, the locked model, or both, in any order: `demo`, folders or Hub ids. The export of a
+            locked model needs the locked model; the export of an original needs the original.
+        config: the settings and gates.
+        progress: reports the steps.
 
     Returns:
-        All figures; gates that failed are in `.failed_gates`, no exception is raised for them.
+        All figures. Failed gates are in `failed_gates`; they raise no exception.
 
     Raises:
-        UsageError: the export is damaged, a reference is missing or belongs to another
-            tokenizer, or there is too little text.
+        UsageError: the export is damaged, a reference is missing or has another tokenizer, or there is too little text.
     """
     config = config or VerifyConfig()
     progress = progress or NoProgress()
     started = time.monotonic()
     progress.start("loading models and text", 1)
-    given = tell_apart([str(reference) for reference in references])
+    given = find_references([str(reference) for reference in references])
     session = ExportSession(Path(export), provider=config.provider)
-    compared = given.made_from(session)
-    limits = config.limits(_precision(session.manifest.precision))
+    manifest = session.manifest
+    assert manifest is not None  # a session that checks its files has one
+    compared = given.source_of(manifest)
+    limits = config.limits(_precision(manifest.precision))
     rows, text = held_out_rows(session, given, config)
     device = config.provider.reference_device
     runners = {
@@ -80,12 +82,12 @@ def verify_export(
         passed=all(outcome.passed for outcome in outcomes),
         export=str(export),
         manifest_sha256=sha256_of_file(session.folder / EXPORT_MANIFEST),
-        precision=session.manifest.precision,
+        precision=manifest.precision,
         provider=session.provider,
         original=given.original.name if given.original else None,
         locked=given.locked.name if given.locked else None,
         compared_with=compared,
-        same_weights=given.all()[compared].has_weights(session.manifest.source_sha256),
+        same_weights=given.all()[compared].has_weights(manifest.source_sha256),
         text=text,
         **vars(measured),
         gates=outcomes,
@@ -99,36 +101,36 @@ def verify_export(
 
 def measure(
     onnx: Runner,
-    references: dict[str, Runner],
+    references: Mapping[str, Runner],
     compared_with: str,
     rows: torch.Tensor,
     text: MeasuredText,
     config: VerifyConfig,
     progress: Progress,
 ) -> Measured:
-    """All figures, over held-out `rows`, `[rows, block]`, which `text` describes.
+    """Measure all figures.
 
-    `references` has `original`, `locked` or both; parity is with the one named `compared_with`.
+    Args:
+        onnx: the export.
+        references: `original`, `locked` or both.
+        compared_with: name of the reference for parity.
+        rows: held-out token ids, `[rows, block]`.
+        text: their description.
+        config: the settings.
+        progress: reports the steps.
     """
     block = rows.shape[1]
     reference = references[compared_with]
     batch = parity.batch_rows(block, reference.logits(rows[:1, :1]).shape[-1])
     figures, prefill = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
 
-    progress.start("cache and padding", 3)
     random = torch.Generator().manual_seed(config.seed)
     some = rows[torch.randperm(len(rows), generator=random)]
     checked = some[: min(_CHECK_ROWS, batch)] if len(some) > 1 else some.repeat(2, 1)
-    lengths = torch.randint(1, block, (len(checked),), generator=random).tolist()
-    lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always among them
-    modes = {"prefill": prefill}
-    modes["cache_tokens"] = parity.compare_cache_tokens(reference, onnx, checked, min(block // 2, _MAX_STEPS))
-    progress.advance()
-    modes["cache_chunk"] = parity.compare_cache_chunk(reference, onnx, checked)
-    progress.advance()
-    modes["padded_batch"] = parity.compare_padded(reference, onnx, checked, lengths)
-    progress.finish()
-
+    modes: dict[Mode, Comparison] = {
+        "prefill": prefill,
+        **_cache_and_padding(onnx, reference, checked, random, progress),
+    }
     continuations = None
     if config.prompts:
         prompts = some.repeat(-(-config.prompts // len(some)), 1)[: config.prompts, : max(1, block // 4)]
@@ -137,9 +139,7 @@ def measure(
         )
     values = {name: found.value for name, found in figures.perplexity.items()}
     return Measured(
-        parity=[
-            Parity(mode=mode, tokens=comparison.tokens, **comparison.figures()) for mode, comparison in modes.items()
-        ],
+        parity=[Parity(mode=mode, tokens=found.tokens, **found.figures()) for mode, found in modes.items()],
         continuations=continuations,
         perplexity=PerplexityFigures.of(
             figures.perplexity["onnx"].predictions, values["onnx"], values.get("original"), values.get("locked")
@@ -148,8 +148,26 @@ def measure(
     )
 
 
+def _cache_and_padding(
+    onnx: Runner, reference: Runner, rows: torch.Tensor, random: torch.Generator, progress: Progress
+) -> dict[Mode, Comparison]:
+    """The parity with a cache and in a padded batch, on `rows`, `[rows, block]`. `random` chooses the lengths."""
+    block = rows.shape[1]
+    progress.start("cache and padding", 3)
+    lengths = torch.randint(1, block, (len(rows),), generator=random).tolist()
+    lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always included
+    modes: dict[Mode, Comparison] = {}
+    modes["cache_tokens"] = parity.compare_cache_tokens(reference, onnx, rows, min(block // 2, _MAX_STEPS))
+    progress.advance()
+    modes["cache_chunk"] = parity.compare_cache_chunk(reference, onnx, rows)
+    progress.advance()
+    modes["padded_batch"] = parity.compare_padded(reference, onnx, rows, lengths)
+    progress.finish()
+    return modes
+
+
 def _precision(name: str) -> Precision:
-    """The precision of an export; its row has the default limits."""
+    """The precision called `name`. It has the default limits."""
     if name not in Precision.__members__:
         raise UsageError(f"no gates are known for precision '{name}': export with one of {', '.join(Precision)}")
-    return Precision(name)
+    return Precision[name]

@@ -1,4 +1,4 @@
-"""A verification as tables for a terminal of 80 columns, and its failures as one line."""
+"""The result of a verification as tables for a terminal of 80 columns, and its failures as one line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.text import Text
 
 from lockkit.settings import option_of
 from lockkit.verify.config import VerifyConfig
-from lockkit.verify.figures import GATES, Parity
+from lockkit.verify.figures import GATES, Continuations, Parity
 from lockkit.verify.result import VerifyResult
 
-WAYS = {
+_MODES = {
     "prefill": "whole rows, no cache",
     "cache_tokens": "cache, token by token",
     "cache_chunk": "cache, in one chunk",
@@ -22,12 +22,12 @@ WAYS = {
 
 
 def print_result(result: VerifyResult, console: Console) -> None:
-    """Print every figure, then every gate with its limit."""
+    """Print all figures, then all gates with their limits."""
     console.print(result_tables(result))
 
 
 def result_tables(result: VerifyResult) -> RenderableType:
-    """All tables of a result, below each other."""
+    """All tables of a result, one below the other."""
     lines = [
         f"{result.export}: {result.precision} on {result.provider}",
         f"compared with {getattr(result, result.compared_with)} ({result.compared_with}), in PyTorch float32",
@@ -35,15 +35,15 @@ def result_tables(result: VerifyResult) -> RenderableType:
     ]
     if not result.same_weights:
         lines.append("note: its weights are not, byte for byte, those that were exported")
-    parts = [Text("\n".join(lines)), _parity(result), _perplexity(result)]
+    parts: list[RenderableType] = [Text("\n".join(lines)), _parity(result), _perplexity(result)]
     if result.continuations is not None:
-        parts.append(_continuations(result))
+        parts.append(_continuations(result.continuations))
     parts += [_gates(result), Text("passed" if result.passed else "FAILED", style="green" if result.passed else "red")]
     return Group(*parts)
 
 
 def failure_line(result: VerifyResult) -> str:
-    """One line that names each failed gate, its figure, value and limit."""
+    """One line with the name, figure, value and limit of each failed gate."""
     failed = result.failed_gates
     details = [
         f"{outcome.gate} ({outcome.figure}) is {number(outcome.value)}, limit {number(outcome.limit)}"
@@ -54,7 +54,7 @@ def failure_line(result: VerifyResult) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure with enough digits to tell it from its limit."""
+    """A figure with five digits, or with three if it is very small or large; "not finite" for NaN and None."""
     if value is None or not math.isfinite(value):
         return "not finite" if value is None or math.isnan(value) else str(value)
     if value == 0 or 1e-3 <= abs(value) < 1e6:
@@ -70,10 +70,10 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _parity(result: VerifyResult) -> Table:
-    table = _table("\nONNX and PyTorch", *(field.title for field in Parity.model_fields.values()))
+    table = _table("\nONNX and PyTorch", *(field.title or "" for field in Parity.model_fields.values()))
     for parity in result.parity:
         mode, tokens, *figures = (getattr(parity, name) for name in Parity.model_fields)
-        table.add_row(WAYS[mode], f"{tokens:,}", *(number(figure) for figure in figures))
+        table.add_row(_MODES[mode], f"{tokens:,}", *(number(figure) for figure in figures))
     return table
 
 
@@ -81,15 +81,15 @@ def _perplexity(result: VerifyResult) -> Table:
     figures = result.perplexity
     table = _table("\nHeld-out perplexity", "", "perplexity", "/ original", "/ locked", "KL to original", "top-1")
     fidelity = result.fidelity
-    rows = [
+    rows: list[tuple[str, *tuple[float | None, ...]]] = [
         ("original, PyTorch", figures.original, None, None, None, None),
         (
             "locked, PyTorch",
             figures.locked,
             figures.locked_over_original,
             None,
-            fidelity and fidelity.kl_divergence,
-            fidelity and fidelity.top1_agreement,
+            fidelity.kl_divergence if fidelity else None,
+            fidelity.top1_agreement if fidelity else None,
         ),
         ("ONNX", figures.onnx, figures.onnx_over_original, figures.onnx_over_locked, None, None),
     ]
@@ -99,8 +99,7 @@ def _perplexity(result: VerifyResult) -> Table:
     return table
 
 
-def _continuations(result: VerifyResult) -> Text:
-    found = result.continuations
+def _continuations(found: Continuations) -> Text:
     same = found.prompts - len(found.partings)
     lines = [
         "",
@@ -108,7 +107,7 @@ def _continuations(result: VerifyResult) -> Text:
     ]
     for parting in found.partings[:4]:
         tie = "a tie" if parting.tied else "no tie"
-        lines.append(f"  prompt {parting.prompt} parts at token {parting.position}: gap {number(parting.gap)}, {tie}")
+        lines.append(f"  prompt {parting.prompt} differs at token {parting.position}: gap {number(parting.gap)}, {tie}")
     if len(found.partings) > 4:
         lines.append(f"  and {len(found.partings) - 4} more")
     return Text("\n".join(lines))
@@ -120,7 +119,7 @@ def _gates(result: VerifyResult) -> Table:
         verdict = Text("pass", style="green") if outcome.passed else Text("FAIL", style="red")
         table.add_row(
             option_of(VerifyConfig, outcome.gate),
-            WAYS.get(outcome.figure, outcome.figure.replace("_", " ")),
+            _MODES.get(outcome.figure, outcome.figure.replace("_", " ")),
             number(outcome.value),
             f"{GATES[outcome.gate].sign} {number(outcome.limit)}",
             verdict,
