@@ -13,8 +13,8 @@ from test_export import exports, models  # noqa: F401 (fixtures)
 from test_kernel import kernel  # noqa: F401 (fixture)
 
 from lockkit.kernel import has_kernel, install_kernel
+from lockkit.serve.batch import open_rows
 from lockkit.serve.model import open_served_model
-from lockkit.serve.rows import open_rows
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
 

@@ -23,10 +23,10 @@ from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.generate import next_token
 from lockkit.models.load import DEMO
+from lockkit.serve.batch import SeparateRows, SharedRows, open_rows
 from lockkit.serve.engine import Engine, Job, QueueFullError
-from lockkit.serve.metrics import Metrics
 from lockkit.serve.model import open_served_model
-from lockkit.serve.rows import SeparateRows, SharedRows, open_rows
+from lockkit.serve.prometheus import Metrics
 from lockkit.text_stream import TextStream
 
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))

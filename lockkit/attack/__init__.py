@@ -1,0 +1,1 @@
+"""The audit of a lock: attacks, their costs beside the original, and the figures that follow."""

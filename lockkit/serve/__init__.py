@@ -2,7 +2,7 @@
 
 A request passes through these modules:
 
-    HTTP -> server.py -> guard.py -> app.py -> engine.py -> rows.py -> onnxruntime
+    HTTP -> server.py -> guard.py -> app.py -> engine.py -> batch.py -> onnxruntime
 
 * `config.py`: all settings.
 * `server.py`: the process, its socket, and limits on slow clients.
@@ -10,6 +10,6 @@ A request passes through these modules:
 * `app.py`: the endpoints. `protocol.py` has their JSON, `stream.py` their server-sent events.
 * `model.py`: the export and its tokenizer.
 * `engine.py`: continuous batching. `lockkit/text_stream.py` turns tokens into text.
-* `rows.py`: the graph, with one KV cache for all requests.
-* `metrics.py`: metrics for Prometheus.
+* `batch.py`: the graph, with one KV cache for all requests.
+* `prometheus.py`: metrics for Prometheus.
 """

@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from lockkit.serve.config import ServeConfig
 from lockkit.serve.engine import Engine, Job, Piece, QueueFullError
 from lockkit.serve.guard import Guard, refusal
-from lockkit.serve.metrics import Metrics
+from lockkit.serve.prometheus import Metrics
 from lockkit.serve.protocol import (
     ApiError,
     AssistantMessage,

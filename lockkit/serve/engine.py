@@ -25,14 +25,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lockkit.generate import next_token
-from lockkit.serve.rows import PREFILL_TOKENS, Rows
+from lockkit.serve.batch import PREFILL_TOKENS, Rows
 from lockkit.text_stream import TextStream
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
-    from lockkit.serve.metrics import Metrics
+    from lockkit.serve.prometheus import Metrics
 
 log = logging.getLogger(__name__)
 Reason = Literal["stop", "length", "cancelled", "timeout", "shutdown", "error"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import JSONResponse
 
 from lockkit.serve.config import ServeConfig
-from lockkit.serve.metrics import Metrics
+from lockkit.serve.prometheus import Metrics
 from lockkit.serve.protocol import ApiError
 
 if TYPE_CHECKING:

@@ -27,12 +27,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lockkit.errors import UsageError
 from lockkit.serve.app import make_app
+from lockkit.serve.batch import open_rows
 from lockkit.serve.config import ServeConfig
 from lockkit.serve.engine import Engine
-from lockkit.serve.metrics import Metrics
 from lockkit.serve.model import open_served_model
+from lockkit.serve.prometheus import Metrics
 from lockkit.serve.protocol import error_body
-from lockkit.serve.rows import open_rows
 
 _BACKLOG = 1024  # connections that wait to be accepted; all of them may be accepted at once
 _OTHER_FILES = 128  # open files of the process that are no connections
