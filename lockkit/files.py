@@ -159,16 +159,21 @@ def replaced(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically: `path` is either complete or as it was before.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: `path` is either complete or as it was before.
 
     A link keeps pointing to its file. A device or a pipe cannot be replaced, so it is written as it is.
     """
     if _is_special(path):
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     with replaced(path.resolve()) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lockkit.bench.run import BenchResult
 from lockkit.errors import UsageError, first_line
-from lockkit.files import replaced
+from lockkit.files import write_bytes
 
 
 def picture_suffixes() -> list[str]:
@@ -47,7 +47,6 @@ def plot(result: BenchResult, path: Path) -> None:
     picture = io.BytesIO()
     try:
         figure.savefig(picture, format=path.suffix.removeprefix("."))
-        with replaced(path) as temporary:
-            temporary.write_bytes(picture.getvalue())
+        write_bytes(path, picture.getvalue())
     except (ValueError, OSError) as error:
         raise UsageError(f"cannot write {path} ({first_line(error)}): change --plot") from error
