@@ -27,11 +27,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output_folder(out: Path, overwrite: bool) -> None:
-    """Refuse an output folder before any work is done.
+    """Check an output folder before any work is done.
 
     Raises:
-        UsageError: `out` exists and `overwrite` is off, `out` holds something lockkit did not
-            write, or its parent cannot be written.
+        UsageError: `out` exists and `overwrite` is off, `out` contains something that lockkit did not write, or its
+            parent folder cannot be written to.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out} exists and is not a folder: change OUT")
@@ -47,15 +47,15 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
 
 
 def check_output_file(path: Path, option: str, suffixes: Collection[str] = ()) -> None:
-    """Refuse a file to write before any work is done.
+    """Check the path of an output file before any work is done.
 
     Args:
         option: the option that names the file, for the message.
-        suffixes: what the file's name may end in, such as `.html`; anything by default.
+        suffixes: allowed endings of the file's name, such as `.html`. Empty allows all.
 
     Raises:
-        UsageError: `path` is a folder, lies in a folder that does not exist or cannot be written to, or
-            ends in something else.
+        UsageError: `path` is a folder, its folder does not exist or cannot be written to, or its name has another
+            ending.
     """
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
@@ -79,10 +79,10 @@ def _is_special(path: Path) -> bool:
 
 
 def check_apart(out: Path, source: Path) -> None:
-    """Refuse an output folder that is, holds or lies in the folder that is read.
+    """Check that the output folder is not the folder that is read, and that neither is inside the other.
 
     Raises:
-        UsageError: the two are not apart.
+        UsageError: they are the same folder, or one is inside the other.
     """
     out, source = out.resolve(), source.resolve()
     if out == source or out in source.parents or source in out.parents:
@@ -93,8 +93,8 @@ def check_apart(out: Path, source: Path) -> None:
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that becomes `out` if the block succeeds.
 
-    On any failure (a full disk and Ctrl-C included) the temporary folder is removed, and a
-    folder that stood at `out` before is untouched.
+    On any failure (also a full disk or Ctrl-C), the temporary folder is removed, and an existing folder at `out` is
+    not changed.
 
     Raises:
         UsageError: see `check_output_folder`; or the disk is full.
@@ -106,7 +106,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         with readable_disk_errors(out):
             temporary.mkdir(parents=True)
             yield temporary
-            check_output_folder(out, overwrite)  # another process may have written it meanwhile
+            check_output_folder(out, overwrite)  # another process may have written to it in the meantime
             if out.exists():
                 old = out.parent / f".{out.name}.old-{os.getpid()}"
                 out.rename(old)
@@ -127,7 +127,7 @@ def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
         raise
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
-        # safetensors and onnxruntime report a full disk in the text of an error of their own.
+        # safetensors and onnxruntime raise their own errors. Only the text says that the disk is full.
         if (
             full
             or "No space left on device" in str(error)
@@ -149,7 +149,7 @@ def sha256_of_file(path: Path) -> str:
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`: what is written there replaces `path` if the block succeeds.
 
-    On any failure the temporary file is removed, and a file that stood at `path` before is untouched.
+    On any failure the temporary file is removed, and an existing file at `path` is not changed.
     """
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -162,7 +162,7 @@ def replaced(path: Path) -> Iterator[Path]:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: `path` is either complete or as it was before.
 
-    A link keeps pointing to its file. A device or a pipe cannot be replaced, so it is written as it is.
+    If `path` is a link, the file it points to is replaced. A device or a pipe is written to directly.
     """
     if _is_special(path):
         path.write_bytes(content)
@@ -194,7 +194,7 @@ def read_json(path: Path, option: str) -> dict:
     """Read a JSON object from a file that a user points to with `option`.
 
     Raises:
-        UsageError: missing, unreadable, not JSON, or not an object.
+        UsageError: the file is missing, unreadable, not JSON, or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

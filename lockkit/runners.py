@@ -1,8 +1,8 @@
 """One small interface to a language model, for PyTorch and for an ONNX export.
 
-Token ids are int64 tensors, `[batch, seq]`; logits come back as float32 tensors on the CPU,
-`[batch, seq, vocab]`. A cache is whatever a runner returned; None starts an empty one. Each
-cache is given back once: PyTorch's grows in place.
+Token ids are int64 tensors, `[batch, seq]`; logits are returned as float32 tensors on the CPU, `[batch, seq,
+vocab]`. A cache is a value that the runner returned; None is an empty cache. Use each cache only once, because PyTorch
+changes it in place.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """A causal language model that can be asked for logits."""
+    """A causal language model that computes logits."""
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of whole rows, without a cache."""
 
     def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Logits of `ids`, which follow on what `cache` holds, and the longer cache."""
+        """Logits of `ids`, which continue the tokens in `cache`, and the cache extended by `ids`."""
 
     def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
         """Logits of rows of unequal lengths, `[seq]` each, and of one more token after each.
 
-        `next_ids` is `[rows]`. Returns one `[seq + 1, vocab]` for each row; real positions only.
+        `next_ids` is `[rows]`. Returns `[seq + 1, vocab]` for each row, without padding.
         """
 
 
 class TorchRunner:
-    """A PyTorch model. Rows of unequal lengths run one by one, unpadded: the truth to compare with."""
+    """A PyTorch model. Rows of unequal lengths run one by one without padding, as the reference."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model

@@ -1,4 +1,4 @@
-"""What every training loop needs: the order of the data, and the course of the learning rate."""
+"""Common to all training loops: the order of the data, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def learning_rate_share(
     Args:
         step: counts from 0.
         warm_up: steps over which the rate rises linearly.
-        course: after the warm-up; `cosine` falls to 0, which the step after the last would have.
-        warm_up_reaches_peak: the last step of the warm-up has the peak rate already, not the step after it.
+        course: after the warm-up. `cosine` falls so that the rate would be 0 one step after the last.
+        warm_up_reaches_peak: the last step of the warm-up has the peak rate; otherwise the step after it does.
     """
     if step < warm_up:
         return (step + 1) / (warm_up if warm_up_reaches_peak else warm_up + 1)

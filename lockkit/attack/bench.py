@@ -1,6 +1,6 @@
 """What every attack works on: the two models, the tasks, unlabelled text, and measures.
 
-Models are loaded from their folders for each use, so that no attack sees what another left.
+Models are loaded from their folders for each use, so that no attack is affected by an earlier one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MEASURED_ROWS = 4  # in one forward pass
 
 @dataclass(frozen=True)
 class Quality:
-    """A model on `Bench.text`, held-out text that neither trained it nor chose its state."""
+    """The figures of a model on `Bench.text`: held-out text, not used for training or to choose the model's state."""
 
     perplexity: float
     kl_to_lock: float  # nats per token, KL(lock || model)
@@ -89,7 +89,7 @@ class Bench:
         self._quality: dict[str, Quality] = {}
 
     def _text(self, **tokens: int) -> tuple[torch.Tensor, ...]:
-        """Rows of the splits in `tokens`, up to so many tokens of each."""
+        """Rows of each split in `tokens`, which maps a split to the largest number of tokens to read from it."""
         block = self.text_block
         needs = {split: Need(block, max(count, 2 * block)) for split, count in tokens.items()}
         rows = read_rows(self.tokenizer, documents_by_split(self.source), block, needs, self.source)
@@ -110,12 +110,12 @@ class Bench:
         return task
 
     def load(self, subject: Subject) -> PreTrainedModel:
-        """A fresh copy, in float32, on the device, every weight trainable."""
+        """A new copy of the model, in float32, on the device, with all weights trainable."""
         model, _ = load_model(self.folders[subject], torch.float32, str(self.device))
         return model.requires_grad_(True)
 
     def frozen(self, subject: Subject) -> PreTrainedModel:
-        """One copy to look at, never to change."""
+        """One shared copy of the model, for measurements. It must not be changed."""
         if subject not in self._kept:
             self._kept[subject] = self.load(subject).requires_grad_(False)
         return self._kept[subject]
@@ -134,18 +134,18 @@ class Bench:
 
     @functools.cached_property
     def fidelity(self) -> Fidelity:
-        """How well the lock keeps the original, on the same text."""
+        """How close the lock is to the original, on `Bench.text`."""
         return self._measure(None, ["original", "locked"], [("original", "locked")]).fidelity(self.text)
 
     def kl(self, model: PreTrainedModel, subject: Subject) -> float:
-        """KL(subject || model) on the same text, nats per token: cheaper than `quality`."""
+        """KL(subject || model) on `Bench.text`, in nats per token. Faster than `quality`."""
         return self._measure(model, [], [(subject, "model")]).comparison[subject, "model"].kl_divergence
 
     @torch.no_grad()
     def _measure(
         self, model: PreTrainedModel | None, perplexities: Iterable[str], pairs: list[tuple[str, str]]
     ) -> TextFigures:
-        """Figures of `original`, `locked` and `model`, of those that are asked for."""
+        """The figures of `original`, `locked` and `model` that `perplexities` and `pairs` name."""
         figures = TextFigures(perplexities, pairs)
         models = {
             name: LayeredModel(model if name == "model" else self.frozen(name), self.device)
@@ -158,7 +158,7 @@ class Bench:
 
     @functools.cached_property
     def kl_without_mlps(self) -> float:
-        """KL of an original whose MLPs give nothing: what there is to win back."""
+        """KL(original || original without MLPs): the scale of the unlocks' positive control (unlocking.py)."""
         emptied = self.load("original").requires_grad_(False)
         for layer in decoder_layers(emptied):
             for weight in layer.mlp.parameters():
@@ -167,12 +167,12 @@ class Bench:
 
     @property
     def lock_tokens(self) -> int:
-        """Tokens that the lock was distilled on, both phases; 0 if its record does not say."""
+        """Tokens that the lock was distilled on, in both phases; 0 if that is not known."""
         return self.lock.tokens
 
     @property
     def lock_shape(self) -> dict:
-        """The architecture of the chains, without what distillation chose."""
+        """The architecture of the chains, without their gains, which distillation chose."""
         settings = chain_config(self.frozen("locked").config).to_dict()
         return {key: value for key, value in settings.items() if key != "gains"}
 
@@ -182,7 +182,7 @@ class Bench:
         return len(decoder_layers(self.frozen("locked"))[0].mlp.blocks)
 
     def identity(self) -> dict:
-        """What a result depends on besides an attack's settings: weights, text and task, by hash."""
+        """What a result depends on besides an attack's settings: hashes of weights and text, budgets, and the device."""
         return {
             "locked_sha256": self.hashes["locked"],
             "original_sha256": self.hashes["original"],

@@ -1,19 +1,21 @@
 """Fine-tuning tasks: what an attacker wants the model to learn, as rows of tokens with labels.
 
-Two are built in and need no network; both are made from the sources of Python's standard library
-in the split `finetune`, which no lock is ever distilled on (lockkit/text.py):
+Two tasks are built in and need no network. Both are made from the sources of Python's standard library in the split
+`finetune`. No lock is distilled on that split (lockkit/text.py).
 
-- `docstrings`: another domain. English prose only: the docstrings of modules, classes and functions.
-- `signatures`: a format to follow. Given the line that defines a function, write its signature as
-  JSON; the loss counts the answer alone.
+- `docstrings`: a new domain. English prose only: the docstrings of modules, classes and functions.
+- `signatures`: a new output format. The prompt is the line that defines a function. The answer is the function's
+  signature as JSON. Only the answer counts in the loss.
 
-Any other name is a path or a Hub dataset: plain text (a language-modelling task on its own
-`finetune` split), or chat-format JSON lines (`.jsonl`: {"messages": [{"role": ..., "content":
-...}]}), where the loss counts what the assistant says.
+Any other name is a path or a Hub dataset:
 
-Documents are held out by a hash of their name (of a user's own task at least a quarter, see
-`fill_shares`); a document whose content is also in the lock's distillation text is left out, and the
-counts and hashes are kept as proof.
+- Plain text: a language-modelling task on the split `finetune` of that text.
+- Chat-format JSON lines (`.jsonl`: {"messages": [{"role": ..., "content": ...}]}): only the assistant's messages count
+  in the loss.
+
+A hash of a document's name decides whether it is held out. Of a user's own task, at least a quarter is held out (see
+`fill_shares`). A document whose content is also in the lock's distillation text is left out. The record has the number
+of such documents, and hashes of the rows.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ MIN_PROSE_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids and labels, both `[rows, block]`; labels are -100 where nothing is to be learned."""
+    """Token ids and labels, both `[rows, block]`; labels are -100 where the prediction does not count in the loss."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -70,7 +72,7 @@ class Task:
     train: Rows
     held_out: Rows
     documents: int
-    left_out: int  # documents whose content was distillation text too
+    left_out: int  # documents left out because their content is also in the distillation text
 
     def record(self) -> dict:
         return {
@@ -87,7 +89,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, which is given, and an answer, which is learned."""
+    """Text in turns. Some turns are given (a prompt), the others are learned (an answer)."""
 
     name: str
     turns: list[tuple[str, bool]]  # text, and whether it is learned
@@ -111,8 +113,8 @@ def load_task(
 
     Args:
         name: one of `BUILT_IN`, a text file or folder, a chat-format `.jsonl`, or a Hub dataset.
-        distilled_on: the lock's distillation text (`stdlib`, a path), to be disjoint from; None
-            if it is not to be had.
+        distilled_on: the lock's distillation text (`stdlib` or a path), whose documents are left out; None if that
+            text is not available.
 
     Raises:
         UsageError: there is no such text, too little of it, or a line of it is broken.
@@ -149,7 +151,7 @@ def docstring_documents() -> Iterator[Document]:
 
 
 def signature_examples() -> Iterator[Example]:
-    """Yield one example a function of the split `finetune`: its `def` line, and its signature as JSON."""
+    """Yield one example for each function in the split `finetune`: its `def` line, and its signature as JSON."""
     for document in documents("stdlib", "finetune"):
         try:
             tree = ast.parse(document.text)
@@ -182,7 +184,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict:
 def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Read chat-format JSON lines; the assistant's turns are learned.
 
-    Turns are written by the tokenizer's chat template, or, where it has none, under a heading each.
+    The tokenizer's chat template formats the turns. If it has none, each turn gets a heading with its role.
 
     Raises:
         UsageError: naming the file and the number of the line that is broken.
@@ -200,7 +202,7 @@ def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
             name = "text:" + hashlib.sha256(line.encode()).hexdigest()[:16]
             try:
                 examples.append(Example(name, _turns(messages, tokenizer)))
-            except Exception as error:  # a template refuses in words of its own
+            except Exception as error:  # each template has its own errors
                 raise UsageError(
                     f"{path}, line {number}: the chat template refuses it ({error}): change --task"
                 ) from error
@@ -241,14 +243,14 @@ def _content(text: str) -> str:
 
 
 def _distillation_contents(source: str | None) -> set[str]:
-    """Hashes of every distillation document's content, so that no task document is one by another name."""
+    """Hashes of the content of all distillation documents. They also match a copy under another name."""
     if source is None or source == "self":
         return set()
     return {_content(document.text) for document in documents(source, "distill")}
 
 
 def _parts(characters: Iterable[tuple[str, int]], fill: bool) -> Mapping[str, str]:
-    """The part of each name, by a hash; with `fill`, the held-out part has at least its share of the characters."""
+    """The part of each name, by a hash. With `fill`, the held-out part gets at least its share of the characters."""
     sizes: Counter[str] = Counter()
     for name, count in characters:
         sizes[name] += count
@@ -261,7 +263,7 @@ def _is_held_out(name: str) -> bool:
 
 
 def _rows(ids: torch.Tensor, labels: torch.Tensor) -> Rows:
-    labels[:, 0] = IGNORED  # predicted from nothing
+    labels[:, 0] = IGNORED  # there is no token before it to predict it from
     return Rows(ids, labels)
 
 
@@ -290,7 +292,7 @@ def _example_task(
 def _example_rows(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, block: int, max_tokens: int, name: str
 ) -> Rows:
-    """Pack whole examples into rows; the rest of a row is padding that nothing is learned from.
+    """Pack whole examples into rows; the rest of a row is padding, which does not count in the loss.
 
     Examples follow each other with an end-of-text token, as in pretraining; one longer than a row is cut.
     """
@@ -299,7 +301,7 @@ def _example_rows(
     rows: list[tuple[list[int], list[int]]] = []
     ids: list[int] = []
     labels: list[int] = []
-    # Seeded by content: neighbours in a file (methods of one class) do not fill a row together.
+    # Sorted by a hash, so that neighbours in a file (methods of one class) are spread over the rows.
     for example in sorted(examples, key=lambda e: _content(e.name + e.text)):
         new_ids, new_labels = _encode(example, tokenizer, separator)
         new_ids, new_labels = new_ids[:block], new_labels[:block]

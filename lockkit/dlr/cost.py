@@ -41,7 +41,7 @@ def mlp_saved_values(shape: MLPShape) -> int:
 def dlr_saved_values(shape: MLPShape, depth: int) -> int:
     """Number of values per token that plain autograd saves for the DLR-Net's backward pass.
 
-    Every block saves its input `t_l`: L d values instead of d. The units take as many as in the MLP.
+    Every block saves its input `t_l`: L d values instead of d. The units need as many values as in the MLP.
     """
     return depth * shape.hidden_size + (4 if shape.gated else 2) * shape.intermediate_size
 

@@ -74,9 +74,9 @@ def reversible_chain(
 
 @contextlib.contextmanager
 def reversal(model: nn.Module, anchor_every: int | None = None) -> Iterator[None]:
-    """Put `reversible_chain` in place of the forward pass of every chain in `model`, for a while.
+    """Inside the `with` block, run every chain in `model` with `reversible_chain`.
 
-    Forward and backward pass must both be inside: `with reversal(model): model(...).loss.backward()`.
+    Forward and backward pass must both be inside the block: `with reversal(model): model(...).loss.backward()`.
     A model without chains is left as it is. Outputs are unchanged; gradients are those of plain
     autograd up to rounding.
 

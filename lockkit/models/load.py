@@ -74,11 +74,11 @@ def _download(repository: str, option: str) -> Path:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """Load a configuration; a locked one as lockkit's own class.
+    """Load a configuration. That of a locked model gets lockkit's own class.
 
     Raises:
-        UsageError: the configuration is broken, or needs code of the model's own.
-        UnsupportedModelError: no family of lockkit's.
+        UsageError: the configuration is broken, or needs code from the model's folder.
+        UnsupportedModelError: the model is of no family that lockkit supports.
     """
     from transformers import AutoConfig
 
@@ -116,7 +116,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, Family]:
     """Load an original or a locked model, in evaluation mode.
 
-    `dtype` is a torch dtype, or "auto" for the one the checkpoint is stored in.
+    `dtype` is a torch dtype, or "auto" for the dtype of the stored weights.
 
     Raises:
         UsageError: weights are missing, broken, incomplete or not safetensors.

@@ -1,4 +1,4 @@
-"""What other commands read in the `lockkit.json` of a locked model (written by `lockkit/lock/record.py`)."""
+"""The entries of a locked model's `lockkit.json` that other commands read. `lockkit/lock/record.py` writes it."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ class LockRecord:
         return self.recipe.get("tokens", 0) + self.recipe.get("end_to_end_tokens", 0)
 
     def source(self, model: str) -> str:
-        """The source of held-out text for this lock: that of its distillation text, else the standard library.
+        """The source of held-out text for this lock: its distillation text if that is known, else `stdlib`.
 
         Args:
-            model: what the lock is called in an error.
+            model: name of the lock in error messages.
 
         Raises:
-            UsageError: the record names a file or folder that is not here.
+            UsageError: the record names a file or folder that does not exist here.
         """
         source = self.distilled_on or "stdlib"
-        if source != "stdlib" and "/" not in source and not Path(source).exists():  # the record has names, no paths
+        if (
+            source != "stdlib" and "/" not in source and not Path(source).exists()
+        ):  # the record has names without folders
             raise UsageError(f"{model} was distilled on '{source}', which is not here: give its path as --data")
         return source
 
@@ -52,7 +54,7 @@ def read_lock_record(folder: Path, option: str) -> LockRecord:
     """Read the record in a model folder.
 
     Raises:
-        UsageError: it is damaged. It names `option`.
+        UsageError: the record is damaged. The message names `option`.
     """
     path = folder / LOCK_RECORD
     return LockRecord(read_json(path, option) if path.is_file() else {})

@@ -64,7 +64,7 @@ class Rows(Protocol):
 
 
 def open_rows(model: ServedModel, rows: int, capacity: int, provider: str, threads: int | None) -> Rows:
-    """Load the graph: with shared caches if every row then gets the answer that it gets alone, else with separate ones.
+    """Load the graph: with shared caches if every row still gets the same answer as when it runs alone, else separate.
 
     Args:
         model: the export.

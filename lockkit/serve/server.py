@@ -96,7 +96,7 @@ def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
 
 
 def _spare_cores() -> int:
-    """All physical cores but one, which is for HTTP, tokenizing and sampling.
+    """All physical cores except one. That one is for HTTP, tokenizing and sampling.
 
     onnxruntime's idle threads spin. With both of two cores for onnxruntime, 16 clients got half the throughput.
     """
@@ -171,7 +171,7 @@ def _uvicorn_config(app: FastAPI, config: ServeConfig) -> _Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but it returns after a signal instead of raising the signal again."""
+    """uvicorn's server. After a signal, it returns and does not raise the signal again."""
 
     on_started: Callable[[], None]
 
