@@ -41,7 +41,7 @@ class MLPShape:
 
 @dataclass
 class MLPWeights:
-    """The weights of one MLP, `[out, in]` as in `nn.Linear`. None stands for a tensor that the MLP does not have."""
+    """The weights of one MLP, `[out, in]` as in `nn.Linear`. None: the MLP does not have this tensor."""
 
     up: torch.Tensor  # [intermediate, hidden]
     down: torch.Tensor  # [hidden, intermediate]

@@ -109,7 +109,7 @@ def _check_anchors(anchor_every: int | None) -> None:
 
 
 def _matrices(block: DLRBlock) -> list[torch.Tensor | None]:
-    """Gate weight and bias, up weight and bias, down weight. None stands for a tensor that the block does not have."""
+    """Gate weight and bias, up weight and bias, down weight. None: the block does not have this tensor."""
     own = block_weights(block)
     return [own.gate, own.gate_bias, own.up, own.up_bias, own.down]
 

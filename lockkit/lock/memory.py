@@ -145,9 +145,9 @@ def predict(
 
 
 def logits_bytes(vocab_size: int, block: int, outside_bytes: int, config: LockConfig) -> int:
-    """What logits take at most: all of a batch in phase 2's loss, or a chunk in the meter.
+    """The most memory that logits need: those of a batch in phase 2's loss, or of a chunk in the meter.
 
-    The last measurement is of the model as written, whose embeddings and head are there beside the original's.
+    The last measurement loads the written model, so its embeddings and head are in memory beside the original's.
     """
     measured = METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
     if not config.end_to_end_tokens:

@@ -58,7 +58,7 @@ class ActivationCache:
         return torch.from_file(str(self._file(name)), shared=True, size=math.prod(shape)).view(shape)
 
     def release(self, name: str) -> None:
-        """Remove a tensor from the cache. Its memory or file is freed when its last user is gone."""
+        """Remove a tensor from the cache. Its memory or file is freed when no tensor uses it any more."""
         self.bytes_in_memory.pop(name, None)
         self._file(name).unlink(missing_ok=True)
 

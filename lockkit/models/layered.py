@@ -121,9 +121,9 @@ class LayeredModel:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute what comes after the decoder layers. Differentiable with respect to `hidden`.
 
-        It is the model's own forward pass, so a last norm, a soft cap or a scale of the logits is included. What
-        follows the layers treats every position alone. So each position is a row of length 1: any part of a text may
-        be given, and no mask or position is made for more than one token.
+        It is the model's own forward pass, so a last norm, a soft cap or a scale of the logits is included. The
+        computation after the layers treats each position independently. So each position is a row of length 1: any
+        part of a text may be given, and masks and positions are made for one token only.
 
         Args:
             hidden: output of the last layer, `[..., hidden]`.
