@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import LockkitError, UsageError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
 _OUR_FILES = (LOCK_RECORD, EXPORT_MANIFEST)
-# No space, over quota, file too large (a limit on this process).
+# No space left, quota exceeded, file larger than this process may write.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -30,8 +30,7 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
     """Check an output folder before any work is done.
 
     Raises:
-        UsageError: `out` exists and `overwrite` is off, `out` contains something that lockkit did not write, or its
-            parent folder cannot be written to.
+        UsageError: `out` exists and `overwrite` is off, lockkit did not write it, or its parent cannot be written to.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UsageError(f"{out} exists and is not a folder: change OUT")
@@ -39,7 +38,7 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
         if not overwrite:
             raise UsageError(f"{out} exists: change OUT, or add --overwrite")
         if not any((out / name).is_file() for name in _OUR_FILES):
-            raise UsageError(f"{out} was not written by lockkit, so --overwrite leaves it alone: change OUT")
+            raise UsageError(f"{out} was not written by lockkit, so --overwrite does not replace it: change OUT")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -47,19 +46,19 @@ def check_output_folder(out: Path, overwrite: bool) -> None:
 
 
 def check_output_file(path: Path, option: str, suffixes: Collection[str] = ()) -> None:
-    """Check the path of an output file before any work is done.
+    """Check an output file before any work is done.
 
     Args:
-        option: the option that names the file, for the message.
-        suffixes: allowed endings of the file's name, such as `.html`. Empty allows all.
+        path: the file to write.
+        option: the option that names it, for the error.
+        suffixes: allowed suffixes, such as `.html`; any by default.
 
     Raises:
-        UsageError: `path` is a folder, its folder does not exist or cannot be written to, or its name has another
-            ending.
+        UsageError: `path` is a folder, its folder does not exist or cannot be written to, or its suffix is not allowed.
     """
     parent = path.absolute().parent
     if path.is_dir() or not parent.is_dir():
-        raise UsageError(f"{path} is a folder, or in a folder that does not exist: change {option}")
+        raise UsageError(f"{path} is a folder, or its folder does not exist: change {option}")
     if suffixes and path.suffix.lower() not in suffixes:
         raise UsageError(f"{path} does not end in one of {', '.join(suffixes)}: change {option}")
     if not _is_special(path):
@@ -79,25 +78,24 @@ def _is_special(path: Path) -> bool:
 
 
 def check_apart(out: Path, source: Path) -> None:
-    """Check that the output folder is not the folder that is read, and that neither is inside the other.
+    """Check that an output folder is not the folder that is read, inside it, or around it.
 
     Raises:
-        UsageError: they are the same folder, or one is inside the other.
+        UsageError: it is.
     """
     out, source = out.resolve(), source.resolve()
     if out == source or out in source.parents or source in out.parents:
-        raise UsageError(f"{out} is MODEL's own folder, or one lies in the other: change OUT")
+        raise UsageError(f"{out} is MODEL's own folder, or one contains the other: change OUT")
 
 
 @contextlib.contextmanager
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` if the block succeeds.
+    """A temporary folder beside `out` that becomes `out` at the end of the `with` block.
 
-    On any failure (also a full disk or Ctrl-C), the temporary folder is removed, and an existing folder at `out` is
-    not changed.
+    After a failure (including a full disk and Ctrl-C) the temporary folder is removed and a previous `out` is unchanged.
 
     Raises:
-        UsageError: see `check_output_folder`; or the disk is full.
+        UsageError: `check_output_folder` refuses `out`, or the disk is full.
     """
     check_output_folder(out, overwrite)
     out = out.absolute()
@@ -106,7 +104,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         with readable_disk_errors(out):
             temporary.mkdir(parents=True)
             yield temporary
-            check_output_folder(out, overwrite)  # another process may have written to it in the meantime
+            check_output_folder(out, overwrite)  # another process may have written it in the meantime
             if out.exists():
                 old = out.parent / f".{out.name}.old-{os.getpid()}"
                 out.rename(old)
@@ -120,14 +118,18 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
-    """Turn a full or read-only disk into one line that names the folder and the option to change."""
+    """Turn the errors of a full or read-only disk into one line that names the folder and the option to change.
+
+    Raises:
+        UsageError: the disk is full, or `out` cannot be written to.
+    """
     try:
         yield
     except LockkitError:
         raise
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in FULL
-        # safetensors and onnxruntime raise their own errors. Only the text says that the disk is full.
+        # safetensors and onnxruntime report a full disk in the text of their own errors.
         if (
             full
             or "No space left on device" in str(error)
@@ -147,9 +149,9 @@ def sha256_of_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`: what is written there replaces `path` if the block succeeds.
+    """A temporary path beside `path`. The file written there replaces `path` at the end of the `with` block.
 
-    On any failure the temporary file is removed, and an existing file at `path` is not changed.
+    After a failure the temporary file is removed and a previous `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -180,18 +182,22 @@ def write_json(path: Path, value: object) -> None:
     """Write JSON as `write_text` does.
 
     Raises:
-        ValueError: a figure is not finite; nothing is written.
+        ValueError: a figure is not finite. Nothing is written.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def schema_record(value: DataclassInstance) -> dict:
-    """A dataclass as a JSON object, in which its `schema_version` is called `schema`."""
+def schema_record(value: DataclassInstance) -> dict[str, Any]:
+    """A dataclass as JSON values. Its field `schema_version` is called `schema`."""
     return {"schema" if name == "schema_version" else name: found for name, found in asdict(value).items()}
 
 
-def read_json(path: Path, option: str) -> dict:
-    """Read a JSON object from a file that a user points to with `option`.
+def read_json(path: Path, option: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        option: the option that gave it, for the error.
 
     Raises:
         UsageError: the file is missing, unreadable, not JSON, or not a JSON object.

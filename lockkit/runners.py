@@ -1,8 +1,7 @@
-"""One small interface to a language model, for PyTorch and for an ONNX export.
+"""One interface to a language model, for PyTorch and for an ONNX export.
 
-Token ids are int64 tensors, `[batch, seq]`; logits are returned as float32 tensors on the CPU, `[batch, seq,
-vocab]`. A cache is a value that the runner returned; None is an empty cache. Use each cache only once, because PyTorch
-changes it in place.
+Token ids are int64 tensors, `[batch, seq]`. Logits are float32 tensors on the CPU, `[batch, seq, vocab]`. A cache is what
+the runner returned; None starts an empty one. Use each cache once, because PyTorch changes it in place.
 """
 
 from __future__ import annotations
@@ -22,20 +21,29 @@ class Runner(Protocol):
     """A causal language model that computes logits."""
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits of whole rows, without a cache."""
+        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, without a cache."""
 
     def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Logits of `ids`, which continue the tokens in `cache`, and the cache extended by `ids`."""
+        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, that follow those in `cache`; and the new cache."""
 
     def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of rows of unequal lengths, `[seq]` each, and of one more token after each.
+        """Logits of rows of unequal lengths, and of one more token per row.
 
-        `next_ids` is `[rows]`. Returns `[seq + 1, vocab]` for each row, without padding.
+        Args:
+            rows: token ids, `[seq]` each.
+            next_ids: the token after each row, `[rows]`.
+
+        Returns:
+            `[seq + 1, vocab]` for each row, without padding.
         """
 
 
 class TorchRunner:
-    """A PyTorch model. Rows of unequal lengths run one by one without padding, as the reference."""
+    """A PyTorch model. Rows of unequal lengths run one by one without padding, as the reference for padded batches.
+
+    Args:
+        model: on any device.
+    """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -56,7 +64,11 @@ class TorchRunner:
 
 
 class OnnxRunner:
-    """An ONNX export in onnxruntime. Rows of unequal lengths run as one batch, padded on the right."""
+    """An ONNX export in onnxruntime. Rows of unequal lengths run as one batch, padded on the right.
+
+    Args:
+        session: the export.
+    """
 
     def __init__(self, session: ExportSession):
         self.session = session
@@ -73,7 +85,7 @@ class OnnxRunner:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).numpy()
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
         logits, cache = self.session.forward(ids, mask, None)
-        # The padding stays masked; the next token comes after it, [batch, past + 1].
+        # The padding stays masked, and the next token comes after it: [batch, past + 1].
         mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], axis=1)
         last, _ = self.session.forward(next_ids[:, None].numpy(), mask, cache)
         return [torch.from_numpy(np.concatenate([logits[i, :length], last[i]])) for i, length in enumerate(lengths)]

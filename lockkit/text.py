@@ -1,14 +1,14 @@
-"""Where text comes from: for training, distillation, validation and evaluation.
+"""Text for training, distillation, validation and evaluation.
 
-Text reaches lockkit as *documents*. Every document belongs to exactly one split, so that the same
-text never serves two purposes, whatever command or machine asks for it:
+Text is divided into documents. Every document belongs to exactly one split, the same in every command and on every
+machine. So no text serves two purposes.
 
-1. A source (`stdlib`, a text file, a folder, a Hub dataset) becomes an iterator of `Document(name, text)`.
-2. A hash of its name puts each document into one of 100 buckets; the buckets make up the splits (`split_of`).
-3. In a user's own text, a held-out split can get less than its share from its buckets, or nothing if the
-   text is short. `with_splits` then moves documents from `distill` into it, in an order fixed by a hash.
-4. `read_rows` tokenizes the documents of each split and packs them into rows of equal length, with an
-   end-of-text token between documents.
+1. A source (`stdlib`, a text file, a folder, a Hub dataset) is read as an iterator of `Document(name, text)`.
+2. The hash of its name puts each document into one of 100 buckets. A split is a range of buckets (`split_of`).
+3. In a user's own text, the buckets of a held-out split can hold less than its share, or nothing if the text is short.
+   `with_splits` then moves documents from `distill` into that split, in an order that a hash determines.
+4. `read_rows` tokenizes the documents of each split and packs them into rows of equal length, with an end-of-text token
+   between documents.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# Upper bounds of hash buckets 0..99. `train` made the bundled model and is never used by
-# lockkit itself; for text of the user's own, where nothing was trained, it joins `distill`.
+# The upper bound of each split's range of the buckets 0 to 99. The bundled model was trained on `train`, and lockkit does
+# not use that split. In a user's own text, it is part of `distill`.
 SPLITS = {"train": 60, "distill": 77, "validate": 80, "evaluate": 90, "finetune": 100}
-# Of all text, in percent: the buckets of each split that nothing is trained or distilled on.
+# The share of all text, in percent, of each split that nothing is trained or distilled on.
 HELD_OUT_PERCENT = {
     split: upper - lower
     for (split, upper), lower in zip(SPLITS.items(), (0, *SPLITS.values()), strict=False)
     if split not in ("train", "distill")
 }
 
-# A plain text file has no documents of its own: paragraphs are gathered until they are this long.
+# A plain text file is cut into documents: paragraphs are joined until they have this length.
 FILE_DOCUMENT_CHARACTERS = 4_000
 
-# Shares are filled within the beginning of a source. It bounds what is read of a Hub dataset before the
-# first document is used; in what follows, some 1,000 documents later, buckets are close to their shares.
+# Shares are filled within this many characters at the start of a source. This limits how much of a Hub dataset is read
+# before its first document is used. In the rest, after about 1,000 documents, buckets are close to their shares.
 FILLED_CHARACTERS = 8_000_000
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text"}
@@ -51,7 +51,7 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text"}
 
 @dataclass(frozen=True)
 class Document:
-    """A named piece of text; the name decides its split."""
+    """A piece of text with a name. The name determines its split."""
 
     name: str
     text: str
@@ -59,9 +59,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Need:
-    """Tokens wanted of a split: up to `at_most` are read, fewer than `at_least` are refused.
+    """The tokens that a caller wants from a split.
 
-    `option` is the option that lowers `at_least`, None if there is none; `reason` explains the number.
+    Attributes:
+        at_least: fewer tokens are refused.
+        at_most: more tokens are not read.
+        option: the option that lowers `at_least`; None if there is none.
+        reason: an explanation of `at_least` for the error.
     """
 
     at_least: int
@@ -76,7 +80,7 @@ def _hash(text: str) -> int:
 
 
 def split_of(name: str) -> str:
-    """Return the split that the hash of `name` puts a document into."""
+    """The split of a document, by the hash of its name."""
     bucket = _hash(name) % 100
     return next(split for split, upper in SPLITS.items() if bucket < upper)
 
@@ -84,26 +88,27 @@ def split_of(name: str) -> str:
 def fill_shares(
     sizes: Mapping[str, int], splits: Mapping[str, str], percent: Mapping[str, int], donor: str
 ) -> dict[str, str]:
-    """Choose names to move out of one split, so that no other has less than its share of the characters.
+    """Choose documents to move out of one split, so that each other split has its share of the characters.
 
-    Each split takes names in the order of a hash of its own (rendezvous hashing, Thaler and Ravishankar
-    1998), until its share is full. The order does not depend on the other names. So a name that is
-    added moves few others, and different sources move the same names first.
+    Each split takes names in the order of its own hash, until it has its share (rendezvous hashing, Thaler and
+    Ravishankar 1998). The order of two names does not depend on other names. So when documents are added, few others
+    change their split, and different sources move the same names first.
 
     Args:
-        sizes: the characters of each name.
-        splits: the split of each name before.
-        percent: of all characters, the share of each split to fill.
-        donor: the split that gives; it keeps at least one name.
+        sizes: characters of each document, by name.
+        splits: split of each document before.
+        percent: the share of all characters that each split must have.
+        donor: the split to move documents from. It keeps at least one.
 
     Returns:
-        The new split of each name that moves.
+        The new split of each document that moves, by name.
     """
     total, moved = sum(sizes.values()), {}
     left = {name for name in sizes if splits[name] == donor}
     for split, share in percent.items():
         missing = share * total - 100 * sum(size for name, size in sizes.items() if splits[name] == split)
-        for name in sorted(left, key=lambda name, split=split: (_hash(f"{split}: {name}"), name)):
+        order = {name: (_hash(f"{split}: {name}"), name) for name in left}
+        for name in sorted(left, key=order.__getitem__):
             if missing <= 0 or len(left) == 1:
                 break
             missing -= 100 * sizes[name]
@@ -115,10 +120,10 @@ def fill_shares(
 def with_splits(found: Iterable[Document]) -> Iterator[tuple[str, Document]]:
     """Yield the documents of a user's own text with their splits.
 
-    The splits are those of `SPLITS`, with `train` as a part of `distill`. Within the first
-    `FILLED_CHARACTERS`, each held-out split has at least its share of the characters, and, where
-    `fill_shares` moved documents into it, less than one document more. Documents only move out of
-    `distill`: what the hash holds out is held out in every source.
+    The splits are those of `SPLITS`, with `train` as a part of `distill`. Within the first `FILLED_CHARACTERS`, each
+    held-out split has at least its share of the characters. If `fill_shares` moved documents into a split, it exceeds
+    its share by less than one document. Documents move out of `distill` only: a document that is held out by its hash
+    is held out in every source.
     """
     found = iter(found)
     head: list[Document] = []
@@ -141,10 +146,12 @@ def _own_split(name: str) -> str:
 
 
 def stdlib_documents(*, tests: bool = False) -> Iterator[Document]:
-    """Yield the sources of Python's standard library, one document a module.
+    """Yield the source files of Python's standard library, one document per module.
 
-    Tables of character encodings are left out: they are data, not language.
-    `tests` adds `test.*`, which some distributions of Python leave out.
+    Tables of character encodings are left out, because they are data.
+
+    Args:
+        tests: include the modules of tests, which some distributions of Python do not have.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -161,10 +168,10 @@ def stdlib_documents(*, tests: bool = False) -> Iterator[Document]:
 
 
 def _passages(text: str) -> Iterator[Document]:
-    """Cut `text` into documents of about `FILE_DOCUMENT_CHARACTERS`, named by their own content.
+    """Cut `text` into documents of about `FILE_DOCUMENT_CHARACTERS`, named by a hash of their content.
 
-    Cuts are made after blank lines; where a paragraph is longer, after a line; where a line is,
-    anywhere. Nothing is lost but white space at the end.
+    The text is cut after blank lines, within longer paragraphs after a line, and within longer lines anywhere. Only
+    white space at the end is lost.
     """
     limit = FILE_DOCUMENT_CHARACTERS
     gathered = ""
@@ -180,15 +187,19 @@ def _passages(text: str) -> Iterator[Document]:
 
 
 def _content_document(text: str) -> Document:
-    # Named by content alone: a passage has one split, whatever file or folder it is read from.
+    # The name depends on the content only, so a passage has the same split in every file and folder.
     return Document("text:" + hashlib.sha256(text.encode()).hexdigest()[:16], text)
 
 
 def file_documents(path: Path, option: str = "--data") -> Iterator[Document]:
-    """Yield the documents of a text file, or of every text file in a folder.
+    """Yield the documents of a text file, or of all text files in a folder.
+
+    Args:
+        path: the file or folder.
+        option: the option that gave it, for the error.
 
     Raises:
-        UsageError: `path` is missing, unreadable, not UTF-8, or holds no text. It names `option`.
+        UsageError: `path` is missing, unreadable, not UTF-8, or holds no text.
     """
     if path.is_dir():
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.suffix in TEXT_SUFFIXES]
@@ -212,10 +223,14 @@ def file_documents(path: Path, option: str = "--data") -> Iterator[Document]:
 
 
 def hub_documents(name: str, option: str = "--data") -> Iterator[Document]:
-    """Yield the `text` column of a Hugging Face dataset, `owner/name[:config]`, one document per row.
+    """Yield the column `text` of a Hugging Face dataset, one document per row.
+
+    Args:
+        name: `owner/name`, or `owner/name:config`.
+        option: the option that gave it, for the error.
 
     Raises:
-        UsageError: the package `datasets` is missing, or the dataset cannot be loaded. It names `option`.
+        UsageError: the package `datasets` is missing, or the dataset cannot be loaded.
     """
     try:
         import datasets
@@ -233,17 +248,19 @@ def hub_documents(name: str, option: str = "--data") -> Iterator[Document]:
                 yield _content_document(row["text"])
     except UsageError:
         raise
-    except Exception as error:  # the Hub's client raises dozens of kinds, all of which mean that there is no text
+    except Exception as error:  # the Hub's client raises errors of many classes
         raise UsageError(f"cannot load dataset {name} from the Hub ({error}): change {option}") from error
 
 
 def documents_by_split(source: str, option: str = "--data") -> Iterator[tuple[str, Document]]:
-    """Yield the documents of `source` with their splits, in the source's order.
+    """Yield (split, document) for all documents of `source`, in its order.
 
-    `source` is `stdlib` (without its tests), the path of a text file or folder, or the name of a Hub dataset.
+    Args:
+        source: `stdlib` (without its tests), the path of a text file or folder, or the name of a Hub dataset.
+        option: the option that gave it, for the error.
 
     Raises:
-        UsageError: there is no such source, or it cannot be read. It names `option`.
+        UsageError: there is no such source, or it cannot be read.
     """
     if source == "stdlib":
         return ((split_of(document.name), document) for document in stdlib_documents())
@@ -255,10 +272,13 @@ def documents_by_split(source: str, option: str = "--data") -> Iterator[tuple[st
 
 
 def documents(source: str, split: str, option: str = "--data") -> Iterator[Document]:
-    """Yield the documents of `source` that belong to `split`, see `documents_by_split`.
+    """Yield the documents of one split of `source` (see `documents_by_split`).
 
-    The split `train` of `stdlib` has tests too: they help a model to learn, but never measure one,
-    since not every Python has them. A user's own text has no split `train`.
+    The split `train` of `stdlib` includes modules of tests. The other splits do not, since not every distribution of
+    Python has these modules. A user's own text has no split `train`.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
     """
     if (source, split) == ("stdlib", "train"):
         return (document for document in stdlib_documents(tests=True) if split_of(document.name) == split)
@@ -273,18 +293,24 @@ def read_rows(
     name: str,
     option: str = "--data",
 ) -> dict[str, torch.Tensor]:
-    """Pack documents into rows of token ids without padding, `[rows, block_tokens]` for each key of `needs`.
+    """Pack the documents of several splits into rows of token ids without padding.
 
-    Documents follow each other in the order in which they come, with an end-of-text token between
-    them. The last, incomplete row is dropped. Reading stops once nothing is needed any more.
+    Documents follow each other in the given order, with an end-of-text token after each. The last, incomplete row is
+    dropped. Reading stops when every split has enough.
 
     Args:
-        found: documents with their splits (`documents_by_split`), or with other names for parts of a text.
-        needs: the tokens of each split.
-        name: what the text is called in an error, and `option` what gives more of it.
+        tokenizer: of the model.
+        found: documents with their splits, as `documents_by_split` yields them. Other names of parts work as well.
+        block_tokens: tokens in a row.
+        needs: the tokens wanted from each split.
+        name: name of the text, for the error.
+        option: the option that gives more text, for the error.
+
+    Returns:
+        Token ids, `[rows, block_tokens]`, for each split in `needs`.
 
     Raises:
-        UsageError: a split has too few tokens. It says what each split has and needs.
+        UsageError: a split has too few tokens. The message says what each split has and needs.
     """
     ids: dict[str, list[int]] = {split: [] for split in needs}
     for split, document in found:
@@ -297,10 +323,11 @@ def read_rows(
 
 
 def _require_enough(has: Mapping[str, int], needs: Mapping[str, Need], name: str, option: str) -> None:
+    """Raise a UsageError if a split has fewer tokens than `at_least`."""
     short = [need for split, need in needs.items() if has[split] < need.at_least]
     if not short:
         return
-    figures = []
+    figures: list[str] = []
     for split, need in needs.items():
         count = f"{need.at_most:,} or more" if has[split] >= need.at_most else f"{has[split]:,}"
         unit = "" if figures else " tokens"
@@ -314,12 +341,19 @@ def _require_enough(has: Mapping[str, int], needs: Mapping[str, Need], name: str
 def token_blocks(
     tokenizer: PreTrainedTokenizerBase, texts: Iterator[Document], block_tokens: int, max_tokens: int | None
 ) -> torch.Tensor:
-    """Pack documents into rows of token ids without padding, `[rows, block_tokens]`, as `read_rows` does.
+    """Pack documents into rows of token ids without padding, as `read_rows` does.
 
-    Reading stops once `max_tokens` are there; None reads everything.
+    Args:
+        tokenizer: of the model.
+        texts: the documents.
+        block_tokens: tokens in a row.
+        max_tokens: reading stops at this number; None reads everything.
+
+    Returns:
+        Token ids, `[rows, block_tokens]`.
 
     Raises:
-        UsageError: the text does not fill a single row.
+        UsageError: the text does not fill one row.
     """
     ids: list[int] = []
     for document in texts:
@@ -332,7 +366,7 @@ def token_blocks(
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
-    """The tokens of a document, with the end-of-text token if the tokenizer has one."""
+    """The tokens of a document, followed by the end-of-text token if the tokenizer has one."""
     ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
     return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
@@ -345,9 +379,11 @@ def _rows(ids: list[int], block_tokens: int, max_tokens: int | None) -> torch.Te
 
 
 def rows_sha256(*rows: torch.Tensor) -> str:
-    """SHA-256 of token ids, `[rows, block]`: row by row, each id as a little-endian int64.
+    """SHA-256 of token ids, in hexadecimal.
 
-    Several tensors are hashed one after the other.
+    Args:
+        rows: token ids, `[rows, block]`; several tensors are hashed one after the other. The bytes are those of
+            little-endian int64 integers, row by row.
     """
     total = hashlib.sha256()
     for part in rows:

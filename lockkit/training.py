@@ -1,4 +1,4 @@
-"""Common to all training loops: the order of the data, and the schedule of the learning rate."""
+"""Parts of every training loop: the order of the data, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 
 def shuffled_passes(available: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield permutations of `available` indices without end, int64 `[available]` each: one per pass over the data."""
+    """Yield permutations of `available` indices, int64 `[available]`, one per pass over the data, without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randperm(available, generator=generator)
 
 
 def shuffled_order(available: int, wanted: int, seed: int) -> torch.Tensor:
-    """The first `wanted` indices of whole shuffled passes over `available` items, int64 `[wanted]`."""
+    """The first `wanted` indices of shuffled passes over `available` items, int64 `[wanted]`."""
     passes = max(1, math.ceil(wanted / available))
     return torch.cat(list(itertools.islice(shuffled_passes(available, seed), passes)))[:wanted]
 
 
 def shuffled_batches(available: int, batch: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield the order of `shuffled_order` in batches without end, int64 `[batch]` each. A batch may span passes."""
+    """Yield the indices of `shuffled_order` in batches, int64 `[batch]`, without end. A batch may span two passes."""
     passes = shuffled_passes(available, seed)
     order = next(passes)
     while True:
@@ -41,13 +41,14 @@ def learning_rate_share(
     course: Literal["constant", "cosine"] = "cosine",
     warm_up_reaches_peak: bool = False,
 ) -> float:
-    """The learning rate of one of `steps` steps, as a share of its peak.
+    """The learning rate of one step, as a share of the peak.
 
     Args:
         step: counts from 0.
-        warm_up: steps over which the rate rises linearly.
-        course: after the warm-up. `cosine` falls so that the rate would be 0 one step after the last.
-        warm_up_reaches_peak: the last step of the warm-up has the peak rate; otherwise the step after it does.
+        steps: number of steps.
+        warm_up: number of steps over which the rate rises linearly.
+        course: after the warm-up. `cosine` falls towards 0, which it would reach one step after the last.
+        warm_up_reaches_peak: whether the peak is at the last step of the warm-up or at the step after it.
     """
     if step < warm_up:
         return (step + 1) / (warm_up if warm_up_reaches_peak else warm_up + 1)

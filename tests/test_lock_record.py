@@ -19,7 +19,7 @@ def test_the_source_of_a_lock(tmp_path, monkeypatch):
     assert of(data="self").distilled_on is None and of(data="stdlib").distilled_on == "stdlib"
     assert of(data="owner/dataset").source("MODEL") == "owner/dataset"
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"MODEL was distilled on 'corpus.txt', which is not here: .* --data"):
+    with pytest.raises(UsageError, match=r"MODEL was distilled on 'corpus.txt', which does not exist here: .* --data"):
         of(data="corpus.txt").source("MODEL")
     (tmp_path / "corpus.txt").touch()
     assert of(data="corpus.txt").source("MODEL") == "corpus.txt"

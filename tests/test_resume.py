@@ -136,7 +136,7 @@ def test_two_locks_do_not_share_a_work_folder(originals, unfinished):
     work = unfinished.parent / ".out.lockkit-work"
     holder = Work(work)
     holder.open()
-    with pytest.raises(UsageError, match="another lockkit lock is at work"):
+    with pytest.raises(UsageError, match="another `lockkit lock` uses"):
         lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK))
     assert (work / "layer-0000.safetensors").is_file()
     holder.close(finished=False)

@@ -1,6 +1,6 @@
-"""What every attack works on: the two models, the tasks, unlabelled text, and measures.
+"""The inputs of all attacks: the two models, the tasks, and unlabelled text. And the measurements of their results.
 
-Models are loaded from their folders for each use, so that no attack is affected by an earlier one.
+A model is loaded from its folder each time it is changed, so no attack sees the changes of another.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Subject = Literal["original", "locked"]
+_Measured = Literal["original", "locked", "model"]
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads"),
 )
+# Two tokenizers are the same if they have the same vocabulary and agree on this text.
 PROBE_TEXT = 'def probe(a, b=None):\n    """Any text will do: 0123456789, été, 日本語."""\n    return a\n'
 TEXT_BLOCK_TOKENS = 256
 MEASURED_SPLIT = "evaluate"
@@ -43,21 +45,45 @@ MEASURED_ROWS = 4  # in one forward pass
 
 @dataclass(frozen=True)
 class Quality:
-    """The figures of a model on `Bench.text`: held-out text, not used for training or to choose the model's state."""
+    """The figures of a model on `Bench.text`, which neither trained the lock nor chose its state.
+
+    Attributes:
+        perplexity: per token.
+        kl_to_lock: KL(locked model || model), nats per token.
+        kl_to_original: KL(original || model), nats per token.
+    """
 
     perplexity: float
-    kl_to_lock: float  # nats per token, KL(lock || model)
+    kl_to_lock: float
     kl_to_original: float
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, float]:
+        """The figures as JSON values."""
         return dict(vars(self))
 
 
 class Bench:
-    """Everything an audit works on.
+    """The inputs and measurements of an audit.
+
+    Args:
+        locked: the locked model, a folder or Hub id.
+        original: the model that it was made from: `demo`, a folder or Hub id.
+        config: the settings of the audit.
+
+    Attributes:
+        folders, names, hashes: folder, public name and SHA-256 of the weights of both models, by `Subject`.
+        family, tokenizer: of both models.
+        device: where attacks run.
+        lock, record: the record of the lock, and its values.
+        source: source of the text.
+        text_block: tokens in a row of `unlabelled` and `evaluation`.
+        unlabelled: token ids that an attacker may use, `[rows, text_block]`.
+        evaluation: held-out token ids, `[rows, text_block]`.
+        text: description of `evaluation`.
+        tasks: the fine-tuning tasks, by name.
 
     Raises:
-        UsageError: LOCKED is not a locked model, or the original does not match it.
+        UsageError: LOCKED is not a locked model, the original does not match it, or there is too little text.
     """
 
     def __init__(self, locked: str, original: str, config: AuditConfig):
@@ -74,9 +100,7 @@ class Bench:
         self.record = self.lock.values
         context = getattr(load_config(self.folders["original"]), "max_position_embeddings", None) or 2**31
         if config.block_tokens > context:
-            raise UsageError(
-                f"--block-tokens {config.block_tokens} exceed the model's context of {context}: lower them"
-            )
+            raise UsageError(f"--block-tokens {config.block_tokens} exceeds the model's context of {context}: lower it")
         self.source = self.lock.source(locked) if config.data == "auto" else config.data
         self.text_block = min(TEXT_BLOCK_TOKENS, context)
         self.unlabelled, self.evaluation = self._text(
@@ -89,13 +113,14 @@ class Bench:
         self._quality: dict[str, Quality] = {}
 
     def _text(self, **tokens: int) -> tuple[torch.Tensor, ...]:
-        """Rows of each split in `tokens`, which maps a split to the largest number of tokens to read from it."""
+        """Token ids, `[rows, text_block]`, of each split in `tokens`, up to the given number of tokens."""
         block = self.text_block
         needs = {split: Need(block, max(count, 2 * block)) for split, count in tokens.items()}
         rows = read_rows(self.tokenizer, documents_by_split(self.source), block, needs, self.source)
         return tuple(rows[split] for split in tokens)
 
     def _task(self, name: str) -> Task:
+        """Load a task, and check that no row is both trained on and held out."""
         task = load_task(
             name,
             self.tokenizer,
@@ -110,47 +135,54 @@ class Bench:
         return task
 
     def load(self, subject: Subject) -> PreTrainedModel:
-        """A new copy of the model, in float32, on the device, with all weights trainable."""
+        """A new copy of a model, in float32, on the device, with all weights trainable."""
         model, _ = load_model(self.folders[subject], torch.float32, str(self.device))
         return model.requires_grad_(True)
 
     def frozen(self, subject: Subject) -> PreTrainedModel:
-        """One shared copy of the model, for measurements. It must not be changed."""
+        """The shared copy of a model, in float32, with frozen weights. Do not change it."""
         if subject not in self._kept:
             self._kept[subject] = self.load(subject).requires_grad_(False)
         return self._kept[subject]
 
     def quality(self, model: PreTrainedModel) -> Quality:
-        """Perplexity and KL divergences of `model` on held-out text of the split `evaluate`."""
+        """Perplexity and KL divergences of a model on `text`."""
         figures = self._measure(model, ["model"], [("locked", "model"), ("original", "model")])
         to_lock, to_original = (comparison.kl_divergence for comparison in figures.comparison.values())
         return Quality(figures.perplexity["model"].value, to_lock, to_original)
 
     def quality_of(self, subject: Subject) -> Quality:
-        """The quality of the lock or of the original, measured once."""
+        """The quality of the locked model or of the original, measured once."""
         if subject not in self._quality:
             self._quality[subject] = self.quality(self.frozen(subject))
         return self._quality[subject]
 
     @functools.cached_property
     def fidelity(self) -> Fidelity:
-        """How close the lock is to the original, on `Bench.text`."""
+        """The fidelity of the locked model to the original on `text`, measured once."""
         return self._measure(None, ["original", "locked"], [("original", "locked")]).fidelity(self.text)
 
     def kl(self, model: PreTrainedModel, subject: Subject) -> float:
-        """KL(subject || model) on `Bench.text`, in nats per token. Faster than `quality`."""
+        """KL(subject || model) on `text`, in nats per token. Cheaper than `quality`."""
         return self._measure(model, [], [(subject, "model")]).comparison[subject, "model"].kl_divergence
 
     @torch.no_grad()
     def _measure(
-        self, model: PreTrainedModel | None, perplexities: Iterable[str], pairs: list[tuple[str, str]]
+        self, model: PreTrainedModel | None, perplexities: Iterable[str], pairs: list[tuple[_Measured, _Measured]]
     ) -> TextFigures:
-        """The figures of `original`, `locked` and `model` that `perplexities` and `pairs` name."""
+        """Figures on `text`.
+
+        Args:
+            model: the model called `model` in the other arguments.
+            perplexities: names of models whose perplexity is wanted. Each must be in a pair.
+            pairs: names of models to compare: (reference, candidate).
+        """
         figures = TextFigures(perplexities, pairs)
-        models = {
-            name: LayeredModel(model if name == "model" else self.frozen(name), self.device)
-            for name in dict.fromkeys(name for pair in pairs for name in pair)
-        }
+        models: dict[str, LayeredModel] = {}
+        for name in dict.fromkeys(name for pair in pairs for name in pair):
+            found = model if name == "model" else self.frozen(name)
+            assert found is not None  # a caller that names `model` gives it
+            models[name] = LayeredModel(found, self.device)
         for ids in self.evaluation.split(MEASURED_ROWS):
             ids = ids.to(self.device)
             figures.add(ids, {name: Outputs(found.hidden(ids), found.head) for name, found in models.items()})
@@ -158,7 +190,7 @@ class Bench:
 
     @functools.cached_property
     def kl_without_mlps(self) -> float:
-        """KL(original || original without MLPs): the scale of the unlocks' positive control (unlocking.py)."""
+        """KL(original || original with MLPs whose output is 0), in nats per token. An unlock can win back this much."""
         emptied = self.load("original").requires_grad_(False)
         for layer in decoder_layers(emptied):
             for weight in layer.mlp.parameters():
@@ -167,22 +199,23 @@ class Bench:
 
     @property
     def lock_tokens(self) -> int:
-        """Tokens that the lock was distilled on, in both phases; 0 if that is not known."""
+        """Tokens of both phases of distillation; 0 if the record does not say."""
         return self.lock.tokens
 
     @property
-    def lock_shape(self) -> dict:
-        """The architecture of the chains, without their gains, which distillation chose."""
-        settings = chain_config(self.frozen("locked").config).to_dict()
-        return {key: value for key, value in settings.items() if key != "gains"}
+    def lock_shape(self) -> dict[str, Any]:
+        """The architecture of the chains as JSON values, without the gains, which distillation chose."""
+        chains = chain_config(self.frozen("locked").config)
+        assert chains is not None  # the constructor refuses a model that is not locked
+        return {key: value for key, value in chains.to_dict().items() if key != "gains"}
 
     @property
     def depth(self) -> int:
         """Blocks in each chain of the lock."""
         return len(decoder_layers(self.frozen("locked"))[0].mlp.blocks)
 
-    def identity(self) -> dict:
-        """What a result depends on besides an attack's settings: hashes of weights and text, budgets, and the device."""
+    def identity(self) -> dict[str, Any]:
+        """Everything that a result depends on besides the task and the settings of an attack. Weights and text by hash."""
         return {
             "locked_sha256": self.hashes["locked"],
             "original_sha256": self.hashes["original"],
@@ -195,6 +228,7 @@ class Bench:
 
 
 def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Family:
+    """The family of both models. Raises a UsageError if they do not match."""
     configs = {name: load_config(folder) for name, folder in folders.items()}
     if not is_locked(configs["locked"]):
         raise UsageError(f"{locked} is not a locked model: give LOCKED a folder that `lockkit lock` wrote")
@@ -213,10 +247,11 @@ def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Fa
 
 
 def _matching_tokenizer(folders: dict[str, Path], original: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of both models. Raises a UsageError if they differ."""
     tokenizer, other = load_tokenizer(folders["locked"], "LOCKED"), load_tokenizer(folders["original"], "--original")
     same = tokenizer.get_vocab() == other.get_vocab() and (
         tokenizer(PROBE_TEXT)["input_ids"] == other(PROBE_TEXT)["input_ids"]
     )
     if not same:
-        raise UsageError(f"the tokenizer of {original} is not the lock's: change --original")
+        raise UsageError(f"the tokenizer of {original} is not that of the lock: change --original")
     return tokenizer

@@ -1,21 +1,19 @@
-"""Fine-tuning tasks: what an attacker wants the model to learn, as rows of tokens with labels.
+"""Fine-tuning tasks: what an attacker wants the model to learn, as rows of token ids with labels.
 
-Two tasks are built in and need no network. Both are made from the sources of Python's standard library in the split
-`finetune`. No lock is distilled on that split (lockkit/text.py).
+Two tasks are built in and need no network. Both are made from the source files of Python's standard library in the
+split `finetune`, which no lock is distilled on (lockkit/text.py):
 
-- `docstrings`: a new domain. English prose only: the docstrings of modules, classes and functions.
-- `signatures`: a new output format. The prompt is the line that defines a function. The answer is the function's
-  signature as JSON. Only the answer counts in the loss.
+- `docstrings`: another domain. English prose: the docstrings of modules, classes and functions.
+- `signatures`: another format. Given the line that defines a function, write its signature as JSON. Only the answer
+  counts in the loss.
 
-Any other name is a path or a Hub dataset:
+Any other name is a path or a Hub dataset. Plain text is a language-modelling task on its split `finetune`. A `.jsonl`
+file has one conversation per line, {"messages": [{"role": ..., "content": ...}]}; only the text of the assistant counts
+in the loss.
 
-- Plain text: a language-modelling task on the split `finetune` of that text.
-- Chat-format JSON lines (`.jsonl`: {"messages": [{"role": ..., "content": ...}]}): only the assistant's messages count
-  in the loss.
-
-A hash of a document's name decides whether it is held out. Of a user's own task, at least a quarter is held out (see
-`fill_shares`). A document whose content is also in the lock's distillation text is left out. The record has the number
-of such documents, and hashes of the rows.
+Documents are held out by a hash of their name. In a user's own task, at least a quarter of the text is held out (see
+`fill_shares`). Documents whose content is also in the distillation text of the lock are excluded. Their number and the
+hashes of the rows are in the result.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BUILT_IN = ("docstrings", "signatures")
-IGNORED = -100  # the label of a position whose prediction does not count
+IGNORED = -100  # label of a token that does not count in the loss
 HELD_OUT_PERCENT = 25
 TRAIN, HELD_OUT = "train", "held-out"  # the parts of a task
 MIN_PROSE_CHARACTERS = 80
@@ -47,7 +45,12 @@ MIN_PROSE_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class Rows:
-    """Token ids and labels, both `[rows, block]`; labels are -100 where the prediction does not count in the loss."""
+    """Rows of tokens with labels.
+
+    Attributes:
+        ids: token ids, `[rows, block]`.
+        labels: the same ids, or `IGNORED` for tokens that do not count in the loss, `[rows, block]`.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -57,24 +60,34 @@ class Rows:
 
     @property
     def tokens(self) -> int:
+        """Tokens in all rows, padding included."""
         return self.ids.numel()
 
     def sha256(self) -> str:
-        """Hash of the ids, then the labels."""
+        """SHA-256 of the ids and then the labels."""
         return rows_sha256(self.ids, self.labels)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: rows to train on, rows to measure on, and where they came from."""
+    """A fine-tuning task.
+
+    Attributes:
+        name: public name.
+        train: rows to train on.
+        held_out: rows to measure on.
+        documents: number of documents (or examples) that the rows are made from.
+        left_out: number of documents excluded because they are in the distillation text.
+    """
 
     name: str
     train: Rows
     held_out: Rows
     documents: int
-    left_out: int  # documents left out because their content is also in the distillation text
+    left_out: int
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """Name, counts and hashes as JSON values."""
         return {
             "name": self.name,
             "documents": self.documents,
@@ -89,14 +102,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """Text in turns. Some turns are given (a prompt), the others are learned (an answer)."""
+    """A prompt with its answer, or a conversation.
+
+    Attributes:
+        name: of its document.
+        turns: each text, and whether it counts in the loss.
+    """
 
     name: str
-    turns: list[tuple[str, bool]]  # text, and whether it is learned
+    turns: list[tuple[str, bool]]
 
     @property
     def text(self) -> str:
-        """The prompt and the answer."""
+        """The text of all turns."""
         return "".join(text for text, _ in self.turns)
 
 
@@ -112,12 +130,14 @@ def load_task(
     """Build a task.
 
     Args:
-        name: one of `BUILT_IN`, a text file or folder, a chat-format `.jsonl`, or a Hub dataset.
-        distilled_on: the lock's distillation text (`stdlib` or a path), whose documents are left out; None if that
-            text is not available.
+        name: one of `BUILT_IN`, a text file or folder, a `.jsonl` file of conversations, or a Hub dataset.
+        tokenizer: of the model.
+        block_tokens: tokens in a row.
+        train_tokens, held_out_tokens: wanted tokens of each part.
+        distilled_on: source of the lock's distillation text, whose documents are excluded. None if it is unknown.
 
     Raises:
-        UsageError: there is no such text, too little of it, or a line of it is broken.
+        UsageError: there is no such text, there is too little of it, or a line is not valid.
     """
     forbidden = _distillation_contents(distilled_on)
     if name == "signatures" or name.endswith(".jsonl"):
@@ -137,12 +157,8 @@ def load_task(
 
 
 def docstring_documents() -> Iterator[Document]:
-    """Yield the prose of each module in the split `finetune`: its docstrings, one after another."""
-    for document in documents("stdlib", "finetune"):
-        try:
-            tree = ast.parse(document.text)
-        except (SyntaxError, ValueError):
-            continue
+    """Yield the docstrings of each module in the split `finetune`, joined to one document."""
+    for document, tree in _parsed_modules():
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
         prose = [text for text in found if text and len(text) >= MIN_PROSE_CHARACTERS]
@@ -151,12 +167,8 @@ def docstring_documents() -> Iterator[Document]:
 
 
 def signature_examples() -> Iterator[Example]:
-    """Yield one example for each function in the split `finetune`: its `def` line, and its signature as JSON."""
-    for document in documents("stdlib", "finetune"):
-        try:
-            tree = ast.parse(document.text)
-        except (SyntaxError, ValueError):
-            continue
+    """Yield one example per function in the split `finetune`: its `def` line, and its signature as JSON."""
+    for document, tree in _parsed_modules():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 line = f"def {node.name}({ast.unparse(node.args)}):"
@@ -164,7 +176,17 @@ def signature_examples() -> Iterator[Example]:
                 yield Example(document.name, [(f"# Signature as JSON\n{line}\n", False), (answer + "\n", True)])
 
 
-def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict:
+def _parsed_modules() -> Iterator[tuple[Document, ast.Module]]:
+    """The modules of the standard library in the split `finetune`, parsed. Those that do not parse are skipped."""
+    for document in documents("stdlib", "finetune"):
+        try:
+            tree = ast.parse(document.text)
+        except (SyntaxError, ValueError):
+            continue
+        yield document, tree
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
     arguments = node.args
     plain = [*arguments.posonlyargs, *arguments.args]
     defaults = dict(
@@ -182,12 +204,14 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict:
 
 
 def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Read chat-format JSON lines; the assistant's turns are learned.
+    """Read conversations from JSON lines. The turns of the assistant count in the loss.
 
-    The tokenizer's chat template formats the turns. If it has none, each turn gets a heading with its role.
+    Args:
+        path: the file.
+        tokenizer: its chat template renders the turns. Without a template, each turn gets a heading.
 
     Raises:
-        UsageError: naming the file and the number of the line that is broken.
+        UsageError: the file cannot be read, or a line is not valid. The message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -202,7 +226,7 @@ def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
             name = "text:" + hashlib.sha256(line.encode()).hexdigest()[:16]
             try:
                 examples.append(Example(name, _turns(messages, tokenizer)))
-            except Exception as error:  # each template has its own errors
+            except Exception as error:  # a template may raise any error
                 raise UsageError(
                     f"{path}, line {number}: the chat template refuses it ({error}): change --task"
                 ) from error
@@ -211,23 +235,25 @@ def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
     return examples
 
 
-def _messages(line: str, where: str) -> list[dict]:
+def _messages(line: str, where: str) -> list[dict[str, Any]]:
+    """The turns in a line. `where` names the line in errors."""
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{where}: not valid JSON ({error}): mend the line, or change --task") from error
+        raise UsageError(f"{where}: not valid JSON ({error}): correct the line, or change --task") from error
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise UsageError(f'{where}: no "messages" with a list of turns: mend the line, or change --task')
+        raise UsageError(f'{where}: no "messages" with a list of turns: correct the line, or change --task')
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UsageError(f'{where}: a turn without "role" and "content": mend the line, or change --task')
+            raise UsageError(f'{where}: a turn without "role" and "content": correct the line, or change --task')
     if not any(message["role"] == "assistant" for message in messages):
-        raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: mend the line, or change --task")
+        raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: correct the line, or change --task")
     return messages
 
 
-def _turns(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def _turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """The text of each turn, and whether the assistant says it."""
     if not tokenizer.chat_template:
         return [(f"### {m['role']}\n{m['content']}\n", m["role"] == "assistant") for m in messages]
     turns, before = [], ""
@@ -243,14 +269,14 @@ def _content(text: str) -> str:
 
 
 def _distillation_contents(source: str | None) -> set[str]:
-    """Hashes of the content of all distillation documents. They also match a copy under another name."""
+    """Hashes of the content of all distillation documents. The same text may have another name in a task."""
     if source is None or source == "self":
         return set()
     return {_content(document.text) for document in documents(source, "distill")}
 
 
 def _parts(characters: Iterable[tuple[str, int]], fill: bool) -> Mapping[str, str]:
-    """The part of each name, by a hash. With `fill`, the held-out part gets at least its share of the characters."""
+    """The part of each document, by name. With `fill`, the held-out part has at least its share of the characters."""
     sizes: Counter[str] = Counter()
     for name, count in characters:
         sizes[name] += count
@@ -263,7 +289,7 @@ def _is_held_out(name: str) -> bool:
 
 
 def _rows(ids: torch.Tensor, labels: torch.Tensor) -> Rows:
-    labels[:, 0] = IGNORED  # there is no token before it to predict it from
+    labels[:, 0] = IGNORED  # the first token is not predicted
     return Rows(ids, labels)
 
 
@@ -292,21 +318,21 @@ def _example_task(
 def _example_rows(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, block: int, max_tokens: int, name: str
 ) -> Rows:
-    """Pack whole examples into rows; the rest of a row is padding, which does not count in the loss.
+    """Pack whole examples into rows. The rest of a row is padding, which does not count in the loss.
 
-    Examples follow each other with an end-of-text token, as in pretraining; one longer than a row is cut.
+    An end-of-text token follows each example, as in pretraining. An example that is longer than a row is cut.
     """
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     padding = separator[0] if separator else 0
     rows: list[tuple[list[int], list[int]]] = []
     ids: list[int] = []
     labels: list[int] = []
-    # Sorted by a hash, so that neighbours in a file (methods of one class) are spread over the rows.
+    # Ordered by a hash, so that neighbours in a file (methods of one class) are not in the same row.
     for example in sorted(examples, key=lambda e: _content(e.name + e.text)):
         new_ids, new_labels = _encode(example, tokenizer, separator)
         new_ids, new_labels = new_ids[:block], new_labels[:block]
         if not any(label != IGNORED for label in new_labels):
-            continue  # the prompt alone fills a row
+            continue  # the prompt alone fills the row
         if len(ids) + len(new_ids) > block:
             rows.append((ids, labels))
             ids, labels = [], []
@@ -325,6 +351,7 @@ def _example_rows(
 
 
 def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, separator: list[int]) -> tuple[list[int], list[int]]:
+    """The token ids and labels of an example, with `separator` after it."""
     ids: list[int] = []
     labels: list[int] = []
     learned = False

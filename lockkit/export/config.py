@@ -10,19 +10,19 @@ from lockkit.targets import Precision, Provider
 
 
 class ExportConfig(BaseModel):
-    """Options of `export_model`; every field's description is its help text."""
+    """Settings of `export_model`. The description of a field is the help text of its option."""
 
     model_config = ConfigDict(extra="forbid")
 
     precision: Precision = Field(
         Precision.fp32,
-        description="Number format of the weights. int8 and int4 quantise every matrix product; "
-        "their arithmetic is fp32 on the CPU and fp16 on CUDA.",
+        description="Number format of the weights. int8 and int4 quantise the weights of every matrix product; their "
+        "arithmetic is fp32 on the CPU and fp16 on CUDA.",
     )
     provider: Provider = Field(
         Provider.cpu,
-        description="What the graph is made for. Exporting for cuda needs no GPU; running it does.",
+        description="Execution provider that the graph is made for. Exporting for cuda needs no GPU; running it does.",
     )
     block_size: Literal[16, 32, 64, 128, 256] = Field(
-        32, description="Weights that share a scale, along a matrix's input; for int8 and int4."
+        32, description="Weights that share one scale, along the input of a matrix; for int8 and int4."
     )

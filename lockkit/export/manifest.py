@@ -1,16 +1,15 @@
-"""The manifest of an export: what was written, from what, with what.
+"""The manifest of an export: its files, its origin, and the software that wrote it.
 
-`lockkit_manifest.json` lists every other file of the folder with its size and SHA-256, so that
-whoever runs an export can tell that it is the one that was written. Everything that is read to run
-the export must be listed: the graph, the files that its weights are in, the configurations, the
-tokenizer. Other files (a README added later, say) are ignored.
+`lockkit_manifest.json` lists every other file in the folder with its size and SHA-256, so that a user can check that the
+export is unchanged. Every file that is read to run the export must be listed: the graph, the files of its weights, the
+configurations and the tokenizer. Other files (for example, a README that was added later) are ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,18 +21,18 @@ if TYPE_CHECKING:
     import onnx
     from google.protobuf.message import Message
 
-SCHEMA = "lockkit-export-manifest/1"
+SCHEMA: Final = "lockkit-export-manifest/1"
 MODEL_FILE = "model.onnx"
-NEEDED = (MODEL_FILE, "config.json")
-READ_IF_THERE = ("generation_config.json", "genai_config.json")  # and the tokenizer's files
+REQUIRED = (MODEL_FILE, "config.json")
+OPTIONAL = ("generation_config.json", "genai_config.json")  # and the tokenizer's files
 
 
 def _inside_the_folder(name: str) -> str:
-    """Accept names of files in the folder or its subfolders, on any operating system."""
+    """Check that a name is that of a file in the folder or a subfolder, on any operating system."""
     parts = PurePosixPath(name).parts
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
     if not parts or absolute or ".." in parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{shown(name)} leads out of the folder")
+        raise ValueError(f"{shown(name)} is outside the folder")
     plain = name.isprintable() and len(name.encode()) <= 255 and str(PurePosixPath(name)) == name
     if name == EXPORT_MANIFEST or not plain:
         raise ValueError(f"{shown(name)} is not the plain name of a file")
@@ -53,25 +52,40 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The content of `lockkit_manifest.json`."""
+    """The content of `lockkit_manifest.json`.
+
+    Attributes:
+        schema_version: name and version of this format; `schema` in JSON.
+        versions: of lockkit, Python and libraries, by name.
+        git_hash: the commit that lockkit ran from.
+        model_type: the family (lockkit/models/families.py).
+        locked: whether the exported model is locked.
+        depth: blocks in each chain of a locked model.
+        gains: for each layer of a locked model, the factor of the stream in a block's input.
+        precision: number format of the weights.
+        provider: the execution provider that the graph is made for.
+        block_size: number of weights that share one scale, if they are quantised.
+        source_sha256: hash of each weight file of the exported model.
+        files: size and hash of each file of the export.
+    """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     schema_version: Annotated[Literal["lockkit-export-manifest/1"], Field(alias="schema")] = SCHEMA
-    versions: dict[str, str]  # of lockkit and the libraries that shape a result
-    git_hash: str | None = None  # the commit lockkit ran from
-    model_type: str  # the family, see lockkit/models/families.py
+    versions: dict[str, str]
+    git_hash: str | None = None
+    model_type: str
     locked: bool
-    depth: int | None = None  # blocks in each chain, where locked
-    gains: list[float] | None = None  # each layer's factor of the stream in a block's input, where locked
+    depth: int | None = None
+    gains: list[float] | None = None
     precision: str
-    provider: str  # the execution provider the graph is made for
-    block_size: int | None = None  # weights that share a scale, where quantised
-    source_sha256: dict[FileName, Sha256]  # weight files of the model that was exported
+    provider: str
+    block_size: int | None = None
+    source_sha256: dict[FileName, Sha256]
     files: dict[FileName, FileRecord]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Record every file of `folder` in `manifest` and write it there; return what was written."""
+    """Add every file in `folder` to the manifest and write it there. Returns the manifest as written."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_MANIFEST)
     files = {
         path.relative_to(folder).as_posix(): FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
@@ -83,22 +97,28 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
-    """Read the manifest of an export, without looking at the other files.
+    """Read the manifest of an export. Other files are not checked.
+
+    Args:
+        folder: the export.
+        option: the option that gave it, for the error.
 
     Raises:
-        UsageError: there is none, or it is not one.
+        UsageError: there is no manifest, or it is not valid.
     """
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}: change {option}")
     path = folder / EXPORT_MANIFEST
     if not path.is_file():
-        raise UsageError(f"{folder} has no {EXPORT_MANIFEST}, so it is not an export of lockkit's: change {option}")
+        raise UsageError(f"{folder} has no {EXPORT_MANIFEST}, so it is not an export of lockkit: change {option}")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{path} is a link out of the folder: copy the file itself, or change {option}")
     raw = read_json(path, option)
     schema = raw.get("schema")
     if schema != SCHEMA:
-        raise UsageError(f"{path} has the schema {shown(schema)}, this lockkit reads {SCHEMA!r}: change {option}")
+        raise UsageError(
+            f"{path} has the schema {shown(schema)}, but this version of lockkit reads {SCHEMA!r}: change {option}"
+        )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
@@ -110,12 +130,15 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
 
 
 def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
-    """Compare an export with its manifest and return the manifest.
+    """Compare an export with its manifest. Returns the manifest.
+
+    Args:
+        folder: the export.
+        option: the option that gave it, for the error.
 
     Raises:
-        UsageError: naming the first file that is missing, is a link out of the folder, whose
-            size or hash is not the manifest's, or which is read to run the export and not listed;
-            or the manifest itself is missing or broken.
+        UsageError: the manifest is missing or not valid; or a file is missing, is a link out of the folder, has another
+            size or hash, or is read to run the export and not listed. The message names the first such file.
     """
     manifest = read_manifest(folder, option)
     root = folder.resolve()
@@ -127,7 +150,7 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
             raise UsageError(f"{path} is missing: export again, or change {option}")
         if path.stat().st_size != record.size_bytes:
             raise UsageError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {record.size_bytes}: "
+                f"{path} has {path.stat().st_size} bytes, but {record.size_bytes} in the manifest: "
                 f"export again, or change {option}"
             )
         if sha256_of_file(path) != record.sha256:
@@ -137,13 +160,13 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
 
 
 def _require_everything_listed(folder: Path, manifest: Manifest, option: str) -> None:
-    """Refuse an export of which something is read that the manifest does not list."""
+    """Raise a UsageError if the manifest does not list a file that is read to run the export."""
     from lockkit.models.load import TOKENIZER_FILES
 
-    for name in NEEDED:
+    for name in REQUIRED:
         if name not in manifest.files:
             raise UsageError(f"the manifest of {folder} does not list {name}: export again, or change {option}")
-    for name in (*READ_IF_THERE, *TOKENIZER_FILES):
+    for name in (*OPTIONAL, *TOKENIZER_FILES):
         if (folder / name).exists() and name not in manifest.files:
             raise UsageError(f"{folder / name} is not in the manifest: remove it, export again, or change {option}")
     for name in sorted(_weight_files(folder / MODEL_FILE, option) - manifest.files.keys()):
@@ -154,7 +177,7 @@ def _require_everything_listed(folder: Path, manifest: Manifest, option: str) ->
 
 
 def _weight_files(graph: Path, option: str) -> set[str]:
-    """Names of the files that a graph reads tensors from, as the graph gives them."""
+    """Names of the files that a graph reads its tensors from, as written in the graph."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -171,7 +194,7 @@ def _weight_files(graph: Path, option: str) -> set[str]:
 
 
 def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """All tensors in a graph: initialisers and attributes, in subgraphs and functions too."""
+    """All tensors in a graph: initialisers and attributes, including those of subgraphs and functions."""
     import onnx
     from google.protobuf.message import Message
 

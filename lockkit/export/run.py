@@ -1,14 +1,14 @@
-"""Exporting a model.
+"""Export a model to an ONNX folder.
 
-1. Check that OUT can be written, then load the model and its tokenizer.
-2. In a temporary folder, write what describes the model: the base family's `config.json` (a
-   locked model is, to a runtime, a model of its family with another graph), the generation
-   configuration, and the tokenizer's files, byte for byte.
-3. Have the graph built (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
-4. Name the weights' file `model.onnx_data`, the one name that every consumer finds, and make each chain
-   one call of a function (`chains.py`).
-5. Check the graph: valid ONNX, all weights there, nothing of the teacher's left.
-6. Write the manifest and move the folder to OUT.
+1. Check that OUT can be written. Load the model and its tokenizer.
+2. In a temporary folder, write the description of the model: `config.json` of the original's family, the generation
+   configuration, and the tokenizer's files, byte for byte. To a runtime, a locked model is a model of its family with
+   another graph.
+3. Build the graph (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
+4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Replace each chain by one call of a
+   function (`chains.py`).
+5. Check that the graph is valid ONNX, that all weights exist, and that it has no training information.
+6. Write the manifest and rename the folder to OUT.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ WEIGHTS_FILE = "model.onnx_data"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """Where an export is, and its manifest."""
+    """A finished export: its folder and its manifest."""
 
     folder: Path
     manifest: Manifest
 
     @property
     def size_bytes(self) -> int:
+        """Size of all files that the manifest lists, in bytes."""
         return sum(record.size_bytes for record in self.manifest.files.values())
 
 
@@ -63,21 +64,21 @@ def export_model(
 
     Args:
         model: `demo`, a local folder, or a Hub id.
-        out: the folder to write; it appears when everything has succeeded.
-        config: see `ExportConfig`.
+        out: the folder to write. It is created only when everything has succeeded.
+        config: the settings.
         overwrite: replace `out` if lockkit wrote it.
-        progress: told of the graph's layers and of the writing.
+        progress: reports the layers of the graph, and writing.
 
     Raises:
-        UsageError: MODEL or OUT is not usable, or the options do not go together.
-        UnsupportedModelError: a model that cannot be exported.
-        LockkitError: the graph could not be built, or is not valid.
+        UsageError: MODEL or OUT cannot be used, or the settings contradict each other.
+        UnsupportedModelError: lockkit cannot export models of this kind.
+        LockkitError: the graph could not be built, or it is not valid.
     """
     from lockkit.models.load import load_model, load_tokenizer, resolve_model
     from lockkit.models.locked import base_config, chain_config
 
     config = config or ExportConfig()
-    config.precision.arithmetic(config.provider)  # refuses what the provider cannot compute
+    config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
     check_output_folder(Path(out), overwrite)
     source = resolve_model(model)
     check_apart(Path(out), source)
@@ -96,7 +97,7 @@ def export_model(
 
 
 def _builders() -> ModuleType:
-    """Import the graph author; onnxruntime's quantiser would set up logging for the whole process."""
+    """Import `builders.py` without the changes that onnxruntime's quantiser makes to the process's logging."""
     handlers, level = logging.root.handlers[:], logging.root.level
     from lockkit.export import builders
 
@@ -106,6 +107,7 @@ def _builders() -> ModuleType:
 
 
 def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig) -> Manifest:
+    """The manifest, without the list of files."""
     from lockkit.models.locked import chain_config
 
     chains = chain_config(config)
@@ -125,6 +127,7 @@ def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: Ex
 
 
 def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: Path, folder: Path) -> None:
+    """Write the configuration, the generation configuration and the tokenizer."""
     from lockkit.models.save import copy_tokenizer
 
     base.save_pretrained(folder)
@@ -136,7 +139,7 @@ def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: P
 
 
 def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
-    """Rename the builder's weight file, and make each chain one call of a function."""
+    """Rename the file of the weights, and replace each chain by one call of a function."""
     import onnx
     from onnx.external_data_helper import uses_external_data
 
@@ -155,17 +158,17 @@ def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
 def check_graph(path: Path) -> onnx.ModelProto:
     """Check the graph at `path` and return it without its weights.
 
-    onnxruntime keeps `SimplifiedLayerNormalization` in ONNX's own domain, where ONNX does not
-    know it; a copy with that operator in onnxruntime's domain is what the checker sees.
+    onnxruntime defines `SimplifiedLayerNormalization` in ONNX's own domain, where ONNX does not know it. So the checker
+    gets a copy of the graph that has this operator in onnxruntime's domain.
 
     Raises:
-        LockkitError: not valid ONNX, weights missing, or marks of training in it.
+        LockkitError: the graph is not valid ONNX, weights are missing, or it has training information.
     """
     import onnx
 
     graph = onnx.load(path, load_external_data=False)
     if graph.training_info:
-        raise LockkitError(f"{path.name} carries training information, so nothing was written")
+        raise LockkitError(f"{path.name} has training information, so nothing was written")
     checked = onnx.ModelProto()
     checked.CopyFrom(graph)
     for node in checked.graph.node:

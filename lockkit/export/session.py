@@ -1,18 +1,18 @@
-"""Running an export in plain onnxruntime, the way any program without lockkit would.
+"""Run an export in plain onnxruntime.
 
-Batches of unequal lengths: the graphs' GroupQueryAttention does not look at *where* the attention
-mask is zero. It takes the sum of each row as that row's length, and lays the row's keys out from
-position 0. So the graph itself understands prompts padded on the right, and only those; the mask
-of later calls may be the prompt's with ones appended, since only its sum counts. Tried on all
-three sides, tiny models, against PyTorch row by row:
+Batches of unequal lengths: GroupQueryAttention, the attention operator of most graphs, does not use the position of the
+zeros in the attention mask. It takes the sum of each row of the mask as the length of that row, and places the keys of
+the row from position 0. So the graph itself accepts prompts that are padded on the right only. In later calls, the mask
+may be that of the prompt with ones appended, because only its sum counts. Tests with tiny models, compared with PyTorch
+row by row:
 
-* `ExportSession.forward` takes padding on either side (it turns left into right): within 1e-5;
-* onnxruntime-genai pads on the right by itself (`Tokenizer.encode_batch`), with the pad token of
-  `genai_config.json`: the same tokens as row by row. Rows padded on the left by hand come out wrong;
-* transformers' and optimum's `generate` pad on the left and hand the mask to the graph as it is:
-  rows shorter than the longest come out wrong, silently. Give them rows of equal length.
+* `ExportSession.forward` accepts padding on either side, because it moves padding to the right. It agrees within 1e-5.
+* onnxruntime-genai pads on the right (`Tokenizer.encode_batch`), with the pad token of `genai_config.json`. It generates
+  the same tokens. With rows that the caller pads on the left, its results are wrong.
+* `generate` of transformers and optimum pads on the left and passes the mask to the graph unchanged. The results of rows
+  shorter than the longest are wrong, without an error. Give it rows of equal length.
 
-Graphs with MultiHeadAttention (see `builders.py`) look at the mask itself and take both sides.
+Graphs with MultiHeadAttention (see `builders.py`) use the mask itself and accept padding on both sides.
 """
 
 from __future__ import annotations
@@ -31,33 +31,35 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Operators that do the work; the others look after shapes, which belong on the CPU.
+# Operators with most of the arithmetic. The others compute shapes, and onnxruntime runs those on the CPU.
 HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention"}
-Cache = dict[str, Any]  # name of a cache input -> onnxruntime.OrtValue, [batch, kv_heads, past, head_size]
+Cache = dict[str, Any]  # from the name of a cache input to an OrtValue, [batch, kv_heads, past, head_size]
 
 
 class ExportSession:
     """An export, loaded into onnxruntime.
 
     Args:
-        folder: what `lockkit export` wrote.
+        folder: the folder that `lockkit export` wrote.
         provider: one of `lockkit.targets.Provider`, or its name.
-        check: compare every file with the manifest first. Without, any folder with a `model.onnx` will do.
-        threads: of one operator on the CPU; None leaves it to onnxruntime.
-        kernel: the library of `lockkit.kernel.build_kernel`, to compute each chain in one call; CPU only.
+        check: compare every file with the manifest first. If False, any folder with `model.onnx` and `config.json` is
+            accepted.
+        threads: threads per operator on the CPU; None is onnxruntime's default.
+        kernel: the library of `lockkit.kernel.build_kernel`, which computes each chain in one call. CPU only.
 
     Attributes:
-        folder, manifest: of the export; no manifest in another program's folder.
-        config: `config.json` as a dict, the original family's configuration.
+        folder: the export's folder.
+        manifest: its manifest; None if the folder has none, which is possible only without `check`.
+        config: content of `config.json`, the configuration of the original's family.
         provider: the execution provider in use, by its name in onnxruntime.
-        device: "cpu" or "cuda", where caches live.
-        fused: chains run in the kernel.
-        cache_names: the cache inputs of the graph.
-        counts_positions: the graph takes a row's length from the mask (GroupQueryAttention).
+        device: PyTorch's name of the device that holds caches.
+        fused: whether the kernel computes the chains.
+        cache_names: names of the graph's cache inputs.
+        counts_positions: whether the graph takes the length of a row from the mask (GroupQueryAttention).
 
     Raises:
-        UsageError: the folder is not an intact export, the graph cannot be loaded, or the
-            provider cannot be had (there is no silent fall-back to the CPU).
+        UsageError: the folder is not an intact export, the graph cannot be loaded, or the provider is not available.
+            There is no silent fall-back to the CPU.
     """
 
     def __init__(
@@ -92,73 +94,60 @@ class ExportSession:
     ) -> tuple[np.ndarray, Cache]:
         """Run the model on the next tokens of every row.
 
+        For a batch of unequal lengths:
+
+        1. In the first call (`cache=None`), pad the prompts on either side and mark the padding in the mask. The
+           logits at padding are zero.
+        2. In later calls, append one 1 per new token to every row of the mask, as transformers does, on whichever side
+           the padding was. New tokens cannot be padding.
+
         Args:
             input_ids: int64 `[batch, seq]`.
-            attention_mask: int64 `[batch, past + seq]`, 1 for tokens and 0 for padding; None
-                means no padding.
-            cache: what the previous call returned; None starts anew.
-
-        Batches of unequal lengths work like this:
-
-        1. In the first call (`cache=None`) pad the prompts on either side and say so in the
-           mask. Logits come back where the tokens stood; at padding they are zero.
-        2. In later calls append a 1 to every row of the mask for every new token, as
-           transformers does, whichever side the padding was on; all new tokens must be real.
+            attention_mask: int64 `[batch, past + seq]`, 1 for tokens and 0 for padding. None means no padding.
+            cache: the cache that the previous call returned. None starts a new text.
 
         Returns:
-            logits float32 `[batch, seq, vocab]`, and the cache for the next call. Pass a cache on
-            once: where a provider shares buffers, it may be overwritten.
+            Logits, float32 `[batch, seq, vocab]`, and the cache for the next call. Use each cache once: a provider
+            that shares buffers may overwrite it.
 
         Raises:
-            UsageError: the mask has the wrong shape, pads new tokens after the first call, or
-                the text grows longer than the model's context.
+            UsageError: the mask has the wrong shape or pads new tokens after the first call, or the text is longer
+                than the model's context.
         """
-        import numpy as np
-
         past = next(iter(cache.values())).shape()[2] if cache else 0
         batch, seq = input_ids.shape
-        mask = np.ones((batch, past + seq), np.int64) if attention_mask is None else attention_mask.astype(np.int64)
-        if mask.shape != (batch, past + seq):
-            raise UsageError(f"the attention mask is {list(mask.shape)}, it must be {[batch, past + seq]}")
-        context = self.config.get("max_position_embeddings")
-        if context and past + seq > context:
-            raise UsageError(f"{past + seq} tokens are more than the model's context of {context}: give it fewer")
-        if past and seq > 1 and (batch > 1 or not self.counts_positions):
+        mask = self._checked_mask(attention_mask, batch, past + seq)
+        if cache and past and seq > 1 and (batch > 1 or not self.counts_positions):
             return self._one_by_one(input_ids, mask, cache)
         real = mask[:, past:].astype(bool)  # [batch, seq]
-        if self.counts_positions and not real.all():
-            if past:
-                raise UsageError("padding among new tokens: this graph takes padded rows in the first call only")
-            # Real tokens first, padding last, and the logits back to where they came from.
-            order = np.argsort(~real, axis=1, kind="stable")
-            sorted_logits, new_cache = self._run(
-                np.take_along_axis(input_ids, order, 1), np.take_along_axis(mask, order, 1), cache
-            )
-            logits = np.empty_like(sorted_logits)
-            np.put_along_axis(logits, order[..., None], sorted_logits, 1)
-        else:
+        if real.all():
+            return self._run(input_ids, mask, cache)
+        if not self.counts_positions:
             logits, new_cache = self._run(input_ids, mask, cache)
-        if not real.all():
-            logits[~real] = 0
+        elif past:
+            raise UsageError("padding among new tokens: this graph takes padded rows in the first call only")
+        else:
+            logits, new_cache = self._run_padded_right(input_ids, mask, real)
+        logits[~real] = 0
         return logits, new_cache
 
     def cache_shapes(self) -> dict[str, tuple[int, int, str]]:
-        """For each cache input its key and value heads, head size, and onnxruntime type."""
+        """For each cache input: the number of key and value heads, the head size, and onnxruntime's type."""
         nodes = [self._inputs[name] for name in self.cache_names]
         return {node.name: (node.shape[1], node.shape[3], node.type) for node in nodes}
 
     def step(self, input_ids: np.ndarray, mask: np.ndarray, caches: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run the next tokens of every row and write their keys and values into `caches`, in place.
 
-        For graphs that count positions. Unlike `forward`, nothing of the past is copied.
+        Only for graphs with `counts_positions`. Unlike `forward`, this copies no old keys and values.
 
         Args:
-            input_ids: int64 `[batch, seq]`; `batch` is 1 where `seq` is not and there is a past.
-            mask: int64 `[batch, total]`, a row of ones as long as the row is with the new tokens.
-            caches: a contiguous `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
+            input_ids: int64 `[batch, seq]`. If there is a past and `seq` is not 1, `batch` must be 1.
+            mask: int64 `[batch, total]`. The number of ones in a row is the length of the row with its new tokens.
+            caches: a contiguous tensor `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
 
         Returns:
-            logits `[batch, seq, vocab]` on the CPU, in the graph's own type.
+            Logits, `[batch, seq, vocab]`, on the CPU, in the graph's own type.
         """
         import torch
 
@@ -177,8 +166,32 @@ class ExportSession:
         binding.synchronize_outputs()
         return logits
 
+    def _checked_mask(self, mask: np.ndarray | None, batch: int, total: int) -> np.ndarray:
+        """The attention mask as int64 `[batch, total]`; ones if it is None."""
+        import numpy as np
+
+        checked = np.ones((batch, total), np.int64) if mask is None else mask.astype(np.int64)
+        if checked.shape != (batch, total):
+            raise UsageError(f"the attention mask is {list(checked.shape)}, it must be {[batch, total]}")
+        context = self.config.get("max_position_embeddings")
+        if context and total > context:
+            raise UsageError(f"{total} tokens are more than the model's context of {context}: give it fewer")
+        return checked
+
+    def _run_padded_right(self, input_ids: np.ndarray, mask: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, Cache]:
+        """Run prompts with their padding moved to the right; return the logits at the original positions."""
+        import numpy as np
+
+        order = np.argsort(~real, axis=1, kind="stable")  # tokens first, padding last
+        sorted_logits, cache = self._run(
+            np.take_along_axis(input_ids, order, 1), np.take_along_axis(mask, order, 1), None
+        )
+        logits = np.empty_like(sorted_logits)
+        np.put_along_axis(logits, order[..., None], sorted_logits, 1)
+        return logits, cache
+
     def _one_by_one(self, input_ids: np.ndarray, mask: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
-        """Several tokens after the first call, where the graph takes one at a time."""
+        """Run several new tokens one after the other, for graphs that take one at a time after the first call."""
         import numpy as np
 
         seq, parts = input_ids.shape[1], []
@@ -221,19 +234,20 @@ class ExportSession:
 
 
 def torch_type(onnx_type: str) -> torch.dtype:
-    """PyTorch's type for onnxruntime's name of one: "tensor(float)" is `torch.float32`."""
+    """The PyTorch dtype for onnxruntime's name of a type: `torch.float32` for `tensor(float)`."""
     import torch
 
     return getattr(torch, element_type(onnx_type).torch)
 
 
 def _load(path: Path, provider: Provider, threads: int | None, kernel: Path | None) -> Any:
+    """An `onnxruntime.InferenceSession` in which `provider` runs all heavy operators."""
     import onnxruntime
 
     row, wanted = provider.row, provider.row.onnxruntime
     if wanted not in onnxruntime.get_available_providers():
         raise UsageError(f"this onnxruntime has no {wanted}: install {row.package} alone, or give --provider cpu")
-    onnxruntime.set_default_logger_severity(4)  # what matters arrives as an exception
+    onnxruntime.set_default_logger_severity(4)  # errors are raised as exceptions
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if row.preload:
@@ -241,7 +255,7 @@ def _load(path: Path, provider: Provider, threads: int | None, kernel: Path | No
             onnxruntime.preload_dlls()
     if threads:
         options.intra_op_num_threads = threads
-    # Which provider runs which node, to find those that onnxruntime gave to the CPU without a word.
+    # Record which provider runs which node, to find nodes that onnxruntime silently assigned to the CPU.
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         if kernel and row.runs_kernel:
@@ -253,13 +267,13 @@ def _load(path: Path, provider: Provider, threads: int | None, kernel: Path | No
         ) from error
     if session.get_providers()[0] != wanted:
         raise UsageError(f"onnxruntime could not start {wanted} (it needs {row.needs}): give --provider cpu")
-    strays = sorted({op for name, op in placement(session) if name != wanted and op in HEAVY_OPERATORS})
-    if strays:
-        raise UsageError(f"onnxruntime has no {', '.join(strays)} for {wanted} and would use the CPU: export again")
+    elsewhere = sorted({op for name, op in placement(session) if name != wanted and op in HEAVY_OPERATORS})
+    if elsewhere:
+        raise UsageError(f"onnxruntime has no {', '.join(elsewhere)} for {wanted} and would use the CPU: export again")
     return session
 
 
 def placement(session: Any) -> list[tuple[str, str]]:
-    """Provider and operator of every node that `session` runs; functions are their bodies here."""
+    """The provider and the operator of every node that an `InferenceSession` runs. Functions are inlined."""
     parts = session.get_provider_graph_assignment_info()
     return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]

@@ -1,17 +1,18 @@
-"""The model card of a locked checkpoint: what it is, how to run it, what was measured."""
+"""The model card of a locked checkpoint: what it is, how to run it, and what was measured."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lockkit.measure.records import MeasuredText
 
 
-def locked_model_card(record: dict) -> str:
-    """Return the text of README.md for a locked checkpoint, from its `lockkit.json`."""
-    dlr, fidelity = record["dlr"], record["fidelity"]
-    text = MeasuredText(**fidelity["text"])
-    nmse = [layer["nmse"] for layer in record["layers"]]
-    rank = str(dlr["rank"]) if dlr["rank"] == dlr["smallest_rank"] else f"{dlr['smallest_rank']}-{dlr['rank']}"
-    rows = "\n".join(f"| {layer['layer']} | {layer['nmse']:.5f} |" for layer in record["layers"])
+def locked_model_card(record: dict[str, Any]) -> str:
+    """The text of README.md for a locked checkpoint, in Markdown.
+
+    Args:
+        record: the content of its `lockkit.json` (lockkit/lock/record.py).
+    """
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -19,38 +20,76 @@ tags: [lockkit, dlr-lock]
 {"base_model: " + record["model"] + chr(10) if "/" in record["model"] else ""}---
 # {record["model"]}, locked
 
-This is `{record["model"]}` ({record["model_type"]}) with every MLP replaced by a deep low-rank residual network
-of the same parameter count (DLR-Lock, arXiv 2605.10777): {dlr["depth"]} blocks of rank {rank}. It runs like the original;
-back-propagation through it needs activation memory that grows with depth.
+{_description(record)}
+## How to run it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-# The code that runs is modeling_dlr_lock.py in this folder.
+# Runs modeling_dlr_lock.py from this folder.
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ```
 
-## Measured on held-out text
+## How close it is to the original
 
-| | original | locked | ratio |
+{_fidelity(record)}
+## How well each layer was distilled
+
+{_layers(record)}
+`lockkit.json` has the recipe, the seed, the versions of the software, and the hashes of the data.
+
+## What this lock does not protect against
+
+The command that made this checkpoint did not run any attack on it. These weaknesses of such locks are known:
+
+- An attacker can rewrite every chain as an ordinary MLP by placing the weights of its blocks side by side. This needs
+  no data.
+- The attacker can then correct these MLPs in closed form, with a few hundred tokens of unlabelled text. The weaker the
+  coupling between the blocks, the smaller the remaining error.
+
+The rewritten model can be fine-tuned like any other. So do not rely on this lock as the only protection. If the original
+weights are public, it protects nothing.
+"""
+
+
+def _description(record: dict[str, Any]) -> str:
+    dlr = record["dlr"]
+    rank = str(dlr["rank"]) if dlr["rank"] == dlr["smallest_rank"] else f"{dlr['smallest_rank']} or {dlr['rank']}"
+    return f"""This is a locked version of `{record["model"]}` (model type `{record["model_type"]}`). Each MLP of the original is
+replaced by a chain of {dlr["depth"]} blocks of rank {rank}: a deep low-rank residual network with the same number of
+parameters (DLR-Lock, arXiv 2605.10777).
+
+The locked model is used for inference like the original. Fine-tuning it is meant to be expensive: back-propagation has to
+store activations for every block, so its memory grows with the depth of the chains.
+"""
+
+
+def _fidelity(record: dict[str, Any]) -> str:
+    fidelity = record["fidelity"]
+    text = MeasuredText(**fidelity["text"])
+    return f"""| | original | locked | ratio |
 |---|---|---|---|
 | perplexity | {fidelity["original_perplexity"]:.3f} | {fidelity["perplexity"]:.3f} | **{fidelity["perplexity_ratio"]:.4f}** |
 
-KL divergence to the original {fidelity["kl_divergence"]:.5f} nats per token, same most likely token
-{fidelity["top1_agreement"]:.2%} of the time. Text: {text}, in rows of {text.block_tokens}; it
-neither trained the lock nor chose its state.
+- KL divergence from the original's predictions to the locked model's: {fidelity["kl_divergence"]:.5f} nats per token.
+- Both predict the same most likely token at {fidelity["top1_agreement"]:.2%} of the positions.
+- Measured on {text}, in rows of {text.block_tokens} tokens. This text was not used to train the lock or
+  to choose its final state.
+"""
+
+
+def _layers(record: dict[str, Any]) -> str:
+    nmse = [layer["nmse"] for layer in record["layers"]]
+    rows = "\n".join(f"| {layer['layer']} | {layer['nmse']:.5f} |" for layer in record["layers"])
+    return f"""The normalised mean squared error (NMSE) compares the outputs of a chain with those of the MLP that it replaces: 0 is
+exact, and 1 is the error of a constant output. It was measured after phase 1 of distillation, which trains each layer by
+itself.
 
 | layer | NMSE after phase 1 |
 |---|---|
 {rows}
 
-Mean NMSE {sum(nmse) / len(nmse):.5f}. `lockkit.json` has the recipe, versions, seed and hashes of the data.
-
-## What this lock is worth
-
-No attack has been run on this checkpoint by the command that made it. Known of a plain lock of this kind: whoever
-wants to fine-tune it can put its weights side by side as ordinary MLPs, without any data, and correct these in closed
-form from a few hundred tokens of unlabelled text: the weaker the coupling, the nearer that comes. Do not rely on it alone, and not at all where the original weights are public.
+Mean NMSE: {sum(nmse) / len(nmse):.5f}.
 """

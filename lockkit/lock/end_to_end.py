@@ -1,30 +1,33 @@
-"""Phase 2: all chains together, in place, on the KL divergence to the teacher's logits.
+"""Phase 2: train all chains together on the KL divergence between the student's logits and the teacher's.
 
-A step, with never more than one decoder layer's activations in memory:
+One step keeps the activations of one decoder layer in memory at a time:
 
-1. Forward, layer by layer: the teacher's stream through the layer with its MLP, the student's
-   through the same layer with its chain. Only the student's input of each layer is kept.
+1. Forward pass, layer by layer. The teacher's hidden states go through the layer with its MLP, the student's through
+   the same layer with its chain. Only the student's input of each layer is kept.
 2. Loss: KL(teacher || student) of the logits, averaged over tokens (arXiv 2605.10777, phase 2).
-3. Backward, layer by layer: run the layer again, this time with gradients, take the step of its
-   chain, hand the gradient of its input on. Workers share a batch's rows and add up gradients.
+3. Backward pass, layer by layer. Run the layer again with gradients, update its chain, and pass the gradient of its
+   input to the layer before. Workers share the rows of a batch and sum the gradients.
 
-The step size is found first, unless it is given: short trials from phase 1's state with rising
-rates, judged by held-out KL, until one does worse than the one before. They are deterministic, so
-that a lock killed among them finds the same rate again.
+Only the chains are trained. If the chains, the optimisers and the teacher do not fit into memory together, each layer
+is on disk while others are computed (`ChainStack`).
 
-Everything but the chains is frozen. Where the chains, the optimiser and the teacher do not fit
-into memory together, each layer's share of them lives on disk between its turns (`ChainStack`).
-Several times on the way and at the end, measure held-out KL and perplexity. The lowest KL wins,
-among states whose perplexity is no higher than phase 1's or the original's; phase 1's own counts
-too, so this phase never makes the lock worse.
+The learning rate is searched for first, unless it is given. Short trials start from the state after phase 1, with
+rising rates. The search ends when a trial has a higher held-out KL than the one before. Trials are deterministic, so a
+lock that is interrupted during the search finds the same rate again.
+
+Held-out KL and perplexity are measured several times, the last time at the end. The state with the lowest KL is kept,
+among those whose perplexity is no higher than that after phase 1 or that of the original, whichever is higher. The
+state after phase 1 is a candidate too, so phase 2 never makes the lock worse.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from lockkit.errors import DistillationError
 from lockkit.files import read_json, write_json
@@ -39,17 +42,27 @@ from lockkit.progress import Progress
 from lockkit.training import shuffled_order
 from lockkit.workers import Workers
 
-EVALUATIONS = 4
+EVALUATIONS = 4  # held-out measurements, evenly spaced over the steps
 SAVE_EVERY_SECONDS = 120
 MAX_GRADIENT_NORM = 1.0
 TRIAL_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01)
-TRIAL_SHARE = 1 / 4  # of the steps
+TRIAL_SHARE = 1 / 4  # steps of a trial, as a share of all steps
 SHORTEST_TRIAL = 8  # steps
 
 
 @dataclass(frozen=True)
 class EndToEndResult:
-    """What phase 2 reached; `best_step` 0 means that phase 1's state was kept."""
+    """The result of phase 2.
+
+    Attributes:
+        steps: steps of training.
+        best_step: the step after which the state was kept. 0 means the state after phase 1.
+        tokens: tokens trained on.
+        learning_rate: the peak.
+        seconds: wall time, over all runs of an interrupted lock.
+        kl_divergence_before, kl_divergence_after: held-out KL, nats per token.
+        text: the text of both.
+    """
 
     steps: int
     best_step: int
@@ -58,15 +71,16 @@ class EndToEndResult:
     seconds: float
     kl_divergence_before: float
     kl_divergence_after: float
-    text: MeasuredText  # that both were measured on
+    text: MeasuredText
 
-    def record(self) -> dict:
+    def record(self) -> dict[str, Any]:
+        """The result as JSON values."""
         return vars(self) | {"text": self.text.record()}
 
 
 @dataclass
 class _Position:
-    """Where phase 2 stands; saved with every snapshot."""
+    """The progress of phase 2. It is saved with every snapshot."""
 
     step: int
     best_step: int
@@ -82,9 +96,13 @@ class EndToEnd:
 
     Args:
         stream: the teacher.
-        stack: the chains as phase 1 left them.
-        train: rows of token ids, `[rows, block]`.
-        meter: measures on held-out rows.
+        stack: the chains after phase 1.
+        train: token ids, `[rows, block]`.
+        meter: measures the chains on held-out rows.
+        config: the recipe.
+        work: the work folder, for snapshots.
+        workers: share each batch.
+        progress: reports steps and losses.
     """
 
     def __init__(
@@ -106,46 +124,50 @@ class EndToEnd:
         self.batches = order.split(self.batch_rows)
 
     def run(self) -> EndToEndResult:
-        """Train; leave the best held-out state in `stack`.
+        """Train, from the last snapshot if there is one. At the end, `stack` has the best held-out state.
 
         Raises:
-            DistillationError: the loss is no longer finite.
+            DistillationError: the loss is not finite.
         """
         position = self._resume() or self._begin()
+        self._train(position)
+        best = self.work.state("best") if position.best_step else None
+        if best:
+            self.stack.load(best[0])
+        else:
+            self.stack.reset()
+        self.progress.finish(f"KL {position.before_kl:.5f} -> {position.best_kl:.5f} on {self.meter.text}")
+        return EndToEndResult(
+            steps=self.steps,
+            best_step=position.best_step,
+            tokens=self.steps * self.batch_rows * self.train.shape[1],
+            learning_rate=position.learning_rate,
+            seconds=position.seconds,
+            kl_divergence_before=position.before_kl,
+            kl_divergence_after=position.best_kl,
+            text=self.meter.text,
+        )
+
+    def _train(self, position: _Position) -> None:
+        """Run the remaining steps; measure the chains and save snapshots on the way."""
         started, before_seconds = time.perf_counter(), position.seconds
         evaluate_at = {round(self.steps * (i + 1) / EVALUATIONS) for i in range(EVALUATIONS)}
-        self.progress.start("end to end", self.steps)
+        self.progress.start("phase 2, all layers", self.steps)
         self.progress.advance(position.step)
         saved = time.perf_counter()
         for step in range(position.step, self.steps):
             loss = self._step(self.batches[step], step)
             position.step = step + 1
             position.seconds = before_seconds + time.perf_counter() - started
-            self.progress.advance(1, f"kl {loss:.5f}")
+            self.progress.advance(1, f"KL {loss:.5f}")
             if position.step in evaluate_at:
                 self._keep_if_better(position, self.meter.measure(self.stack.chain))
             if position.step in evaluate_at or time.perf_counter() - saved > SAVE_EVERY_SECONDS:
                 self._save(position)
                 saved = time.perf_counter()
-        if position.best_step:
-            best = self.work.state("best")
-            self.stack.load(best[0])
-        else:
-            self.stack.reset()
-        self.progress.finish(f"kl {position.before_kl:.5f} -> {position.best_kl:.5f} on {self.meter.text}")
-        tokens = self.steps * self.batch_rows * self.train.shape[1]
-        return EndToEndResult(
-            self.steps,
-            position.best_step,
-            tokens,
-            position.learning_rate,
-            position.seconds,
-            position.before_kl,
-            position.best_kl,
-            self.meter.text,
-        )
 
     def _begin(self) -> _Position:
+        """The position before the first step, with the learning rate chosen."""
         started = time.perf_counter()
         before = self.meter.measure(self.stack.chain)
         before_kl, highest_perplexity = before.kl_divergence, max(before.perplexity, before.original_perplexity)
@@ -154,9 +176,9 @@ class EndToEnd:
         return _Position(0, 0, before_kl, before_kl, highest_perplexity, rate, time.perf_counter() - started)
 
     def _find_rate(self, before_kl: float, highest_perplexity: float) -> float:
-        """The rate whose trial reaches the lowest held-out KL; the lowest rate if none improves on phase 1."""
+        """The rate whose trial reaches the lowest held-out KL, or the lowest rate if no trial is better than phase 1."""
         steps = min(self.steps, max(SHORTEST_TRIAL, round(TRIAL_SHARE * self.steps)))
-        self.progress.start("learning rate of phase 2", len(TRIAL_RATES))
+        self.progress.start("phase 2, learning rate", len(TRIAL_RATES))
         best, best_kl = TRIAL_RATES[0], before_kl
         for rate in TRIAL_RATES:
             self.stack.restart(rate, steps)
@@ -166,7 +188,7 @@ class EndToEnd:
                 reached = self.meter.measure(self.stack.chain)
             except DistillationError:
                 break
-            self.progress.advance(1, f"{rate:g}: held-out kl {reached.kl_divergence:.5f}")
+            self.progress.advance(1, f"{rate:g}: held-out KL {reached.kl_divergence:.5f}")
             if reached.perplexity > highest_perplexity or not reached.kl_divergence < best_kl:
                 break
             best, best_kl = rate, reached.kl_divergence
@@ -174,6 +196,7 @@ class EndToEnd:
         return best
 
     def _resume(self) -> _Position | None:
+        """Load the newest snapshot into the stack. None if there is none."""
         snapshot = self.work.state("snapshot")
         if snapshot is None:
             return None
@@ -183,6 +206,7 @@ class EndToEnd:
         return position
 
     def _keep_if_better(self, position: _Position, held_out: Fidelity) -> None:
+        """Save the current state as the best one if its held-out figures are better."""
         if held_out.perplexity <= position.highest_perplexity and held_out.kl_divergence < position.best_kl:
             position.best_kl, position.best_step = held_out.kl_divergence, position.step
             if self.workers.first:
@@ -191,7 +215,7 @@ class EndToEnd:
             self.workers.wait()
 
     def _save(self, position: _Position) -> None:
-        """A snapshot to go on from; what it does not need any more is deleted after it stands."""
+        """Save a snapshot to resume from. Then delete the states that it replaces."""
         if self.workers.first:
             with self.work.new_state("snapshot", position.step) as folder:
                 self.stack.save(folder, with_optimiser=True)
@@ -201,7 +225,15 @@ class EndToEnd:
         self.workers.wait()
 
     def _step(self, chosen: torch.Tensor, step: int) -> float:
-        """One step on the rows `chosen`; returns the loss over all workers' rows."""
+        """One training step.
+
+        Args:
+            chosen: indices of the batch's rows, int64 `[batch]`. Each worker takes its share.
+            step: counts from 0.
+
+        Returns:
+            The loss over the whole batch, in nats per token.
+        """
         mine = chosen[self.workers.rank :: self.workers.count]
         share = len(mine) / len(chosen)
         ids = self.train[mine].to(self.stream.device)
@@ -221,16 +253,19 @@ class EndToEnd:
                     hidden = self.stack.take_input(index).requires_grad_(index > 0)
                     layer(hidden, **arguments[index]).backward(gradient)
                     gradient = hidden.grad
-                for parameter in chain.parameters():
-                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                self.workers.sum_([parameter.grad for parameter in chain.parameters()])
+                self.workers.sum_(_gradients(chain))
                 torch.nn.utils.clip_grad_norm_(chain.parameters(), MAX_GRADIENT_NORM)
                 optimiser.step(step)
         return total.item()
 
     @torch.no_grad()
-    def _forward(self, ids: torch.Tensor) -> tuple[list[dict], torch.Tensor, torch.Tensor]:
-        """The layers' arguments and both last hidden states; the stack keeps the student's input of every layer."""
+    def _forward(self, ids: torch.Tensor) -> tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor]:
+        """Run both models on token ids, `[rows, block]`. The stack keeps the student's input of every layer.
+
+        Returns:
+            The keyword arguments of every layer, and the last hidden states of teacher and student,
+            `[rows, block, hidden]` each.
+        """
         hidden, arguments = self.stream.begin(ids)
         teacher = student = hidden
         for index in range(len(self.stream)):
@@ -241,10 +276,25 @@ class EndToEnd:
         return arguments, teacher, student
 
     def _loss(self, teacher: torch.Tensor, student: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """This worker's part of the loss, and its gradient with respect to the student's last hidden state."""
+        """This worker's part of the loss, and its gradient with respect to the student's last hidden states.
+
+        Args:
+            teacher, student: last hidden states, `[rows, block, hidden]`.
+            share: this worker's share of the batch.
+        """
         with torch.no_grad():
             target = self.stream.head(teacher)
         student = student.detach().requires_grad_(True)
         loss = mean_kl_divergence(self.stream.head(student), target) * share
         (gradient,) = torch.autograd.grad(loss, student)
         return loss, gradient
+
+
+def _gradients(chain: nn.Module) -> list[torch.Tensor]:
+    """The gradients of all parameters, set to zero where a worker without rows has none."""
+    gradients = []
+    for parameter in chain.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    return gradients

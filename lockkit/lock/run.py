@@ -1,25 +1,25 @@
-"""The lock, from a model to a finished locked checkpoint.
+"""All steps of a lock, from a model to a locked checkpoint.
 
-1. Refuse what cannot be locked; check the output folder; open the work folder, in which a lock
-   that was killed goes on (work.py).
+1. Check the model and the output folder. Open the work folder, from which an interrupted lock resumes (work.py).
 2. Read or sample the text (data.py).
-3. Phase 1, group of layers by group of layers (phase_1.py, capture.py, modulewise.py).
-4. Phase 2, all layers together (end_to_end.py).
-5. Round to the dtype that is saved, remove the last traces of the teacher's rows, write the
-   folder beside its final place, measure what will really be published, on text that neither
-   trained it nor chose its state, and rename it.
+3. Phase 1: distil the layers, one group after the other (phase_1.py, modulewise.py).
+4. Phase 2: train all layers together (end_to_end.py).
+5. Round the chains to the dtype of the checkpoint and perturb rows that are still bit-identical to the teacher's. Write
+   the checkpoint to a temporary folder. Measure it as written, on text that neither trained it nor chose its state.
+   Rename the folder.
 
-The teacher is read decoder layer by decoder layer (lockkit/models/layered.py): memory does not
-grow with their number, unless there is room to keep them (`--offload`).
+The teacher is read one decoder layer at a time (lockkit/models/layered.py). So memory does not grow with the number of
+layers, unless all of them fit (`--offload`).
 """
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,7 +33,7 @@ from lockkit.lock.data import DistillationData, effective_source, load_data, sam
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
 from lockkit.lock.initialise import scrub_teacher_rows
 from lockkit.lock.memory import keeps_everything, predicted_memory
-from lockkit.lock.meter import Chains, FidelityMeter
+from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerResult
 from lockkit.lock.phase_1 import distil_all_layers
 from lockkit.lock.record import lock_record
@@ -53,13 +53,20 @@ from lockkit.workers import Workers
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+FinalChains = Callable[[int], DLRNet]  # from the index of a layer to its chain
+
 
 @dataclass(frozen=True)
 class LockResult:
-    """A finished lock: where it is, and what `lockkit.json` says of it."""
+    """A finished lock.
+
+    Attributes:
+        folder: the locked checkpoint.
+        record: the content of its `lockkit.json`.
+    """
 
     folder: Path
-    record: dict
+    record: dict[str, Any]
 
 
 def lock_model(
@@ -72,27 +79,29 @@ def lock_model(
 ) -> LockResult | None:
     """Lock a pretrained causal language model (arXiv 2605.10777) and save it to `out`.
 
-    Run again after a crash, with the same arguments, it goes on from the last finished layer.
-    Under torchrun all processes share the work; the first writes and returns the result.
+    After an interruption, call it again with the same arguments to resume. Under torchrun, all processes share the
+    work; the first one writes the checkpoint and returns the result.
 
     Args:
         model: `demo`, a local folder, or a Hub id.
-        out: the folder to write; it appears only once it is complete.
+        out: the folder to write. It is created only when the checkpoint is complete.
+        config: the recipe.
         overwrite: replace `out` if lockkit wrote it.
+        progress: reports the steps.
 
     Returns:
         The result; None on workers other than the first.
 
     Raises:
-        UsageError: the model, the text or the output folder cannot be used.
-        UnsupportedModelError: the model is of a kind that cannot be locked.
-        DistillationError: distillation diverged; nothing was written.
+        UsageError: the model, the text, the output folder or the work folder cannot be used.
+        UnsupportedModelError: lockkit cannot lock models of this kind.
+        DistillationError: distillation diverged, and nothing was written.
     """
     return _Lock(model, out, config or LockConfig(), overwrite, progress or NoProgress()).run()
 
 
 class _Lock:
-    """One run of `lock_model`; the methods are its steps."""
+    """One call of `lock_model`. Its methods are the steps."""
 
     def __init__(self, model: str, out: Path, config: LockConfig, overwrite: bool, progress: Progress):
         self.started = time.perf_counter()
@@ -117,6 +126,7 @@ class _Lock:
         check_apart(self.work.folder, self.original)
 
     def run(self) -> LockResult | None:
+        """Open the work folder, lock, and close it again, whether or not the lock succeeded."""
         self.workers.join(self.device)
         finished = False
         try:
@@ -129,8 +139,8 @@ class _Lock:
             finished = True
             return result
         except LockkitError as error:
-            if self.work.claimed and self.work.worth_keeping():
-                error.add_note(f"finished layers are kept in {self.work.folder}: run the same command again to go on")
+            if self.work.claimed and self.work.has_any_layer():
+                error.add_note(f"finished layers are kept in {self.work.folder}: run the same command again to resume")
             raise
         finally:
             self.work.close(finished)
@@ -155,7 +165,7 @@ class _Lock:
             self.workers.wait()
             return None
         with new_folder(self.out, self.overwrite) as folder:
-            scrubbed, fidelity = self._publish(folder, final, layers, data)
+            scrubbed, fidelity = self._write(folder, final, layers, data)
             record = lock_record(
                 model=public_name(self.model),
                 original_sha256=self.original_sha256,
@@ -178,7 +188,7 @@ class _Lock:
         return LockResult(self.out, record)
 
     def _data(self) -> DistillationData:
-        """The text; what the model itself has to write is written once and kept in the work folder."""
+        """The text. Text from the model itself is sampled once and kept in the work folder."""
         source = effective_source(self.config, self.model)
         if source != "self":
             return load_data(self.config, source, self.stream.config, self.tokenizer)
@@ -191,11 +201,11 @@ class _Lock:
 
     @functools.cached_property
     def original_sha256(self) -> str:
-        """Hash of the original's weights, read once."""
+        """Hash of the original's weights, computed once."""
         return weights_sha256(self.original)
 
-    def _fingerprint(self, data: DistillationData) -> dict:
-        """Everything the weights depend on."""
+    def _fingerprint(self, data: DistillationData) -> dict[str, Any]:
+        """Everything that the weights depend on."""
         rows = {name: value for name, value in data.record().items() if name.endswith("sha256")}
         return {
             "recipe": self.config.result_settings() | {"data": public_name(data.source)},
@@ -207,7 +217,7 @@ class _Lock:
 
     @functools.cached_property
     def chains(self) -> ChainConfig:
-        """What the chains have in common; their gains are chosen in phase 1."""
+        """The description of the chains, without their gains, which phase 1 chooses."""
         shape = mlp_weights(self.stream.layers[0].mlp, self.family).shape
         return shape.chain_config(self.config.depth, activation_name(self.stream.config))
 
@@ -218,8 +228,13 @@ class _Lock:
     def _phase_1_chain(self, layer: int) -> DLRNet:
         return self.work.load_chain(self.work.layer_file(layer), self.empty_chain)[0].to(self.device)
 
-    def _end_to_end(self, data: DistillationData) -> tuple[Chains, Fidelity, EndToEndResult | None]:
-        """Phase 2, if it was asked for; returns the final chains, and phase 1's fidelity."""
+    def _end_to_end(self, data: DistillationData) -> tuple[FinalChains, Fidelity, EndToEndResult | None]:
+        """Phase 2, unless the recipe skips it.
+
+        Returns:
+            A function from the index of a layer to its final chain, the fidelity after phase 1, and the result of
+            phase 2 or None.
+        """
         after_phase_1 = FidelityMeter.on("evaluation", self.stream, data, self.workers).measure(self._phase_1_chain)
         if self.config.end_to_end_tokens < self.config.end_to_end_batch_tokens:
             return self._phase_1_chain, after_phase_1, None
@@ -234,10 +249,10 @@ class _Lock:
         self.stream.drop_layers()
         return stack.unpacked, after_phase_1, result
 
-    def _publish(
-        self, folder: Path, final: Chains, layers: list[LayerResult], data: DistillationData
+    def _write(
+        self, folder: Path, final: FinalChains, layers: list[LayerResult], data: DistillationData
     ) -> tuple[int, Fidelity]:
-        """Write the weights; return how many rows were scrubbed, and the fidelity of what was written."""
+        """Write the weights. Returns the number of perturbed rows, and the fidelity of the weights as written."""
         scrubbed = 0
 
         @torch.no_grad()
@@ -261,7 +276,7 @@ class _Lock:
 
 
 def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: DistillationData) -> str:
-    """What is about to be made, from how much text."""
+    """One line for the user: the architecture, and the amount of text."""
     ranks = block_ranks(raw_config.intermediate_size, config.depth)
     rank = f"rank {ranks[0]}"
     if ranks[0] != ranks[-1]:
@@ -269,13 +284,14 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
     passes = config.tokens / data.train.numel()
     return (
         f"{raw_config.num_hidden_layers} layers, each a chain of {config.depth} blocks of {rank}; "
-        f"text: {data.source}, {data.train.numel():,} tokens"
-        + (f", read {passes:.1f} times" if passes > 1 else "")
-        + f", and twice {data.validation.numel():,} held out"
+        f"text: {data.source}, {data.train.numel():,} training tokens"
+        + (f" ({passes:.1f} passes)" if passes > 1 else "")
+        + f", two held-out sets of {data.validation.numel():,} tokens"
     )
 
 
 def _stored_dtype(raw_config: PreTrainedConfig, config: LockConfig) -> torch.dtype:
+    """The dtype of the checkpoint: the recipe's, or by default the original's."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     stored = getattr(raw_config, "dtype", None)

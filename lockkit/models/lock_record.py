@@ -1,4 +1,4 @@
-"""The entries of a locked model's `lockkit.json` that other commands read. `lockkit/lock/record.py` writes it."""
+"""The parts of a locked model's `lockkit.json` that other commands read. lockkit/lock/record.py writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from lockkit.files import LOCK_RECORD, read_json
 
 @dataclass(frozen=True)
 class LockRecord:
-    """The record of a lock; empty if the folder has none."""
+    """The record of a lock.
+
+    Attributes:
+        values: the content of `lockkit.json`; empty if the folder has none.
+    """
 
     values: dict[str, Any]
 
@@ -24,7 +28,7 @@ class LockRecord:
 
     @property
     def distilled_on(self) -> str | None:
-        """The name of the distillation text. None if it is not known, or was sampled from the original (`self`)."""
+        """Name of the distillation text. None if it is unknown or was sampled from the original (`self`)."""
         source = self.recipe.get("data")
         return source if isinstance(source, str) and source not in ("", "auto", "self") else None
 
@@ -34,27 +38,29 @@ class LockRecord:
         return self.recipe.get("tokens", 0) + self.recipe.get("end_to_end_tokens", 0)
 
     def source(self, model: str) -> str:
-        """The source of held-out text for this lock: its distillation text if that is known, else `stdlib`.
+        """The source of held-out text for this lock: the source of its distillation text, or else `stdlib`.
 
         Args:
-            model: name of the lock in error messages.
+            model: name of the lock, for the error.
 
         Raises:
             UsageError: the record names a file or folder that does not exist here.
         """
         source = self.distilled_on or "stdlib"
-        if (
-            source != "stdlib" and "/" not in source and not Path(source).exists()
-        ):  # the record has names without folders
-            raise UsageError(f"{model} was distilled on '{source}', which is not here: give its path as --data")
+        if source != "stdlib" and "/" not in source and not Path(source).exists():  # names, not paths
+            raise UsageError(f"{model} was distilled on '{source}', which does not exist here: give its path as --data")
         return source
 
 
 def read_lock_record(folder: Path, option: str) -> LockRecord:
-    """Read the record in a model folder.
+    """Read the record of a model folder.
+
+    Args:
+        folder: of the locked model.
+        option: the option that gave it, for the error.
 
     Raises:
-        UsageError: the record is damaged. The message names `option`.
+        UsageError: the record is not valid JSON.
     """
     path = folder / LOCK_RECORD
     return LockRecord(read_json(path, option) if path.is_file() else {})
