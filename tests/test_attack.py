@@ -1,4 +1,4 @@
-"""The audit: unlocks against known answers, the loop against PyTorch, rows that resume, bad input."""
+"""The audit: unlocks against known answers, the training loop against PyTorch, resuming, bad input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_ridge_finds_the_weights_that_made_the_data():
 @pytest.mark.parametrize(
     ("attack", "stages"), [(StackSolve, 1), (LinearisedStack, 1), (PartialCollapse, 5), (PartialCollapse, 1)]
 )
-def test_unlocks_recover_an_original_that_wears_the_chain(bench, attack, stages):
+def test_unlocks_recover_an_original_rewritten_as_a_chain(bench, attack, stages):
     first_layer = "stacked" if attack is StackSolve else "linearised"
     config = CollapseConfig(stages=stages, first_layer=first_layer)
     unlocked = attack(config).unlock(original_as_chain(bench), bench)
@@ -67,7 +67,7 @@ def test_unlocks_recover_an_original_that_wears_the_chain(bench, attack, stages)
     assert unlocked.cost.flops > 0
 
 
-def test_savers_change_no_gradient(bench):
+def test_savers_do_not_change_gradients(bench):
     ids = bench.evaluation[:2, :32]
 
     def gradients(name: str) -> list[torch.Tensor]:
@@ -83,7 +83,7 @@ def test_savers_change_no_gradient(bench):
             assert (a - b).norm() <= tolerance * a.norm() + 1e-6, name
 
 
-def test_the_loop_takes_the_steps_that_plain_pytorch_takes(bench):
+def test_the_loop_takes_the_same_steps_as_plain_pytorch(bench):
     task = bench.tasks["signatures"]
     config = FinetuneConfig(steps=8, batch_rows=2, learning_rate=1e-3, schedule="constant", evaluations=1)
     training = FullFinetune(config).prepare(bench.load("locked"), bench)
@@ -103,7 +103,7 @@ def test_the_loop_takes_the_steps_that_plain_pytorch_takes(bench):
 
 
 @pytest.mark.parametrize("attack", [FullFinetune, TrainerFinetune])
-def test_a_model_that_is_broken_from_the_start_is_said_to_be(bench, attack):
+def test_a_model_with_nan_weights_is_refused_before_the_first_step(bench, attack):
     model, task = bench.load("locked"), bench.tasks["signatures"]
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(math.nan)
@@ -150,7 +150,7 @@ def test_a_broken_line_is_named(tmp_path, line, says):
         chat_examples(file, load_tokenizer(DEMO))
 
 
-def test_quick_suite_through_the_program_and_again(cli, originals, locks, tmp_path):
+def test_the_quick_suite_runs_and_resumes(cli, originals, locks, tmp_path):
     out = tmp_path / "audit"
     options = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items()]
     command = ["attack", locks("qwen3"), "--original", originals("qwen3"), "--out", out, *options]
@@ -170,7 +170,7 @@ def test_quick_suite_through_the_program_and_again(cli, originals, locks, tmp_pa
 
     file = out / "rows.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:-1]) + lines[-1][:40])  # interrupted in its last row
+    file.write_text("".join(lines[:-1]) + lines[-1][:40])  # interrupted while it wrote the last row
     assert cli(*command).code == 0
     again = file.read_text().splitlines(keepends=True)
     assert again[:-1] == lines[:-1]

@@ -41,7 +41,7 @@ def test_saved_bytes_are_activations_without_weights():
     assert saved.bytes == 4 * (5 * 8 + 5 * 16)
 
 
-def test_what_is_saved_inside_a_backward_pass_is_not_counted():
+def test_tensors_saved_inside_a_backward_pass_are_not_counted():
     model, x = toy()
     x.requires_grad_()
 
@@ -68,7 +68,7 @@ def test_peak_of_live_tensors_is_that_counted_by_hand():
         b = a + 1  # 800
         c = b * 2  # 1200, the peak
         del b  # 800
-        d = c.view(10, 10)  # a view takes nothing
+        d = c.view(10, 10)  # a view needs no memory
         del c, d  # 400
         e = torch.ones(50)  # 600
     assert live.peak == 1200
@@ -99,7 +99,7 @@ def test_checkpointing_lowers_the_peak_and_adds_a_forward_pass():
     assert checkpointed.saved_bytes < plain.saved_bytes
 
 
-def test_eigenvalue_problems_are_charged():
+def test_eigenvalue_problems_are_counted():
     matrix = torch.eye(6)
     with Meter(CPU) as meter:
         torch.linalg.eigh(matrix)
@@ -107,7 +107,7 @@ def test_eigenvalue_problems_are_charged():
     assert meter.cost.seconds > 0
 
 
-def test_work_adds_up_and_peaks_do_not():
+def test_a_sum_of_costs_adds_work_and_takes_the_larger_peak():
     total = Cost(steps=2, tokens=10, flops=5.0, peak_tensor_bytes=7) + Cost(
         steps=1, tokens=4, flops=1.0, peak_tensor_bytes=9
     )

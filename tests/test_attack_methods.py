@@ -1,4 +1,4 @@
-"""What each attack does to a model, against references: exact cases, PyTorch's own loops, autograd."""
+"""Each attack's effect on a model, against references: exact cases, PyTorch's own loops, autograd."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lockkit.models.families import decoder_layers
 from lockkit.models.load import DEMO, load_tokenizer
 
 GRADIENT = {name: attack for name, attack in registry().items() if issubclass(attack, GradientAttack)}
-SLOW_START = ("mezo",)  # eight steps of zeroth order say nothing
+SLOW_START = ("mezo",)  # eight zeroth-order steps do not lower the loss reliably
 
 
 def bench_of(model_type: str, originals, locks) -> Bench:
@@ -74,10 +74,12 @@ def chain_of(blocks: list[MLPWeights], like: DLRNet) -> DLRNet:
 @pytest.mark.parametrize("name", [name for name, attack in GRADIENT.items() if name not in SLOW_START])
 def test_every_variant_trains_the_lock(name, bench):
     variants = GRADIENT[name].variants()
-    for variant in variants[1:] if GRADIENT[name].in_quick else variants:  # the quick suite runs the first
+    for variant in (
+        variants[1:] if GRADIENT[name].in_quick else variants
+    ):  # the test of the quick suite runs the first variant
         attack = GRADIENT[name](GRADIENT[name].configured(bench.config, variant, 1e-3))
         if attack.config.saver == "offload":
-            continue  # refused where the CPU trains
+            continue  # refused if the training runs on the CPU
         result = attack.run(bench.load("locked"), bench, bench.tasks["signatures"])
         assert not result.diverged
         assert result.cost.steps >= 8
@@ -86,7 +88,7 @@ def test_every_variant_trains_the_lock(name, bench):
         assert result.best < result.start, variant
 
 
-def test_our_loop_and_the_trainers_agree(bench):
+def test_lockkits_loop_and_the_trainers_agree(bench):
     config = FinetuneConfig(steps=12, batch_rows=2, warm_up=3, evaluations=3)
     models, results = [bench.load("locked"), bench.load("locked")], []
     for name, model in zip(("full-ft", "trainer"), models, strict=True):
@@ -133,15 +135,17 @@ def test_badam_trains_one_block_at_a_time(bench):
     assert moved == [[], [], [0], [0], [1], [1]]
 
 
-def test_kinds_of_steps_are_charged_apart():
+def test_each_kind_of_step_has_its_own_cost():
     training = Training(nn.Linear(1, 1), [], None, kind=lambda step: step // 4, before=Cost(tokens=7, flops=5.0))
     charges = Charges(training, {0: StepCost(10.0, 3, 2), 1: StepCost(20.0, 4, 1)}, 100, 0.5)
     assert charges.point(6, 1.0).flops == 5 + 4 * 10 + 2 * 20
     assert charges.point(6, 1.0).tokens == 7 + 600
-    assert charges.point(12, 1.0).flops == 5 + 4 * 10 + 8 * 20  # the third kind is not known: the most of the others
+    assert (
+        charges.point(12, 1.0).flops == 5 + 4 * 10 + 8 * 20
+    )  # the third kind was not counted: the highest of the others
 
 
-def test_the_side_network_leaves_the_model_as_it_is(bench):
+def test_the_side_network_does_not_change_the_model(bench):
     model = bench.load("locked")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = GRADIENT["side-network"].Config(steps=8, batch_rows=2, learning_rate=1e-2)
@@ -154,7 +158,7 @@ def test_the_side_network_leaves_the_model_as_it_is(bench):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_the_base_of_qlora_has_four_bits_a_weight(bench):
+def test_qlora_has_four_bits_per_weight(bench):
     model = bench.load("locked")
     linears = [m.weight.numel() for layer in decoder_layers(model) for m in layer.modules() if type(m) is nn.Linear]
     quantise(model)
@@ -182,7 +186,7 @@ def test_reparametrised_models_compute_the_same(which, form, subject, request):
             torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-4, rtol=0, msg=name)
 
 
-def test_balanced_units_have_rows_and_columns_of_one_norm(bench):
+def test_balanced_units_have_rows_and_columns_of_the_same_norm(bench):
     chain = decoder_layers(bench.load("locked"))[0].mlp
     balance(chain, bench.family)
     for block in chain.blocks:
@@ -197,7 +201,7 @@ def test_a_surrogate_of_uncoupled_blocks_is_exact(bench, surrogate):
     assert training.notes["gradient_cosine"] > 0.9999
 
 
-def test_a_surrogate_changes_the_backward_pass_alone(bench):
+def test_a_surrogate_changes_only_the_backward_pass(bench):
     model, plain = bench.load("locked"), bench.load("locked")
     training = SurrogateBackward(SurrogateBackward.Config()).prepare(model, bench)
     assert 1e-4 < training.notes["jacobian_nmse"] < 1  # the blocks are coupled
@@ -234,7 +238,7 @@ def test_merged_rows_see_the_mean_jacobian_of_the_blocks_before():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_pruning_drops_what_adds_nothing_and_keeps_the_function(gated):
+def test_pruning_drops_blocks_without_effect_and_keeps_the_function(gated):
     chain = random_chain(gated, nn.functional.gelu, bias=not gated)
     for index in (1, 2):
         chain.blocks[index].down_proj.weight.zero_()
@@ -248,7 +252,7 @@ def test_pruning_drops_what_adds_nothing_and_keeps_the_function(gated):
 
 @pytest.mark.parametrize("attack", [MergeBlocks(MergeConfig(neighbours=k)) for k in (2, 4, None)])
 @pytest.mark.parametrize("which", ["bench", "two_layer_bench"])
-def test_merged_models_are_saved_and_come_back(which, attack, request, tmp_path):
+def test_merged_models_are_saved_and_loaded(which, attack, request, tmp_path):
     bench = request.getfixturevalue(which)
     unlocked = attack.unlock(bench.frozen("locked"), bench)
     assert unlocked.blocks == {2: 3, 4: 2, None: 1}[attack.config.neighbours]
@@ -261,7 +265,7 @@ def test_merged_models_are_saved_and_come_back(which, attack, request, tmp_path)
         assert not any(isinstance(module, DLRNet) for module in again.modules())
 
 
-def test_pruning_costs_less_the_more_energy_stays(bench):
+def test_pruning_is_closer_to_the_lock_the_more_energy_is_kept(bench):
     kl = [bench.quality(PruneSVD(PruneConfig(energy=e)).unlock(bench.frozen("locked"), bench).model).kl_to_lock
           for e in (0.9, 0.999999)]  # fmt: skip
     assert kl[1] < 1e-4 < kl[0]
@@ -295,7 +299,7 @@ class Greedy(FullFinetune):
         return super().prepare(model, bench)
 
 
-def test_what_fails_in_one_attack_stays_in_its_row(originals, locks, tmp_path, monkeypatch):
+def test_a_failed_attack_does_not_stop_the_others(originals, locks, tmp_path, monkeypatch):
     monkeypatch.setitem(registry(), "greedy", Greedy)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = audit_config("quick", **SMALL)
@@ -320,7 +324,7 @@ def test_a_broken_task_is_refused_before_anything_is_run(cli, originals, locks, 
     assert not out.exists()
 
 
-def test_a_text_that_is_no_task_is_refused_by_its_own_option(tmp_path):
+def test_a_text_that_cannot_be_a_task_is_refused_by_its_option(tmp_path):
     file = tmp_path / "notes.txt"
     for text, says in (
         ("", "holds no text"),
@@ -350,12 +354,12 @@ def test_a_wrong_value_in_a_list_is_refused_by_its_option():
         audit_config("quick", learning_rates=[1e-3, math.nan])
 
 
-def test_an_attack_that_never_ran_on_the_lock_is_not_one_beyond_the_budget():
+def test_an_attack_that_did_not_run_on_the_lock_is_not_shown_as_beyond_the_budget():
     assert _costs({"locked": None, "trials_locked": 0})[0] == "not run"
     assert _costs({"locked": None, "trials_locked": 3})[0] == "> budget"
 
 
-def test_a_redistillation_from_random_features_starts_where_they_end(bench):
+def test_a_redistillation_from_random_features_starts_from_their_model(bench):
     solved = RandomFeatures(RandomFeatures.trials(bench.config)[0]).unlock(bench.frozen("locked"), bench)
     config = RedistillConfig(start="features", learning_rate=1e-9, tokens=1024, points=1)
     again = Redistill(config).unlock(bench.frozen("locked"), bench)

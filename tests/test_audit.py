@@ -1,4 +1,4 @@
-"""An audit as a whole: rows of the original shared, seeds and tasks, sweeps that processes share, failures."""
+"""A whole audit: shared rows of the original, seeds and tasks, searches by several processes, failures."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def row(attack="full-ft", model="locked", losses=(3.0, 2.0, 1.0), cost=100, fami
     }  # fmt: skip
 
 
-def test_cost_to_target_lies_between_the_points_around_it():
+def test_cost_to_target_is_interpolated_between_two_points():
     assert cost_to_target(row(), 1.5) == {
         "step": 12, "tokens": 150, "flops": 1.5e8, "seconds": pytest.approx(0.15), "peak_tensor_bytes": 1000,
         "saved_bytes": 100,
@@ -62,7 +62,7 @@ def test_cost_to_target_lies_between_the_points_around_it():
     assert cost_to_target(row(), 0.9) is None
 
 
-def test_an_attack_that_learns_nothing_on_the_original_does_not_count():
+def test_an_attack_that_fails_on_the_original_is_not_valid():
     target = reference_target([row(model="original")], share=0.9)
     assert target == Target(3.0, 1.0, pytest.approx(1.2))
     rows = [
@@ -78,7 +78,7 @@ def test_an_attack_that_learns_nothing_on_the_original_does_not_count():
     assert (cost, best["attack"]) == (pytest.approx(360), "full-ft")
 
 
-def test_cheapest_unlocks_are_fine_tuned_with_what_was_cheapest_on_the_original():
+def test_cheapest_unlocks_are_fine_tuned_with_the_cheapest_attacks_on_the_original():
     def unlocked(name: str, cost: int, **config) -> dict:
         return row(name, cost=cost, family="architecture", unlock={"k": 1}, finetune={"seed": 0}, **config)
 
@@ -100,7 +100,7 @@ def test_cheapest_unlocks_are_fine_tuned_with_what_was_cheapest_on_the_original(
     assert [run_name(r) for r in rows[-2:]] == ["broken", "cheap, then lora"]
 
 
-def test_both_sides_get_the_same_trials_of_every_attack():
+def test_lock_and_original_have_the_same_trials_of_every_attack():
     config = audit_config("standard")
     for attack in registry().values():
         trials = attack.trials(config)
@@ -109,9 +109,7 @@ def test_both_sides_get_the_same_trials_of_every_attack():
     assert not takes_baseline_steps(FinetuneConfig())
 
 
-def test_standard_repeats_the_cheapest_on_another_task_and_rows_of_the_original_serve_another_lock(
-    originals, locks, tmp_path
-):
+def test_standard_repeats_the_cheapest_attacks_and_rows_of_the_original_are_reused(originals, locks, tmp_path):
     lock, original = locks("qwen3"), str(originals("qwen3"))
     config = audit_config(
         "standard",
@@ -124,10 +122,10 @@ def test_standard_repeats_the_cheapest_on_another_task_and_rows_of_the_original_
     assert len([r for r in rows if r["attack"] == "reversal" and r["model"] == "locked" and r["task"] == "signatures"
                 and r["config"]["saver"] == "reversal" and r["config"]["seed"] == 0]) == 1  # at one rate  # fmt: skip
     then = [r for r in rows if r["config"].get("finetune_attack")]
-    # Checkpointing takes the baseline's steps and saves less: the cheapest on the original in that resource.
+    # Checkpointing takes the baseline's steps and saves fewer bytes: it is the cheapest on the original in that resource.
     assert ("linearised-stack", "checkpointing") in {(r["attack"], r["config"]["finetune_attack"]) for r in then}
     assert all(r["model"] == "locked" for r in then)
-    assert all(r["cost"]["tokens"] > r["finetune_cost"]["tokens"] for r in then)  # the unlock is charged
+    assert all(r["cost"]["tokens"] > r["finetune_cost"]["tokens"] for r in then)  # the cost of the unlock is added
     for task in summary["tasks"].values():
         for resource in ("tokens", "flops", "seconds", "peak_tensor_bytes"):
             found = task["amplification"][resource]
@@ -143,7 +141,7 @@ def test_standard_repeats_the_cheapest_on_another_task_and_rows_of_the_original_
     again = run_audit(str(other), original, tmp_path / "b", config, attacks[:2], controls=[tmp_path / "a"])
     rows = [json.loads(line) for line in (tmp_path / "b" / "rows.jsonl").read_text().splitlines()]
     made = [r for r in rows if r["model"] == "original" and not r["reused"]]
-    # What is repeated with a second seed depends on what was cheapest on each lock; the rest is all there.
+    # The runs with a second seed depend on the cheapest attacks on each lock. All other rows are reused.
     assert all(r["config"].get("seed") for r in made)
     assert again["runs"]["reused_from_controls"] >= 5
     assert not any(r["reused"] for r in rows if r["model"] == "locked")
@@ -161,7 +159,7 @@ SWEEP = TINY | {"sweep": 4}
 
 
 def _sweep(locked: str, original: str, out: str, dies_in: int | None = None) -> None:
-    """An audit in a process of its own; it is killed in the middle of its run number `dies_in`."""
+    """An audit in a separate process, which is killed during its run number `dies_in`."""
     import torch
 
     from lockkit.attack import rows
@@ -180,17 +178,17 @@ def _sweep(locked: str, original: str, out: str, dies_in: int | None = None) -> 
 
 
 def _trials(out: Path) -> list[dict]:
-    """Finished trials' rows: of the searched settings, each once."""
+    """The rows of finished trials of a search, without repetition."""
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert len({r["key"] for r in rows}) == len(rows)
     grid = [c.model_dump() for c in attack_class("full-ft").trials(audit_config("quick", **SWEEP))]
     return [r for r in rows if r["config"] not in grid]
 
 
-def test_two_processes_share_a_sweep_and_one_that_is_killed_loses_nothing(originals, locks, tmp_path):
+def test_two_processes_share_a_search_and_no_trial_is_lost_if_one_is_killed(originals, locks, tmp_path):
     locked, original, out = str(locks("qwen3")), str(originals("qwen3")), tmp_path / "audit"
     context = multiprocessing.get_context("spawn")
-    # The baseline on both models, two trials, and dead in the third.
+    # It runs the baseline on both models and two trials, and is killed in the third.
     victim = context.Process(target=_sweep, args=(locked, original, str(out), 5))
     victim.start()
     victim.join()
@@ -216,7 +214,7 @@ def test_two_processes_share_a_sweep_and_one_that_is_killed_loses_nothing(origin
         assert best == sorted(best, reverse=True) and best[-1] == min(losses)
 
 
-def test_what_goes_wrong_in_one_attack_stays_in_its_row(originals, locks, tmp_path, monkeypatch):
+def test_a_failed_run_is_recorded_and_tried_again(originals, locks, tmp_path, monkeypatch):
     lora = attack_class("lora")
 
     def prepare(self, model, bench):
@@ -232,13 +230,13 @@ def test_what_goes_wrong_in_one_attack_stays_in_its_row(originals, locks, tmp_pa
     assert summary["tasks"]["signatures"]["amplification"]["tokens"]["value"]
     assert summary["first_line"].startswith("This audit has no attack that uses knowledge of the lock")
 
-    monkeypatch.undo()  # memory was found: the same command tries these rows again, and those only
+    monkeypatch.undo()  # now there is enough memory: the same command runs only these rows again
     again = run_audit(*arguments, ["lora", "full-ft"])
     assert not again["runs"]["not_finished"]
 
 
 class NaNControl(UnlockAttack):
-    """An unlock whose control gives a model of NaN."""
+    """An unlock whose control returns a model with NaN weights."""
 
     name, description, reference, Config = "nan-control", "", "", NoSettings
 
@@ -254,7 +252,7 @@ class NaNControl(UnlockAttack):
 
 
 class Uncounted(FullFinetune):
-    """The baseline, with operations that were not counted, and nothing saved for the backward pass."""
+    """The baseline without counted operations and without saved bytes."""
 
     name = "uncounted"
 
@@ -269,7 +267,7 @@ def strict_json(text: str):
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-def test_a_nan_in_a_control_leaves_the_audit_readable_and_a_rerun_too(cli, originals, locks, tmp_path, monkeypatch):
+def test_an_audit_with_a_nan_in_a_control_is_written_and_resumes(cli, originals, locks, tmp_path, monkeypatch):
     for attack in (NaNControl, Uncounted):
         monkeypatch.setitem(registry(), attack.name, attack)
     out = tmp_path / "audit"
@@ -293,7 +291,7 @@ def test_a_nan_in_a_control_leaves_the_audit_readable_and_a_rerun_too(cli, origi
     lines = {line["attack"]: line for line in figures["attacks"]}
     assert lines[NaNControl.name]["says"] == "attack invalid"
     assert lines[Uncounted.name]["original"]["flops"] is None and lines[Uncounted.name]["original"]["tokens"] > 0
-    # Not counted is not free: the baseline's operations are compared. Nothing saved cannot be divided by.
+    # Operations that were not counted are not 0: the baseline's are compared. A ratio to 0 saved bytes does not exist.
     assert figures["amplification"]["flops"]["best_attack_original"] == "full-ft"
     assert figures["amplification"]["saved_bytes"]["says"] == "not finite"
     assert "saved bytes: not finite" in outcome.out
@@ -303,7 +301,7 @@ def test_a_nan_in_a_control_leaves_the_audit_readable_and_a_rerun_too(cli, origi
     assert "not finite" in (out / "report.md").read_text()
 
 
-def test_attention_only_fine_tuning_bounds_what_a_lock_can_cost(cli, originals, locks, tmp_path):
+def test_attention_only_fine_tuning_bounds_the_cost_of_a_lock(cli, originals, locks, tmp_path):
     config = TINY | {"target_share": 0.2, "task": "signatures"}
     options = [f"--{key.replace('_', '-')}={value}" for key, value in config.items() if key != "tasks"]
     command = ["attack", locks("qwen3"), "--original", originals("qwen3"), "--out", tmp_path, *options]
@@ -345,7 +343,7 @@ def unlock(kl: float, tokens: int, blocks=1, valid=True, scratch=False, steps=0,
 SCRATCH = unlock(0.02, 8000, scratch=True, steps=8, curve=[(1000, 1.0), (4000, 0.1), (8000, 0.02)])
 
 
-def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
+def test_unlock_ratio_takes_the_cheapest_close_unlock_and_marks_bounds():
     unlocks = {
         "good": unlock(0.05, 1000), "better": unlock(0.03, 2000), "bad": unlock(0.5, 10),
         "invalid": unlock(0.001, 1, valid=False), "chain": unlock(0.001, 1, blocks=2), "redistill": SCRATCH,
@@ -360,16 +358,16 @@ def test_unlock_ratio_takes_the_cheapest_good_unlock_and_says_what_is_a_bound():
     assert nearer["says"].startswith("below 0.125 in tokens") and not nearer["tokens"]["reached"]
     too_short = SCRATCH | {"valid": False}
     free = unlock_ratio({"free": unlock(0.001, 0), "redistill": too_short}, kl_limit=0.01, perplexity_limit=0)
-    assert free["says"] == "0 in tokens, 0 in operations"  # nothing is below that, whatever scratch takes
+    assert free["says"] == "0 in tokens, 0 in operations"  # a zero-cost unlock is exact, not a bound
     assert free["tokens"]["reached"] and not free["caveat"]
     failed = unlock_ratio(unlocks | {"redistill": SCRATCH | {"valid": False}}, kl_limit=0.06, perplexity_limit=0)
     assert "failed its control" in failed["caveat"]
     assert "not measured" in unlock_ratio({"good": unlock(0.05, 1000)}, 0.06, 0)["says"]
-    # Near enough in perplexity (10 * exp(0.05) here) counts, too.
+    # An unlock that is close only in perplexity (10 * exp(0.05) here) counts, too.
     assert unlock_ratio(unlocks, kl_limit=0.01, perplexity_limit=10.6)["tokens"]["unlock"] == "good"
 
 
-def test_figures_of_unlocks_that_are_not_finite_say_so(bench):
+def test_figures_that_are_not_finite_are_reported_as_such(bench):
     broken = {key: unlock(0.01, 10) | {key: None} for key in ("kl_to_lock", "perplexity")}
     curve = [(1000, None)]
     nowhere = unlock(0.5, 8000, scratch=True, steps=8, curve=curve)
@@ -378,18 +376,18 @@ def test_figures_of_unlocks_that_are_not_finite_say_so(bench):
     assert unlock_ratio({"good": unlock(0.05, 1000), "redistill": nowhere}, 0.06, 0)["says"] == "not finite"
     assert owner_advantage(400, {"r": nowhere}, kl_of_lock=0.1)["says"] == "not finite"
     assert owner_advantage(400, {"r": SCRATCH}, kl_of_lock=math.nan)["says"] == "not finite"
-    # One broken unlock beside a good one changes nothing.
+    # A broken unlock does not change the result of a good one.
     good = {"good": unlock(0.05, 1000), "redistill": SCRATCH}
     assert unlock_ratio(good | broken, kl_limit=0.06, perplexity_limit=0) == unlock_ratio(good, 0.06, 0)
 
 
-def test_owner_advantage_is_tokens_from_scratch_over_the_locks():
+def test_owner_advantage_is_tokens_from_scratch_over_those_of_the_lock():
     assert owner_advantage(400, {"r": SCRATCH}, kl_of_lock=0.1)["says"] == "10"
     assert owner_advantage(400, {"r": SCRATCH}, kl_of_lock=0.001)["says"] == "more than 20"
     assert "not measured" in owner_advantage(0, {"r": SCRATCH}, kl_of_lock=0.1)["says"]
 
 
-def test_effective_depth_counts_valid_closed_forms_only(bench):
+def test_effective_depth_is_from_valid_closed_form_unlocks_only(bench):
     most = 1.05 * bench.quality_of("locked").perplexity
     unlocks = {
         "one": unlock(0.5, 1) | {"perplexity": most + 1},
@@ -417,7 +415,7 @@ def test_one_command_compares_locks(originals, tmp_path, monkeypatch):
     record, table = json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
     assert [row["lock"] for row in record["rows"]] == ["continuation-3", "continuation-4"]
     assert "Attacks: `full-ft`, `stack-solve`." in table
-    # The baseline on the original is run once; the control of an unlock depends on the depth.
+    # The baseline on the original runs once. The control of an unlock depends on the depth, so it runs for each.
     assert record["rows"][1]["runs"]["reused_from_controls"] == 1
     for row in record["rows"]:
         assert f"| {row['lock']} | {row['perplexity_ratio']:.4f} |" in table

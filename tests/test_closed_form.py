@@ -14,7 +14,7 @@ from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.view import side_by_side
 
 
-def test_random_features_see_the_function_alone_and_solve_as_least_squares_do():
+def test_random_features_use_only_the_function_and_agree_with_least_squares():
     chain, x = random_chain(gated=True), 0.3 * torch.randn(2048, 8)
     [stage] = collapse(chain, x, [(0, 4)], "random")
     units, out = nn.functional.silu(x @ stage.weights.gate.T) * (x @ stage.weights.up.T), chain(x)
@@ -40,7 +40,7 @@ def test_corrected_stacks_are_exact_where_blocks_are_not_coupled(model_type, tok
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_few_tokens_correct_a_stack_and_many_solve_it(gated):
+def test_few_tokens_correct_a_stack_and_many_make_it_as_good_as_a_solved_one(gated):
     chain = random_chain(gated, nn.functional.silu, bias=not gated, gain=0.3)
     x, held_out = 0.3 * torch.randn(16384, 8), 0.3 * torch.randn(2048, 8)
 

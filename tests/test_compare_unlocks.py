@@ -1,4 +1,4 @@
-"""`tools/compare_unlocks.py` on a lock whose blocks are the teacher's own units: it must say so."""
+"""`tools/compare_unlocks.py` on a lock whose blocks are the teacher's own units: unlocks must be exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "compare_unlocks.py"
 UNCOUPLED = {"depth": 5, "coupling": 1e-6, "tokens": 64, "end_to_end_tokens": 0, "learning_rate": 1e-9}
 
 
-def test_uncoupled_blocks_give_the_teacher_back(originals, tmp_path):
+def test_uncoupled_blocks_are_unlocked_exactly(originals, tmp_path):
     config = LockConfig(**UNCOUPLED, data="stdlib", validation_tokens=256, device="cpu")
     lock_model(str(originals("qwen3")), tmp_path / "uncoupled", config)
     command = [sys.executable, TOOL, tmp_path / "uncoupled", "--original", originals("qwen3")]
@@ -27,7 +27,7 @@ def test_uncoupled_blocks_give_the_teacher_back(originals, tmp_path):
     assert unlocks["linearised-stack"]["kl_to_original"] < 1e-3 < unlocks["random-features"]["kl_to_original"]
     assert unlocks["corrected, 0 tokens"]["kl_to_lock"] < 1e-6
     assert unlocks["warm, 1024 tokens"]["kl_to_lock"] < unlocks["features, 1024 tokens"]["kl_to_lock"]
-    assert "2 stages" not in unlocks  # 10 + 10 + 10 + 9 + 9 units
+    assert "2 stages" not in unlocks  # ranks of 10, 10, 10, 9 and 9 cannot be divided into two equal stages
     text, _, *table = (tmp_path / "unlocks.md").read_text().splitlines()
     assert text == "Perplexity and KL divergence on 4,096 tokens of stdlib, split 'evaluate'."
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1

@@ -1,4 +1,4 @@
-"""The asymmetry benchmark on a tiny shape: its counts are those of lockkit/dlr/cost.py, its files complete."""
+"""The asymmetry benchmark on a tiny shape: its counts agree with lockkit/dlr/cost.py, and all files are written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOOL = Path(__file__).parents[1] / "tools" / "measure_asymmetry.py"
 def tool():
     spec = importlib.util.spec_from_file_location("measure_asymmetry", TOOL)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 

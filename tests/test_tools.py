@@ -1,4 +1,4 @@
-"""The smallest run of each tool that has no test file of its own. No speed decides here."""
+"""The smallest run of each tool without a test file of its own. Nothing here depends on speed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_tool(monkeypatch, capsys):
     return run
 
 
-def test_benchmark_lock_compares_every_way_with_the_plain_loop(run_tool, tmp_path):
+def test_benchmark_lock_compares_every_method_with_the_plain_loop(run_tool, tmp_path):
     out = tmp_path / "figures" / "speed.json"
     code, printed = run_tool("benchmark_lock", "--depth", 2, "--tokens", 32, "--rounds", 2, "--out", out)
     assert code == 0
@@ -66,14 +66,14 @@ def test_benchmark_export_compares_a_lock_with_its_original(run_tool, tmp_path):
     assert ratio["against"] == "original-fp32" and ratio["decode"] > 0 and ratio["prefill"] > 0
 
 
-def test_load_test_finds_no_wrong_answer(run_tool, tmp_path):
+def test_load_test_finds_no_wrong_answers(run_tool, tmp_path):
     model, export, out = tmp_path / "model", tmp_path / "export", tmp_path / "load.json"
     save_tiny("qwen3", model, max_position_embeddings=1024)
     export_model(str(model), export, ExportConfig())
     short = ("--seconds", 0.5, "--long-seconds", 1, "--warm-up", 0, "--prompts", 4)
     code, printed = run_tool("load_test", export, *short, "--out", out)
     result = json.loads(out.read_text())
-    assert code == (0 if result["passed"] else 1)  # which also says whether this machine was fast enough
+    assert code == (0 if result["passed"] else 1)  # `passed` also depends on the speed of this machine
     assert ("passed" if result["passed"] else "FAILED") in printed.splitlines()[-1]
     assert [stage["clients"] for stage in result["stages"]] == [1, 16, 64]
     for stage in result["stages"]:
@@ -83,7 +83,7 @@ def test_load_test_finds_no_wrong_answer(run_tool, tmp_path):
     assert len(result["questions"]) == 4
 
 
-def test_measure_memory_reads_what_a_lock_says_of_itself(run_tool, tmp_path):
+def test_measure_memory_reads_the_record_of_a_lock(run_tool, tmp_path):
     out = tmp_path / "memory.json"
     code, printed = run_tool("measure_memory", "--layers", 1, "--hidden", 64, "--offload", "disk", "--out", out)
     assert code == 0
@@ -98,7 +98,7 @@ def test_measure_memory_reads_what_a_lock_says_of_itself(run_tool, tmp_path):
 def test_train_demo_model_writes_a_model_and_resumes(run_tool, tmp_path):
     work, out = tmp_path / "work", tmp_path / "model"
     work.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # else it is trained, which takes longer
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # otherwise a tokenizer is trained, which takes longer
         shutil.copy(DEMO / name, work)
     small = ("--hidden", 32, "--intermediate", 48, "--layers", 1, "--block", 64, "--batch", 2, "--tokens", 4096)
     for steps in (2, 4):
@@ -109,5 +109,5 @@ def test_train_demo_model_writes_a_model_and_resumes(run_tool, tmp_path):
     assert model.dtype == torch.bfloat16 and model.config.vocab_size == 4096 == len(tokenizer)
     figures = json.loads(printed[printed.index("{") : printed.index("}") + 1])
     assert figures["seen_tokens"] == 4 * 2 * 64 and figures["train_tokens"] == figures["evaluate_tokens"] == 4096
-    assert 1 < figures["baseline"] < figures["perplexity"] < 3 * 4096  # four steps learn next to nothing
+    assert 1 < figures["baseline"] < figures["perplexity"] < 3 * 4096  # four steps hardly lower it
     assert f"| held-out perplexity | **{figures['perplexity']:.2f}** " in (out / "README.md").read_text()

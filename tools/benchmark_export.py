@@ -1,15 +1,15 @@
-"""Speed of locked exports beside their originals', on models of random weights in Qwen3's shape.
+"""Speed of locked exports compared with exports of their originals, on models of random weights in Qwen3's shape.
 
     python tools/benchmark_export.py prepare --hidden-size 512 --out models-512
     python tools/benchmark_export.py measure models-512 --out tools/results/export-speed-512.json
 
-`prepare` makes an original and its locked form (depth 32, random chains: speed does not depend on
-fidelity) and exports both in each precision. With `--optimum PYTHON`, the Python of an environment
-with optimum (tests/consumers/requirements.txt), the original is also exported by optimum.
+`prepare` makes an original and its locked form, and exports both in each precision. The chains have depth 32 and
+random weights, because speed does not depend on fidelity. With `--optimum PYTHON`, the original is also exported by
+optimum; PYTHON is the interpreter of an environment with optimum (tests/consumers/requirements.txt).
 
-`measure` runs `lockkit bench` once for each precision, with and without the fused kernel (`--no-kernel`: without
-only, which needs no C++ compiler): locked over original through the same builder, over optimum's export, and over
-PyTorch eager.
+`measure` runs `lockkit bench` for each precision, with and without the fused kernel. With `--no-kernel` it runs only
+without, which needs no C++ compiler. The speed of the locked export is compared with that of the original exported by
+lockkit, and with `--everything` also exported by optimum and in PyTorch eager.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run `lockkit bench` on each precision; print ratios, and write them to `--out`."""
+    """Run `lockkit bench` for each precision; print the ratios and write them to `--out`."""
     from lockkit.bench import BenchConfig, Runtime, bench
 
     results, folder = {}, arguments.folder
@@ -119,11 +119,11 @@ def main() -> None:
     command.add_argument("--layers", type=int, default=8)
     command.add_argument("--depth", type=int, default=32)
     command.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    command.add_argument("--optimum", type=Path, help="the Python of an environment with optimum")
-    command.add_argument("--out", type=Path, required=True, help="the folder to fill")
+    command.add_argument("--optimum", type=Path, help="Python interpreter of an environment with optimum")
+    command.add_argument("--out", type=Path, required=True, help="folder for the models and exports")
     command = commands.add_parser("measure")
     command.set_defaults(run=measure)
-    command.add_argument("folder", type=Path, help="what `prepare` filled")
+    command.add_argument("folder", type=Path, help="the folder that `prepare` wrote")
     command.add_argument("--precisions", nargs="+", default=["fp32"], choices=PRECISIONS)
     command.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     command.add_argument("--prompt-lengths", type=int, nargs="+", default=[512])
@@ -131,7 +131,9 @@ def main() -> None:
     command.add_argument("--rounds", type=int, default=9)
     command.add_argument("--threads", type=int)
     command.add_argument("--no-kernel", dest="kernel", action="store_false", help="only without the fused kernel")
-    command.add_argument("--everything", action="store_true", help="also over optimum's export and PyTorch, in fp32")
+    command.add_argument(
+        "--everything", action="store_true", help="in fp32, compare also with optimum's export and with PyTorch"
+    )
     command.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -2,13 +2,13 @@
 
     python tools/compare_locks.py --out tools/results/locks --work /somewhere/with/space
 
-1. Locks the model at every depth, start and coupling; a lock that is there is used as it is.
-2. Audits each; rows of the original are made once and shared (`lockkit attack --controls`).
-3. Writes OUT.json and OUT.md: quality, effective depth, unlock ratio, owner's advantage, and the
-   amplification of each resource with the attack that reached it, mean and spread over seeds.
+1. Lock the model at every depth, start and coupling. Locks that exist in --work are not made again.
+2. Audit each lock. Rows of the original are computed once and shared (`lockkit attack --controls`).
+3. Write OUT.json and OUT.md: quality, effective depth, unlock ratio, owner's advantage, and the
+   amplification of each resource with the cheapest attack, its mean and spread over seeds.
 
-Locks and audits stay in --work: the same command resumes an interrupted run.
-`--quick` is for a trial of the tool itself: locks of a few thousand tokens, and the suite `quick`.
+Locks and audits stay in --work, so the same command resumes an interrupted run.
+`--quick` tests the tool itself, with locks of a few thousand tokens and the suite `quick`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUICK_LOCK = {"tokens": 8_192, "end_to_end_tokens": 0, "validation_tokens": 1_02
 
 
 def main() -> None:
-    """Lock, audit and compare; the table is written after every lock."""
+    """Lock, audit and compare. The table is written after every lock."""
     arguments = _arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows, controls = [], list(arguments.controls)
@@ -41,7 +41,7 @@ def main() -> None:
         name = f"{init}-{depth}" if coupling is None else f"{init}-{depth}-coupling-{coupling:g}"
         try:
             lock = _lock(arguments, name, {"depth": depth, "init": init, "coupling": coupling})
-        except DistillationError as error:  # the other locks are compared all the same
+        except DistillationError as error:  # the other locks are still compared
             rows.append({"lock": name, "failed": str(error)})
             _write(arguments, rows)
             continue
@@ -62,7 +62,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="the original (demo)")
     parser.add_argument("--depth", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--init", nargs="+", default=["continuation", "random"], choices=["continuation", "random"])
-    parser.add_argument("--coupling", type=float, nargs="+", help="couplings to compare; by default lock's own default")
+    parser.add_argument(
+        "--coupling", type=float, nargs="+", help="couplings to compare; by default only the default of `lockkit lock`"
+    )
     parser.add_argument("--suite", default="standard", choices=["quick", "standard", "full"])
     parser.add_argument("--attack", action="append", help="only this attack; may be repeated")
     parser.add_argument(
@@ -70,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", help="text of the locks, as for `lockkit lock`")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--quick", action="store_true", help="small locks and the suite `quick`: a trial of the tool")
+    parser.add_argument("--quick", action="store_true", help="small locks and the suite `quick`, to test the tool")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.suite = "quick"
@@ -78,7 +80,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _lock(arguments: argparse.Namespace, name: str, settings: dict) -> Path:
-    """The folder of the lock called `name`, made with these settings (None: the default) unless it is there."""
+    """The folder of the lock called `name`. If it does not exist, the lock is made; settings that are None are defaults."""
     out = arguments.work / f"lock-{name}"
     if not (out / "lockkit.json").is_file():
         small = QUICK_LOCK if arguments.quick else {}
@@ -91,7 +93,7 @@ def _lock(arguments: argparse.Namespace, name: str, settings: dict) -> Path:
 
 
 def _row(name: str, summary: dict) -> dict:
-    """What the table says of one lock."""
+    """The entry of one lock."""
     depth = summary["effective_depth"]
     return {
         "lock": name,
@@ -131,11 +133,11 @@ def _write(arguments: argparse.Namespace, rows: list[dict]) -> None:
 
 
 def markdown(record: dict) -> str:
-    """The record as two tables: the locks, and what the best attacks make of each."""
+    """The record as two tables: the figures of each lock, and the cheapest attacks on it."""
     rows, tried = [row for row in record["rows"] if "failed" not in row], record["attacks"]
     lines = [
         f"Locks of {record['model']} under the suite `{record['suite']}`, commit {record['git_hash']}. "
-        "A lock costs this many times as much against these attacks, and nothing is said of others.",
+        "Every figure is for these attacks; it says nothing about other attacks.",
         "",
         "Attacks: " + (tried if isinstance(tried, str) else ", ".join(f"`{name}`" for name in tried)) + ".",
         "",
@@ -157,9 +159,9 @@ def markdown(record: dict) -> str:
             lines.append(f"| {row['lock']} | {task} | " + " | ".join(_cell(found[key]) for key in RESOURCES) + " |")
     lines += [
         "",
-        "Cells: the cheapest attack on the lock over the cheapest on the original, to the same held-out loss; the "
-        "attack; mean of that attack's seeds over the original's mean, and its range. `*`: the re-distillation from scratch "
-        "failed its control at this budget, so the figure is a bound on what it says, no more.",
+        "Cells: the cost of the cheapest attack on the lock over that of the cheapest on the original, to the same held-out "
+        "loss. In brackets: the attack on the lock; then the mean over its seeds, over the original's mean, and the range. "
+        "`*`: the re-distillation from scratch failed its control at this budget, so the figure is only a bound.",
     ]
     lines += [f"\nNo lock {row['lock']}: {row['failed']}" for row in record["rows"] if "failed" in row]
     return "\n".join(lines) + "\n"

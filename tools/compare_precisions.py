@@ -2,12 +2,15 @@
 
     python tools/compare_precisions.py ./locked --original demo --kernel --out tools/results/precisions.json
 
-KL, agreement on the top token and perplexity are `lockkit verify`'s: the first two from the PyTorch model
-to its own export, the worst of the ways of running it; perplexity over that of the PyTorch original.
-Speed is `lockkit bench`'s, in plain onnxruntime: over the original in fp32 and over the original in the
+Fidelity is measured by `lockkit verify`: KL divergence and top-1 agreement between the PyTorch model and its own
+export (the worst of all ways of running it), and perplexity over that of the PyTorch original.
+
+Speed is measured by `lockkit bench` in plain onnxruntime, over the original in fp32 and over the original in the
 same precision, in turns within one run. With `--kernel`, the locked model is also run with the fused
-operator. The locked model and the original stand side by side, since a chain's small matrices quantise
-differently from an MLP's large ones. A Markdown table of it all is printed at the end.
+operator.
+
+The original is measured beside the locked model because the small matrices of a chain quantise
+differently from the large ones of an MLP. A Markdown table is printed at the end.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def export(model: str, folder: Path, format_name: str) -> Path:
 
 
 def fidelity(folder: Path, references: list[str], tokens: int) -> dict:
-    """Size of the weights in bytes, and fidelity; KL in nats per token."""
+    """Size of the weights in bytes, and fidelity. KL divergence is in nats per token."""
     result = verify_export(folder, references, VerifyConfig(data="stdlib", tokens=tokens, prompts=0))
     return {
         "weights_bytes": (folder / "model.onnx_data").stat().st_size,
@@ -56,7 +59,11 @@ def fidelity(folder: Path, references: list[str], tokens: int) -> dict:
 
 
 def speed(folder: Path, against: dict[str, Path], config: BenchConfig) -> dict:
-    """Tokens a second of an export, and how many times those of each other: name in the result -> folder."""
+    """Speed of an export in tokens per second, and its ratio to that of other exports.
+
+    Args:
+        against: folders of other exports, by their names in the result.
+    """
     others = {name: other for name, other in against.items() if other != folder}
     result = bench(folder, list(dict.fromkeys(map(str, others.values()))), config)
     ratios = {ratio.against: ratio for ratio in result.ratios}
@@ -74,13 +81,13 @@ def speed(folder: Path, against: dict[str, Path], config: BenchConfig) -> dict:
 
 
 def rows_of(format_name: str, fp32_original: Path, folder: Path, arguments: argparse.Namespace) -> list[dict]:
-    """One format: the locked model, the locked model with the kernel where asked for, the original."""
+    """The rows of one format: the locked model, with `--kernel` also with the fused operator, and the original."""
     locked, original = arguments.locked, arguments.original
     name = format_name.replace(":", "-")
     exports = {"locked": export(locked, folder / f"locked-{name}", format_name), "original": fp32_original}
     if format_name != "fp32":
         exports["original"] = export(original, folder / f"original-{name}", format_name)
-    # Only the locked model has two references: what it was made from, and itself.
+    # The export of the locked model is compared with the original and with the locked model itself.
     references = {"locked": [original, locked], "original": [original]}
     quality = {model: fidelity(exports[model], references[model], arguments.tokens) for model in exports}
     rows = []
@@ -101,7 +108,7 @@ def rows_of(format_name: str, fp32_original: Path, folder: Path, arguments: argp
 
 
 def table(rows: list[dict]) -> str:
-    """The rows in Markdown; sizes in MB of 10^6 bytes."""
+    """The rows as a Markdown table. Sizes are in MB of 10^6 bytes."""
     lines = [f"| | | {' | '.join(HEADINGS.values())} |", "|---" * (len(HEADINGS) + 2) + "|"]
     for row in rows:
         cells = [row["format"].replace(":", ", blocks of "), row["model"] + (", kernel" if row["kernel"] else "")]
@@ -122,17 +129,17 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    """Measure all formats; print the table, and write the rows to `--out` after each format."""
+    """Measure all formats and print the table. The rows are written to `--out` after each format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("locked")
     parser.add_argument("--original", default="demo")
     parser.add_argument("--formats", nargs="+", default=FORMATS, help="a precision, or precision:block size")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens for fidelity and perplexity")
-    parser.add_argument("--kernel", action="store_true", help="run the locked model with the fused operator too")
+    parser.add_argument("--kernel", action="store_true", help="also run the locked model with the fused operator")
     parser.add_argument("--prompt-length", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="of onnxruntime; by default its own choice")
+    parser.add_argument("--threads", type=int, help="threads of onnxruntime; by default it chooses")
     parser.add_argument("--out", type=Path, help="JSON")
     arguments = parser.parse_args()
     rows = []

@@ -4,18 +4,19 @@
     lockkit lock demo coupled --depth 16 --coupling 1
     python tools/compare_unlocks.py plain coupled --original demo --out tools/results/unlocks
 
-For every lock:
+It measures for every lock:
 
-1. Its fidelity: perplexity over the original's, and KL to it.
-2. Closed-form unlocks: the blocks side by side (unchanged, and corrected from few tokens), stacked, linearised, K
-   stages; and random features, which use none of the lock's weights. For each, KL of the result to the lock and to
-   the original, and its perplexity over the original's.
-3. Re-distillations of `--tokens` tokens: from the linearised stack (warm), and from random features; the best of
+1. Its fidelity: perplexity over the original's, and KL to the original.
+2. Closed-form unlocks: the blocks side by side (unchanged, and corrected with few tokens), stacked, linearised, K
+   stages, and random features, which use none of the lock's weights. For each: KL of the unlocked model to the lock and
+   to the original, and its perplexity over the original's.
+3. Re-distillations of `--tokens` tokens, from the linearised stack (warm) and from random features; the best of
    a few learning rates.
-4. How near the rows still are to the teacher's: for each up row, the largest correlation of its pre-activation
+4. The similarity of its rows to the teacher's: for each up row, the largest correlation of its pre-activation
    with one of the teacher's, on the lock's own activations; mean over rows and layers.
 
-OUT.json has everything, OUT.md the table, OUT.svg the trade-off of fidelity against hardness; rows of other locks stay.
+OUT.json has all figures, OUT.md the table, and OUT.svg a plot of fidelity against resistance to unlocks. Rows of other
+locks in OUT.json are kept.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ REDISTILLED = {"warm": (1e-4, 3e-4, 1e-3), "features": (1e-3, 3e-3)}  # learning
 
 
 def main() -> None:
-    """Measure all locks; table, plot and JSON are written after each."""
+    """Measure all locks. Table, plot and JSON are written after each one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("locked", nargs="+", help="locked models")
     parser.add_argument("--original", default="demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, nargs="*", default=[65_536], help="budgets of re-distillation")
-    parser.add_argument("--unlock-tokens", type=int, default=32_768, help="unlabelled tokens of a closed form")
+    parser.add_argument("--unlock-tokens", type=int, default=32_768, help="unlabelled tokens for closed-form unlocks")
     options = parser.parse_args()
     if len({public_name(locked) for locked in options.locked}) < len(options.locked):
-        parser.error("rows are known by the last part of a lock's path, and two are the same: rename a folder")
+        parser.error("two locks have the same folder name, by which rows are identified: rename a folder")
     file = options.out.with_suffix(".json")
     record = read_json(file, "--out") if file.is_file() else {"schema": SCHEMA, "rows": []}
     for locked in options.locked:
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) -> dict:
-    """One lock's row."""
+    """The row of one lock."""
     tokens = max([unlock_tokens, *budgets])
     config = audit_config("standard", tasks=["signatures"], redistill_tokens=tokens, unlock_tokens=unlock_tokens)
     bench = Bench(locked, original, config)
@@ -98,7 +99,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
     for attack in (StackSolve, LinearisedStack, PartialCollapse, RandomFeatures):
         for trial in attack.trials(config):
             name = attack.name if trial.stages == 1 else f"{trial.stages} stages"
-            with contextlib.suppress(CannotRun):  # stages that the blocks' ranks do not add up to
+            with contextlib.suppress(CannotRun):  # the blocks cannot be divided into these stages
                 unlocks[name] = figures(attack(trial).unlock(bench.frozen("locked"), bench))
     for budget in budgets:
         for start, rates in REDISTILLED.items():
@@ -122,7 +123,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
 
 @torch.no_grad()
 def row_correlation(bench: Bench) -> float:
-    """Mean over layers and up rows of the largest correlation with a row of the teacher's."""
+    """The largest correlation of an up row with a row of the teacher's; mean over layers and rows."""
     locked, original = bench.frozen("locked"), bench.frozen("original")
     rows = bench.unlabelled[: CORRELATION_TOKENS // bench.text_block]
     means = []
@@ -145,7 +146,7 @@ def _keep_output(into: list[torch.Tensor], _module: object, _args: tuple, output
 
 
 def markdown(rows: list[dict]) -> str:
-    """Cells of unlocks: KL to the lock / KL to the original / perplexity over the original's."""
+    """The table. Cells of unlocks: KL to the lock / KL to the original / perplexity over the original's."""
     names = list(dict.fromkeys(name for row in rows for name in row["unlocks"]))
     texts = {str(MeasuredText(**row["text"])) for row in rows if "text" in row}
     lines = [
@@ -168,7 +169,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """How near unlocks come to each lock, over what the lock costs in perplexity."""
+    """KL of the unlocked models to each lock, against the perplexity that the lock adds."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -180,18 +181,17 @@ def plot(rows: list[dict], file: Path) -> None:
     names = dict.fromkeys(name for row in rows for name in row["unlocks"] if not name.endswith("stages"))
     for name in names:
         points = [(excess[row["lock"]], row["unlocks"][name]["kl_to_lock"]) for row in rows if name in row["unlocks"]]
-        knows_nothing = name.startswith("features") or name == "random-features"
-        axes.plot(*zip(*points, strict=True), "x" if knows_nothing else "o", markersize=5, label=name)
+        without_weights = name.startswith("features") or name == "random-features"
+        axes.plot(*zip(*points, strict=True), "x" if without_weights else "o", markersize=5, label=name)
     for row in rows:
         place = (excess[row["lock"]], 1.1e-3)
         axes.annotate(row["lock"], place, rotation=90, va="bottom", ha="center", fontsize=8)
     axes.set(xscale="log", yscale="log", ylim=(1e-3, 1))
     axes.set(
-        xlabel="perplexity of the lock above the original's, %", ylabel="KL of the unlocked model to the lock, nats"
+        xlabel="perplexity of the lock above the original's, %",
+        ylabel="KL of the unlocked model to the lock, nats per token",
     )
-    figure.legend(
-        loc="outside right upper", fontsize=8, title="x: knows nothing of\nthe lock's weights", title_fontsize=8
-    )
+    figure.legend(loc="outside right upper", fontsize=8, title="x: uses none of\nthe lock's weights", title_fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": "lockkit"}):
         figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)

@@ -1,18 +1,18 @@
-"""Load on `lockkit serve`: throughput, latency, memory, and whether every answer is correct.
+"""Load test of `lockkit serve`: throughput, latency, memory, and correctness of every answer.
 
     lockkit lock demo locked && lockkit export locked locked-onnx
     python tools/load_test.py locked-onnx --out tools/results/serve-load-cpu.json
 
-1. Start the server and ask each of the prompts, one after the other: the reference answers. Half
+1. Start the server and send each prompt once, one after the other, to get the reference answers. Half
    of the prompts are streamed.
-2. With 1 client, then with 16, for `--seconds` each, then with 64 for `--long-seconds`: every
-   client asks one random prompt after the other, greedily, and compares the answer, its reason and
-   its token count with the reference. Clients run in this process, on the same cores as the server.
-3. Sample the server's resident memory every second; what follows the first `--warm-up` seconds of
-   the last stage is compared with its value there.
+2. Run three stages: 1 client and 16 clients for `--seconds` each, 64 clients for `--long-seconds`. Every
+   client sends one random prompt after the other, with greedy decoding. It compares the text, the finish reason and
+   the token count with the reference. Clients run in this process, on the same cores as the server.
+3. Sample the server's resident memory every second. In the last stage, the growth after the first `--warm-up` seconds
+   is computed.
 
-Exit code 1 if an answer was wrong or an error came, if memory grew by more than 5 %, or if 16
-clients got less than twice the throughput of one.
+The exit code is 1 if an answer was wrong, an error occurred, memory grew by more than 5 %, or 16
+clients had less than twice the throughput of one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Question:
 
 @dataclass
 class Stage:
-    """Measurements under one number of clients."""
+    """Measurements with one number of clients."""
 
     clients: int
     seconds: float = 0.0
@@ -68,10 +68,10 @@ class Stage:
     memory_bytes: list[int] = field(default_factory=list)
 
     def record(self, warm_up: int) -> dict:
-        """Figures of the stage as JSON holds them.
+        """The figures of the stage as JSON values.
 
         Args:
-            warm_up: samples of memory, one per second, that are left out of its growth.
+            warm_up: number of samples of memory, one per second, before its growth is measured.
         """
         later = self.memory_bytes[warm_up:]
         return {
@@ -103,7 +103,7 @@ def _percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def make_questions(count: int, seed: int) -> list[Question]:
-    """Beginnings of functions of the standard library, of 1 to 12 lines, and 8 to 64 tokens to write."""
+    """Prompts of 1 to 12 lines: beginnings of functions of the standard library. 8 to 64 tokens are generated."""
     source, chance = inspect.getsource(textwrap) + inspect.getsource(argparse), random.Random(seed)
     starts = [match.start() for match in re.finditer(r"^ *def ", source, re.M)]
     questions = []
@@ -114,7 +114,7 @@ def make_questions(count: int, seed: int) -> list[Question]:
 
 
 class Asker:
-    """Asks questions over kept-alive connections."""
+    """Sends requests over persistent connections."""
 
     def __init__(self, url: str, model: str, connections: int):
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
@@ -122,7 +122,14 @@ class Asker:
         self.model = model
 
     async def ask(self, question: Question) -> tuple[dict, float | None]:
-        """The answer (text, reason, tokens), and the seconds to its first text where it is streamed."""
+        """Send one request.
+
+        Returns:
+            The answer (text, finish reason, tokens); for a streamed answer also the seconds until its first text.
+
+        Raises:
+            RuntimeError: the stream ended early.
+        """
         body = {
             "model": self.model, "prompt": question.prompt, "max_tokens": question.max_tokens, "temperature": 0,
             "stream": question.stream,
@@ -147,7 +154,7 @@ class Asker:
                         text, reason = text + choice["text"], choice["finish_reason"] or reason
                     tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
         if not done:
-            raise RuntimeError("the stream broke off")
+            raise RuntimeError("the stream ended early")
         return _answer(text, reason, tokens), first
 
 
@@ -158,6 +165,7 @@ def _answer(text: str, reason: str | None, tokens: int | None) -> dict:
 async def run_stage(
     asker: Asker, questions: list[Question], expected: list[dict], clients: int, seconds: float, server: psutil.Process
 ) -> Stage:
+    """Run one stage and compare every answer with `expected`, the reference answers in the order of `questions`."""
     stage, started = Stage(clients), time.perf_counter()
 
     async def client(number: int) -> None:
@@ -188,6 +196,7 @@ async def run_stage(
 
 
 async def measure(arguments: argparse.Namespace, url: str, server: psutil.Process) -> list[dict]:
+    """Get the reference answers and run all stages; return their records."""
     asker = Asker(url, arguments.export.resolve().name, connections=64)
     questions = make_questions(arguments.prompts, arguments.seed)
     expected = [(await asker.ask(question))[0] for question in questions]
@@ -208,16 +217,16 @@ async def measure(arguments: argparse.Namespace, url: str, server: psutil.Proces
 
 
 def main() -> None:
-    """Start the server, run the three stages, and exit with 1 if one of the conditions above was not met."""
+    """Start the server, run the three stages, and exit with 1 if a condition at the top of this file is not met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path)
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--seconds", type=float, default=20, help="of the stages with 1 and 16 clients")
-    parser.add_argument("--long-seconds", type=float, default=120, help="of the stage with 64 clients")
-    parser.add_argument("--warm-up", type=int, default=20, help="seconds of the last stage that memory may grow in")
+    parser.add_argument("--seconds", type=float, default=20, help="duration of the stages with 1 and with 16 clients")
+    parser.add_argument("--long-seconds", type=float, default=120, help="duration of the stage with 64 clients")
+    parser.add_argument("--warm-up", type=int, default=20, help="seconds of the last stage in which memory may grow")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--serve-options", default="", help="for `lockkit serve`")
+    parser.add_argument("--serve-options", default="", help="further options of `lockkit serve`")
     arguments = parser.parse_args()
     options = shlex.split(arguments.serve_options)
     command = [sys.executable, "-m", "lockkit", "serve", str(arguments.export), "--port", "0", *options]

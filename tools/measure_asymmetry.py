@@ -3,19 +3,19 @@
     python tools/measure_asymmetry.py                          # a GPU if there is one, else the CPU
     python tools/measure_asymmetry.py --device cpu --shape qwen3-0.6b --depth 8 --depth 32 --tokens 128
 
-For one MLP, and for a stack of decoder layers (attention, norms, MLP; no embeddings, no head), of random
-weights, since none of these figures depends on the weights:
+It measures one MLP, and a stack of decoder layers (attention, norms and MLP, without embeddings and head). Weights are
+random, because none of these figures depends on them.
 
-1. Build the original, and for one depth after the other its locked form.
-2. Measure the original and that lock in turns, `--rounds` times, after a warm-up: seconds forward without
-   gradients, and seconds forward and backward (all weights and the input need gradients). Take medians.
-3. Once each: bytes autograd saves for the backward pass (each storage once, weights left out), and the
-   peak of memory during forward and backward beyond weights, gradients and input: what the allocator
-   reports on a GPU, bytes of live tensors on the CPU. With few tokens this peak is not activations but one
-   matrix's gradient before it is added to the sum.
-4. Repeat with the ways around it, the audit's own (lockkit/attack/savers.py): reversal without and with anchors,
-   and checkpointing of the MLP or of each decoder layer, of the original as well.
-5. Print ratios to the plain original *of the same turn*; write JSON, a table and a plot.
+1. Build the original, and its locked form at one depth after the other.
+2. After a warm-up, measure the original and the lock in turns, `--rounds` times: seconds of a forward pass without
+   gradients, and seconds of forward and backward pass with gradients of all weights and the input. Take medians.
+3. Measure once: the bytes that autograd saves for the backward pass (each storage once, without the weights), and the
+   peak of memory during forward and backward pass beyond weights, gradients and input. On a GPU the peak is the
+   allocator's, on the CPU that of live tensors. With few tokens, the peak is not due to activations but to the
+   gradient of one matrix before it is added to the sum.
+4. Repeat this with the audit's memory savers (lockkit/attack/savers.py): reversal without and with anchors,
+   and checkpointing of the MLP or of each decoder layer, which is also applied to the original.
+5. Print ratios to the original without a saver *in the same turn*; write JSON, a table and a plot.
 
 Results: `asymmetry-cpu.{json,md,svg}` or `asymmetry-cuda.*` in tools/results/.
 """
@@ -46,7 +46,7 @@ from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.version import git_hash
 
 SCHEMA = "lockkit-asymmetry/1"
-GAIN = 0.1  # keeps a chain of random weights from growing without bound
+GAIN = 0.1  # with larger gains, the stream of a chain of random weights may overflow
 # hidden size, MLP width, attention heads, key and value heads, head size
 SHAPES = {
     "tiny": (64, 192, 4, 2, 16),
@@ -70,22 +70,22 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of one subject; figures are absolute, `ratios` are to the plain original of its turn."""
+    """The figures of one variant of one subject. `ratios` are to the original without a saver in the same turn."""
 
     shape: str
     subject: str
     depth: int | None  # None: the original
     saver: str
-    measured_with_depth: int  # the lock that this was measured in turns with
-    forward_seconds: float | None = None  # the same for all savers
+    measured_with_depth: int  # depth of the lock that was measured in the same turns
+    forward_seconds: float | None = None  # savers do not change it
     training_seconds: float = 0.0
-    saved_bytes: int | None = None  # checkpointing keeps its inputs out of autograd's hands
+    saved_bytes: int | None = None  # None for checkpointing: autograd does not save its inputs
     peak_bytes: int = 0
     ratios: dict[str, float] | None = None
 
 
 class Stack(nn.Module):
-    """Layers where the audit's savers look for those of a causal language model: under `model.layers`."""
+    """A model whose layers are in `model.layers`, as the audit's savers expect of a causal language model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -97,7 +97,7 @@ class Stack(nn.Module):
 
 
 class OneLayer(nn.Module):
-    """An MLP, or a chain, as the only layer."""
+    """A model whose only layer is an MLP or a chain."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -109,7 +109,7 @@ class OneLayer(nn.Module):
 
 
 def build(subject: str, shape: str, depth: int | None, options: argparse.Namespace) -> Stack:
-    """A subject of random weights; with a depth, its MLPs replaced by chains."""
+    """A subject of random weights. With a depth, its MLPs are replaced by chains."""
     from transformers import Qwen3Config
     from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3Model
 
@@ -136,7 +136,7 @@ def build(subject: str, shape: str, depth: int | None, options: argparse.Namespa
 
 
 class Runner:
-    """Passes through one model, timed or counted."""
+    """Runs timed or counted passes through one model."""
 
     def __init__(self, model: Stack, options: argparse.Namespace, hidden: int):
         self.model, self.device = model, torch.device(options.device)
@@ -148,7 +148,7 @@ class Runner:
         return self.model(self.x)
 
     def train(self) -> None:
-        """One forward and one backward pass; gradients are added up."""
+        """One forward and one backward pass. Gradients accumulate."""
         out = self.output()
         out.backward(torch.ones_like(out))
 
@@ -167,8 +167,8 @@ class Runner:
         return saved.bytes
 
     def peak_bytes(self) -> int:
-        """Peak of memory during forward and backward, in bytes beyond what is there before."""
-        self.train()  # gradients exist from here on, as they do in all steps but the first
+        """Peak of memory during forward and backward pass, in bytes beyond the memory in use before."""
+        self.train()  # allocates the gradients, which exist in all steps but the first
         gc.collect()
         if self.device.type == "cuda":
             before = torch.cuda.memory_allocated(self.device)
@@ -184,7 +184,7 @@ class Runner:
 
 
 def measure(shape: str, subject: str, depth: int, options: argparse.Namespace) -> list[Row]:
-    """The original and one lock, in turns."""
+    """Measure the original and one lock in turns."""
     runners, variants = {}, []
     for kind, kind_depth in (("original", None), ("locked", depth)):
         runners[kind] = Runner(build(subject, shape, kind_depth, options), options, SHAPES[shape][0])
@@ -226,7 +226,7 @@ def _ratios(row: Row, original: Row) -> dict[str, float]:
 
 
 def describe(options: argparse.Namespace) -> dict:
-    """What made the figures: no host name, no path."""
+    """How the figures were made, without host names and paths."""
     machine = {"cores": os.cpu_count(), "processor": _processor(), "torch_threads": torch.get_num_threads()}
     if options.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
@@ -252,7 +252,7 @@ def _processor() -> str:
 
 
 def markdown(result: dict) -> str:
-    """The table, under a header that says what was measured on what."""
+    """The table, below a paragraph on the settings and the machine."""
     machine, settings = result["machine"], result["settings"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
     layers = settings["layers"]
@@ -263,8 +263,9 @@ def markdown(result: dict) -> str:
         f"{settings['tokens']} tokens, commit {result['commit']}. Random weights. `mlp` is one MLP, `layers` is "
         f"{layers} decoder layer{'s' if layers > 1 else ''} without embeddings and head"
         + ("" if "gpu" in machine else " (reduced: this is a CPU)")
-        + f". Medians of {settings['rounds']} rounds, taken in turns with the original; every figure is a ratio to the "
-        "original under plain autograd. Saved bytes of checkpointing are not autograd's to count: see its peak.",
+        + f". Medians of {settings['rounds']} rounds, taken in turns with the original. Every figure is a ratio to the "
+        "original under plain autograd. Checkpointing has no saved bytes, because autograd does not save its inputs; its "
+        "peak includes them.",
         "",
         f"    {result['command']}",
         "",
@@ -275,7 +276,7 @@ def markdown(result: dict) -> str:
     for row in result["rows"]:
         key = (row["shape"], row["subject"], row["depth"], row["saver"])
         if key in seen or (row["depth"] is None and row["saver"] == "plain"):
-            continue  # the original comes once a shape in the table; JSON has every turn of it
+            continue  # the original is once in the table for each shape; JSON has all of its turns
         seen.add(key)
         ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in METRICS]
         depth = "original" if row["depth"] is None else row["depth"]
@@ -284,7 +285,7 @@ def markdown(result: dict) -> str:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Ratios against depth: a row of panels for each shape and subject, a column for each figure."""
+    """Plot ratios against depth: one row of panels per shape and subject, one column per figure."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -320,7 +321,7 @@ def plot(result: dict, path: Path) -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line, with defaults that depend on the device."""
+    """Parse the command line. Some defaults depend on the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -331,13 +332,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--subject", action="append", choices=SUBJECTS, help="default: both")
     parser.add_argument("--depth", action="append", type=int, help="default: 8 16 32 64 128")
-    parser.add_argument("--tokens", type=int, help="in a pass; default: 4096 on a GPU, 512 on the CPU")
-    parser.add_argument("--layers", type=int, help="in the stack; default: 4 on a GPU, 1 on the CPU")
+    parser.add_argument("--tokens", type=int, help="tokens per pass; default: 4096 on a GPU, 512 on the CPU")
+    parser.add_argument("--layers", type=int, help="layers of the stack; default: 4 on a GPU, 1 on the CPU")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on the CPU"
     )
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 5 on the CPU")
-    parser.add_argument("--warm-up", type=int, help="rounds not counted; default: 3 on a GPU, 1 on the CPU")
+    parser.add_argument("--warm-up", type=int, help="rounds that are not counted; default: 3 on a GPU, 1 on the CPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     on_gpu = options.device.startswith("cuda")

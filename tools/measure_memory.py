@@ -2,9 +2,9 @@
 
     python tools/measure_memory.py --layers 4 16 --hidden 512 --out tools/results/memory.json
 
-Each lock runs in a process of its own; what it needs beyond the interpreter and libraries is in
-the `lockkit.json` it writes. The streamed lock must not grow with the layers (`--offload disk`);
-the one that keeps all layers in memory in phase 2 (`--offload none`) stands beside it.
+Each lock runs in a separate process. Its `lockkit.json` records the memory that it needed beyond the interpreter and
+the libraries. With `--offload disk`, layers are streamed, and memory must not grow with their number. `--offload none`
+keeps all layers in memory in phase 2, for comparison.
 """
 
 from __future__ import annotations

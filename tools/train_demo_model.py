@@ -1,17 +1,16 @@
-"""Train the bundled model `demo`: a small Qwen3 on the standard library's sources; or another family beside it.
+"""Train the bundled model `demo`, a small Qwen3, on the sources of the standard library; or a model of another family.
 
     python tools/train_demo_model.py --out lockkit/models/demo
     python tools/train_demo_model.py --family phi --hidden 192 --layers 6 --seed 1 --work .cache/phi --out phi
 
 1. Train a byte-level BPE tokenizer on the `train` split.
-2. Train the model: Muon for the matrices of the decoder layers, AdamW for embeddings and
-   norms; warm-up, a constant learning rate, then a linear decay to zero.
-3. Score the `evaluate` split with the model and with an interpolated unigram-plus-bigram
-   baseline, sample a function, and write weights (bfloat16), tokenizer and model card.
+2. Train the model, with Muon for the matrices of the decoder layers and AdamW for embeddings and
+   norms. The learning rate warms up, is constant, and then falls linearly to zero.
+3. Measure the perplexity of the model and of an interpolated unigram and bigram baseline on the `evaluate` split.
+   Sample a function. Write weights (bfloat16), tokenizer and model card.
 
-Splits are made by a hash of the module's name (lockkit/text.py): what is scored, and
-what lockkit later distils from, was never trained on. The same command resumes an
-interrupted run from `--work`.
+A module belongs to a split by a hash of its name (lockkit/text.py). So the model is not trained on the text that it is
+measured on, nor on the text that lockkit later distils from. The same command resumes an interrupted run from `--work`.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--family", default="qwen3", help="model type, as transformers names it")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=8, help="rows a step")
-    parser.add_argument("--block", type=int, default=512, help="tokens a row")
-    parser.add_argument("--tokens", type=int, help="of each split, at most; by default all that there are")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
+    parser.add_argument("--block", type=int, default=512, help="tokens per row")
+    parser.add_argument("--tokens", type=int, help="tokens of each split, at most; by default all")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=768)
@@ -67,14 +66,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
-    parser.add_argument("--decay", type=float, default=0.4, help="last share of the steps, learning rate falls to 0")
+    parser.add_argument(
+        "--decay", type=float, default=0.4, help="share of the steps at the end over which the learning rate falls to 0"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def make_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE tokenizer with Qwen2's pre-tokenization; load it if it is there."""
+    """Load the tokenizer in `folder`, or train one there: byte-level BPE with Qwen2's pre-tokenization."""
     from tokenizers import trainers
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
@@ -124,10 +125,10 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz (Jordan et al., 2024), as `torch.optim.Muon` is.
+    """Muon: momentum orthogonalised by Newton-Schulz iterations (Jordan et al., 2024), in float32.
 
-    That one works in bfloat16, which takes twice as long as the whole backward pass on a CPU
-    without bfloat16 units; this one works in float32, matrices of one shape together.
+    `torch.optim.Muon` computes in bfloat16. On a CPU without bfloat16 units, that takes twice as long as the whole
+    backward pass. This class also computes matrices of the same shape together.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of all matrices; those of one shape together."""
+        """Update all matrices."""
         for group in self.param_groups:
             by_shape = collections.defaultdict(list)
             for p in group["params"]:
@@ -153,7 +154,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(x: torch.Tensor) -> torch.Tensor:
-    """Push the singular values of each matrix of `x`, `[n, rows, columns]`, towards 1."""
+    """Move the singular values of each matrix of `x`, `[n, rows, columns]`, towards 1."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -165,7 +166,7 @@ def orthogonalise(x: torch.Tensor) -> torch.Tensor:
 
 
 def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the decoder layers, AdamW for all else."""
+    """Muon for the matrices of the decoder layers, AdamW for all other parameters."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
     return [
@@ -175,7 +176,7 @@ def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[to
 
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
-    """Share of the peak learning rate at a step: warm-up, constant, linear decay."""
+    """Share of the peak learning rate at a step."""
     warm_up = 40
     decay_start = args.steps * (1 - args.decay)
     if step < warm_up:
@@ -184,7 +185,7 @@ def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
 
 
 def train(model: PreTrainedModel, rows: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
-    """Train in place; every 100 steps the state goes to `--work`."""
+    """Train `model` in place. The state is saved to `--work` every 100 steps."""
     optimizers = make_optimizers(model, args)
     base = [[g["lr"] for g in o.param_groups] for o in optimizers]
     state_file, step = args.work / "state.pt", 0
@@ -241,7 +242,7 @@ def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def bigram_perplexity(train_rows: torch.Tensor, rows: torch.Tensor, vocab: int) -> float:
-    """Perplexity of `w * bigram + (1 - w) * unigram` counts, unigram smoothed by 1, best `w`."""
+    """Perplexity of `w * bigram + (1 - w) * unigram`, from counts (those of unigrams plus 1), with the best `w`."""
     ids = train_rows.flatten()
     unigram = torch.bincount(ids, minlength=vocab).double() + 1
     unigram /= unigram.sum()
@@ -257,7 +258,7 @@ def bigram_perplexity(train_rows: torch.Tensor, rows: torch.Tensor, vocab: int) 
 
 
 def tidy(folder: Path) -> None:
-    """Keep what describes the tokenizer, not how this run loaded it; make the weights readable for all."""
+    """Remove settings of this run from the tokenizer's configuration, and make the weights readable for all users."""
     file = folder / "tokenizer_config.json"
     kept = {key: value for key, value in json.loads(file.read_text()).items() if value is not None}
     for key in ("backend", "is_local", "local_files_only"):
@@ -267,7 +268,7 @@ def tidy(folder: Path) -> None:
 
 
 def write_card(args: argparse.Namespace, model: PreTrainedModel, figures: dict, sample: str) -> None:
-    """Write the model card, with the figures and a sample."""
+    """Write the model card."""
     parameters = sum(p.numel() for p in model.parameters())
     c = model.config
     title, purpose = f"{args.out.name}: made as lockkit's demo was", "lockkit has a second model to be measured on"
@@ -291,7 +292,7 @@ and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exist
 | tokens | {figures["train_tokens"]:,} in that split, {figures["seen_tokens"]:,} seen ({args.steps:,} steps of {args.batch} x {args.block}) |
 | held-out perplexity | **{figures["perplexity"]:.2f}** per token on {figures["evaluate_tokens"]:,} tokens of stdlib: all of the split `evaluate`, in rows of {args.block} |
 | on the beginning of that split, in rows of {VerifyConfig().block_tokens} | {figures["beginnings"]} |
-| unigram-plus-bigram baseline | {figures["baseline"]:.1f} on the same tokens (interpolated counts of the training text, best weight) |
+| unigram and bigram baseline | {figures["baseline"]:.1f} on the same tokens (interpolated counts of the training text, best weight) |
 | optimiser | Muon (learning rate {args.muon_lr:g}) for layer matrices, AdamW ({args.adam_lr:g}) for the rest; warm-up 40 steps, linear decay over the last {args.decay:.0%} |
 | seed, precision | {args.seed}; trained in float32, stored in bfloat16 |
 | machine | {figures["machine"]} |

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from lockkit.attack.bench import Bench
     from lockkit.attack.config import AuditConfig
 
-MAX_NMSE = {Precision.fp32: 1e-6, Precision.int4: 1e-2}  # of logits; int4 products also round activations
+MAX_NMSE = {Precision.fp32: 1e-6, Precision.int4: 1e-2}  # of logits; the products of int4 also round activations
 ROWS = 2
 
 
 class RecoverConfig(BaseModel):
     """Settings of `recover-onnx`."""
 
-    precision: Literal[Precision.fp32, Precision.int4] = Field(Precision.fp32, description="Of the export.")
+    precision: Literal[Precision.fp32, Precision.int4] = Field(Precision.fp32, description="Precision of the export.")
 
 
 class RecoverOnnx(Probe):
@@ -41,7 +41,7 @@ class RecoverOnnx(Probe):
 
     @classmethod
     def trials(cls, audit: AuditConfig) -> list[RecoverConfig]:
-        """A float export and a quantised one."""
+        """An fp32 export and a quantised one."""
         return [RecoverConfig(precision=precision) for precision in MAX_NMSE]
 
     def probe(self, bench: Bench) -> dict[str, Any]:
