@@ -1,4 +1,4 @@
-"""Distillation: its quality, its promises, and what it does with bad input."""
+"""Distillation: its quality, its guarantees, and its errors."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def demo_lock(tmp_path_factory):
     return lock_model("demo", out, config).record
 
 
-def test_bundled_model_keeps_its_perplexity(demo_lock):
-    """The bar of the project at depth 16, with a tenth of the default's tokens."""
+def test_the_bundled_model_keeps_its_perplexity(demo_lock):
+    """The project's goal at depth 16, with a fifth of the default tokens."""
     assert demo_lock["fidelity"]["perplexity_ratio"] <= 1.02
     assert all(layer["nmse"] < 0.05 for layer in demo_lock["layers"])
 
 
-def test_bundled_model_means_something(demo_lock):
+def test_the_bundled_model_predicts_text(demo_lock):
     # The unigram-plus-bigram baseline of its card has a perplexity of about 120.
     assert demo_lock["fidelity"]["original_perplexity"] < 40
 
@@ -114,7 +114,7 @@ def test_continuation_beats_noise_at_equal_tokens(tmp_path):
 
 
 def test_layers_trained_together_are_the_layers_trained_alone(originals):
-    """Same weights within rounding: batching is a matter of speed alone."""
+    """The weights are equal within rounding, because batching changes the speed only."""
     model, family = load_model(originals("qwen3"), torch.float32)
     model.requires_grad_(False)
     config = quick(depth=5, tokens=4_096)
@@ -156,7 +156,7 @@ def test_a_layer_that_diverges_is_tried_again_at_half_the_rate(originals):
 
 
 def test_phase_2_improves_on_phase_1(originals, tmp_path):
-    """With the rate it finds by itself."""
+    """With the learning rate that it finds."""
     config = quick(coupling=1, end_to_end_tokens=16_384)
     record = lock_model(str(originals("llama")), tmp_path / "out", config).record
     assert record["end_to_end"]["best_step"] > 0
@@ -165,15 +165,15 @@ def test_phase_2_improves_on_phase_1(originals, tmp_path):
 
 @pytest.mark.parametrize("offload", ["none", "disk"])
 def test_phase_2_never_ends_worse_than_phase_1(originals, tmp_path, offload):
-    # A step size that wrecks any model.
+    # A learning rate that is too high for any model.
     config = quick(end_to_end_learning_rate=0.5, offload=offload)
     record = lock_model(str(originals("llama")), tmp_path / "out", config).record
     assert record["end_to_end"]["best_step"] == 0
     assert record["fidelity"]["kl_divergence"] == pytest.approx(record["after_phase_1"]["kl_divergence"], rel=1e-4)
 
 
-def test_a_step_of_phase_2_is_one_of_plain_autograd(originals, tmp_path):
-    """Layer-wise backward passes move the weights as one through the whole model does."""
+def test_phase_2_has_the_gradients_of_plain_autograd(originals, tmp_path):
+    """Backward passes layer by layer give the same gradients as one through the whole model."""
     from lockkit.lock.end_to_end import EndToEnd
     from lockkit.lock.stack import ChainStack
     from lockkit.measure.metrics import mean_kl_divergence
@@ -230,7 +230,7 @@ def test_fidelity_of_a_perfect_copy(originals):
     assert fidelity.perplexity == pytest.approx(loss.exp().item(), rel=1e-4) == fidelity.original_perplexity
 
 
-def test_rows_of_the_teacher_are_scrubbed(originals):
+def test_rows_that_equal_the_teachers_are_perturbed(originals):
     model, family = load_model(originals("phi"), torch.float32)
     mlp = decoder_layers(model)[0].mlp
     weights = mlp_weights(mlp, family)
@@ -259,7 +259,7 @@ def test_self_sampled_text(originals, tmp_path):
     assert len({record["data"][f"{part}_sha256"] for part in ("train", "validation", "evaluation")}) == 3
 
 
-def test_dtype_is_the_originals_unless_asked(tmp_path):
+def test_the_dtype_is_that_of_the_original_by_default(tmp_path):
     from safetensors import safe_open
 
     original = tmp_path / "original"
@@ -313,7 +313,7 @@ def lock_arguments(original, out):
     return ["lock", original, out, *options]
 
 
-def test_command_writes_the_folder_and_says_so(cli, originals, tmp_path):
+def test_the_command_writes_the_folder(cli, originals, tmp_path):
     done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"))
     assert done.code == 0, done.err
     assert "over original" in done.out and "layer 1" in done.err
@@ -393,7 +393,7 @@ def test_a_full_disk_keeps_finished_layers_only(originals, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_ctrl_c_leaves_nothing_behind(originals, tmp_path):
+def test_ctrl_c_leaves_no_files(originals, tmp_path):
     arguments = [str(a) for a in lock_arguments(originals("qwen3"), tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", PROGRAM.format(setup=""), *arguments, "--tokens", "90000"],

@@ -1,4 +1,4 @@
-"""Memory of a lock: it does not grow with the layers, and what is predicted is what it takes."""
+"""Memory of a lock: it does not grow with the number of layers, and the prediction is right."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tiny import save_tiny
 from lockkit.files import LOCK_RECORD, read_json
 from lockkit.models.activation_cache import ActivationCache
 
-# glibc raises these thresholds as it goes and then keeps freed blocks: up to 30 MB of 180, another amount in every run.
-NOTHING_HOARDED = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
+# By default, glibc raises these thresholds at run time and keeps freed blocks: up to 30 MB of 180, different in each run.
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOLD_": "100000"}
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
 
 
-def beyond_the_libraries(tmp_path, layers: int) -> dict:
-    """Lock a model of `layers` wide layers in a process of its own; return what it says of memory."""
+def memory_of_lock(tmp_path, layers: int) -> dict:
+    """Lock a model of `layers` wide layers in its own process. Returns the entry on memory in `lockkit.json`."""
     original, out = tmp_path / f"{layers}-layers", tmp_path / f"{layers}-locked"
     save_tiny("qwen3", original, num_hidden_layers=layers, **WIDE)
     quick = QUICK | {"tokens": 1_024, "end_to_end_tokens": 512}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items()]
     command = [sys.executable, "-m", "lockkit", "lock", original, out, *options, "--offload", "disk"]
-    environment = os.environ | NOTHING_HOARDED
+    environment = os.environ | RETURN_FREED_MEMORY
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     memory = read_json(out / LOCK_RECORD, "")["memory"]
@@ -34,28 +34,28 @@ def beyond_the_libraries(tmp_path, layers: int) -> dict:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
-def test_four_times_the_layers_take_no_more_memory(tmp_path):
-    few, many = (beyond_the_libraries(tmp_path, layers) for layers in (2, 8))
+def test_four_times_the_layers_need_no_more_memory(tmp_path):
+    few, many = (memory_of_lock(tmp_path, layers) for layers in (2, 8))
     sizes = [memory["peak_bytes"] - memory["idle_bytes"] for memory in (few, many)]
     weights = sum(file.stat().st_size for file in (tmp_path / "8-layers").glob("*.safetensors"))
-    assert weights > 3 * (sizes[1] - sizes[0])  # which keeping them would have added
+    assert weights > 3 * (sizes[1] - sizes[0])  # keeping all layers in memory would add these
     assert sizes[1] < 1.05 * sizes[0]
-    assert many["predicted_bytes"] < 1.3 * few["predicted_bytes"]  # what is written at once grows up to a shard
+    assert many["predicted_bytes"] < 1.3 * few["predicted_bytes"]  # tensors are collected up to the size of a shard
     assert 0.6 < sizes[1] / many["predicted_bytes"] < 1.6
 
 
-def test_activations_beyond_the_budget_go_to_files(tmp_path):
+def test_activations_beyond_the_budget_are_in_files(tmp_path):
     cache = ActivationCache(tmp_path, budget_bytes=4_000)
     small, large = cache.allocate("small", (500,)), cache.allocate("large", (10, 100))
     assert [file.name for file in tmp_path.iterdir()] == ["large.float32"]
     small[:], large[:] = 1, 2
     assert (cache.attach("large", (10, 100)) == 2).all() and (small == 1).all()
     cache.release("large")
-    assert list(tmp_path.iterdir()) == [] and (large == 2).all()  # still there for who holds it
+    assert list(tmp_path.iterdir()) == [] and (large == 2).all()  # a tensor stays valid after its file is deleted
 
 
-def test_a_full_disk_is_named_before_it_kills(tmp_path):
-    """Space for a mapped file is claimed at once; running out later would be a bus error."""
+def test_a_full_disk_is_an_error_before_writing(tmp_path):
+    """Disk space for a memory-mapped file is reserved when it is created. Otherwise a full disk is a bus error later."""
     program = (
         "import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"

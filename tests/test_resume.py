@@ -1,4 +1,4 @@
-"""A lock that was killed goes on, and ends with the weights of one that was not."""
+"""An interrupted lock resumes and ends with the same weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.lock.work import Work
 
-# A process that imports everything once and then lets forked copies of itself lock: a kill costs
-# no start of an interpreter. It runs no tensor operation itself, so that forking is safe.
+# A process that imports everything once and runs each lock in a fork of itself. So a kill does not cost another start of
+# the interpreter. The process itself runs no tensor operation, so forking is safe.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -53,7 +53,7 @@ for offload in ("none", "disk"):
         time.sleep(moments.uniform(0, 0.5 * whole))
         os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-        if os.WIFEXITED(status):  # it was faster
+        if os.WIFEXITED(status):  # it had finished before the kill
             assert status == 0, status
             if out.exists():
                 lost += 1
@@ -67,7 +67,7 @@ print(json.dumps({"killed": killed, "finished_before_the_kill": lost}))
 """
 
 
-def test_twenty_kills_change_nothing(originals, tmp_path):
+def test_twenty_kills_do_not_change_the_weights(originals, tmp_path):
     command = [sys.executable, "-c", KILLER, str(originals("qwen3")), str(tmp_path), json.dumps(QUICK), "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -108,8 +108,8 @@ main()
 """
 
 
-def test_a_disk_that_fills_in_phase_2_costs_no_layer(originals, tmp_path):
-    """Chains of 18 KB still fit, their optimisers' state does not."""
+def test_a_full_disk_in_phase_2_keeps_finished_layers(originals, tmp_path):
+    """Files of 18 KB (chains) can be written; larger ones (chains with optimisers) cannot."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in (QUICK | {"offload": "disk"}).items()]
     command = [sys.executable, "-c", FULL_DISK, "lock", originals("llama"), tmp_path / "out", *options]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
@@ -144,8 +144,8 @@ def test_two_locks_do_not_share_a_work_folder(originals, unfinished):
     assert [path.name for path in unfinished.parent.iterdir()] == ["out"]
 
 
-def test_the_folder_of_a_killed_process_is_free(tmp_path):
-    """The marker stays, the lock does not."""
+def test_the_work_folder_of_a_killed_process_can_be_used(tmp_path):
+    """The marker file remains, but the operating system releases the file lock."""
     code = "import os, pathlib, sys; from lockkit.lock.work import Work\nWork(pathlib.Path(sys.argv[1])).open(); os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "work")], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -157,7 +157,7 @@ def test_the_folder_of_a_killed_process_is_free(tmp_path):
     assert not work.claimed and not (tmp_path / "work").exists()
 
 
-def test_a_folder_of_somebody_else_is_no_work_folder(originals, tmp_path):
+def test_a_folder_that_is_no_work_folder_is_refused(originals, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     with pytest.raises(UsageError, match="not a work folder"):
@@ -166,7 +166,7 @@ def test_a_folder_of_somebody_else_is_no_work_folder(originals, tmp_path):
 
 
 @pytest.mark.parametrize("work", ["file", "file/below"])
-def test_a_work_folder_that_cannot_be_made_names_its_option(originals, tmp_path, work):
+def test_the_error_for_an_impossible_work_folder_names_the_option(originals, tmp_path, work):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="change --work"):
         lock_model(str(originals("llama")), tmp_path / "out", LockConfig(**QUICK, work=str(tmp_path / work)))

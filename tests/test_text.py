@@ -1,4 +1,4 @@
-"""Text never serves two purposes, and bad text is refused in words a user understands."""
+"""Splits of text are disjoint, and the errors for unusable text are clear."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_splits_never_change():
     assert found == expected
 
 
-def test_tests_are_never_used_to_measure():
+def test_modules_of_tests_are_in_the_train_split_only():
     for split in set(SPLITS) - {"train"}:
         assert not [d.name for d in documents("stdlib", split) if d.name.startswith("test.")]
 
@@ -89,14 +89,14 @@ def test_a_file_is_cut_into_documents_without_losing_text(tmp_path_factory, para
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
-def test_long_text_becomes_many_documents_however_it_is_laid_out(tmp_path, separator):
+def test_long_text_becomes_many_documents_with_any_separator(tmp_path, separator):
     (tmp_path / "a.txt").write_text(separator.join(f"sentence number {i}" for i in range(5_000)))
     found = list(file_documents(tmp_path / "a.txt"))
     assert len(found) > 20
     assert {split_of(document.name) for document in found} >= {"train", "distill", "evaluate"}
 
 
-def test_a_passage_keeps_its_split_under_another_name(tmp_path):
+def test_a_passage_keeps_its_name_in_another_file(tmp_path):
     text = "\n\n".join(f"paragraph {i} " * 50 for i in range(100))
     (tmp_path / "folder").mkdir()
     (tmp_path / "corpus.txt").write_text(text)
@@ -124,7 +124,7 @@ def test_unusable_files_are_refused(tmp_path, content, message):
         list(file_documents(file))
 
 
-def test_too_short_a_text_says_how_much_is_needed(tokenizer, tmp_path):
+def test_the_error_for_too_short_text_says_how_much_is_needed(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("three short words")
     with pytest.raises(UsageError, match=r"only \d+ tokens, at least 64 are needed"):
         token_blocks(tokenizer, file_documents(tmp_path / "a.txt"), 64, None)
@@ -135,21 +135,21 @@ def test_a_folder_without_text_is_refused(tmp_path):
         list(file_documents(tmp_path))
 
 
-def test_shares_of_a_text_of_ones_own_are_three_ten_and_ten_percent():
+def test_held_out_shares_of_user_text_are_3_10_and_10_percent():
     assert HELD_OUT_PERCENT == {"validate": 3, "evaluate": 10, "finetune": 10}
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9_000)), min_size=1, max_size=150))
-def test_splits_of_ones_own_text_are_disjoint_and_hold_their_shares(drawn):
-    """Documents of any number and length, some of them twice."""
+def test_splits_of_user_text_are_disjoint_and_have_their_shares(drawn):
+    """For documents of any number and length, some of them twice."""
     found = [Document(f"{number} {length}", "x" * length) for number, length in drawn]
     assigned = list(with_splits(found))
     assert [document for _, document in assigned] == found
     splits = {document.name: split for split, document in assigned}
     assert {(document.name, split) for split, document in assigned} == set(splits.items())
     assert set(splits.values()) <= set(OWN_SPLITS)
-    for name, split in splits.items():  # what the hash holds out is held out, and there
+    for name, split in splits.items():  # documents held out by their hash do not move
         assert split_of(name) == split or split_of(name) in ("train", "distill")
     shuffled = random.Random(1).sample(found, len(found))
     assert splits_of_names(shuffled) == splits
@@ -180,13 +180,13 @@ def test_every_command_finds_the_same_splits_of_a_file(tmp_path_factory, charact
 
 @pytest.mark.parametrize("passages", [30, 100, 250, 1000])
 def test_a_longer_text_moves_few_passages(passages):
-    """A tenth is added: fewer passages than that change their split."""
+    """If the text grows by a tenth, at most a twentieth of the passages change their split."""
     found = [Document(f"passage {number}", "x" * 4_000) for number in range(passages + passages // 10)]
     before, after = splits_of_names(found[:passages]), splits_of_names(found)
     assert sum(after[name] != split for name, split in before.items()) <= passages // 20
 
 
-def test_only_the_beginning_of_a_long_source_is_read_before_its_first_document():
+def test_only_the_start_of_a_long_source_is_read_before_its_first_document():
     read = 0
 
     def rows():
@@ -216,7 +216,7 @@ def test_a_short_text_is_enough_for_a_small_lock(tokenizer, tmp_path, characters
     assert task.left_out == 0 and len(task.train) == 4 and len(task.held_out) == 2
 
 
-def test_a_text_that_is_too_short_says_what_each_split_has_and_needs(tokenizer, tmp_path):
+def test_the_error_for_too_short_text_says_what_each_split_has_and_needs(tokenizer, tmp_path):
     file = tmp_path / "corpus.txt"
     file.write_text(prose(60_000))
     has = {}
@@ -237,7 +237,7 @@ def test_a_text_that_is_too_short_says_what_each_split_has_and_needs(tokenizer, 
         load_data(LockConfig(tokens=10**7), str(file), SimpleNamespace(max_position_embeddings=256), tokenizer)
 
 
-def test_reading_all_splits_at_once_changes_no_row(tokenizer):
+def test_reading_all_splits_at_once_gives_the_same_rows(tokenizer):
     config = LockConfig(tokens=4_096, end_to_end_tokens=0, validation_tokens=1_000, block_tokens=128)
     data = load_data(config, "stdlib", SimpleNamespace(max_position_embeddings=256), tokenizer)
     for rows, split, tokens in (
@@ -254,7 +254,7 @@ def test_the_hash_of_rows_is_over_little_endian_integers():
     assert rows_sha256(rows) == rows_sha256(rows.int()) == rows_sha256(rows[:1], rows[1:]) == expected
 
 
-def test_a_text_of_ones_own_has_no_split_for_training(tmp_path):
+def test_user_text_has_no_train_split(tmp_path):
     (tmp_path / "a.txt").write_text(prose(50_000))
     assert not list(documents(str(tmp_path / "a.txt"), "train"))
     assert {split for split, _ in documents_by_split(str(tmp_path / "a.txt"))} == set(OWN_SPLITS)

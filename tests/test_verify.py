@@ -1,4 +1,4 @@
-"""Verification: its figures against independent references, and that its gates can fail."""
+"""Verification: figures compared with independent references, and gates that fail when they should."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def rows_of(count: int, block: int, vocab: int = 4096, seed: int = 0) -> torch.T
 
 
 class FakeSession:
-    """An export session that is a PyTorch model; right-padded batches, as real sessions take them."""
+    """A PyTorch model with the interface of an export session, and with one fault. Batches are padded on the right."""
 
     def __init__(self, model, fault: str = ""):
         self.model, self.fault = model, fault
@@ -116,12 +116,12 @@ def test_the_same_model_has_no_divergence():
         ("ignores the mask", {"padded_batch"}),
     ],
 )
-def test_a_fault_in_one_way_of_running_is_caught_there(fault, caught_by):
+def test_a_fault_in_one_mode_is_detected_in_that_mode(fault, caught_by):
     model = tiny_model("qwen3")
     found, outcomes = measured_with(FakeSession(model, fault), model)
     failed = {outcome.figure for outcome in outcomes if not outcome.passed}
     assert failed & set(MODES) == caught_by
-    assert found.parity[0].kl_divergence == 0  # prefill alone would not have seen it
+    assert found.parity[0].kl_divergence == 0  # prefill alone does not detect it
 
 
 def test_nan_fails_every_gate():
@@ -136,7 +136,7 @@ def test_nan_fails_every_gate():
     assert not any(outcome.passed for outcome in outcomes if outcome.gate.startswith("max"))
 
 
-def test_partings_and_ties():
+def test_differences_and_ties_of_continuations():
     model = tiny_model("qwen3")
     other = tiny_model("qwen3")
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_a_changed_weight_fails_with_exit_code_1(originals, onnx_of, cli, tmp_pa
     assert {gate.figure for gate in result.failed_gates if gate.gate == "max_kl"} == set(MODES)
 
 
-def test_a_damaged_export_is_refused_before_it_runs(originals, onnx_of, cli, tmp_path):
+def test_a_damaged_export_is_refused(originals, onnx_of, cli, tmp_path):
     damaged = tmp_path / "onnx"
     shutil.copytree(onnx_of(originals("qwen3")), damaged)
     data = bytearray((damaged / "model.onnx_data").read_bytes())
@@ -259,7 +259,7 @@ def test_another_vocabulary_is_refused(originals, onnx_of, tmp_path):
         verify_export(onnx_of(originals("qwen3")), [str(other)], VerifyConfig(**SMALL))
 
 
-def test_auto_takes_the_source_of_the_lock(locks, onnx_of, tmp_path, monkeypatch):
+def test_auto_uses_the_text_source_of_the_lock(locks, onnx_of, tmp_path, monkeypatch):
     locked = tmp_path / "locked"
     shutil.copytree(locks("qwen3"), locked)
     record = json.loads((locked / LOCK_RECORD).read_text())
@@ -283,7 +283,7 @@ def test_gates_by_precision_and_by_option():
     assert VerifyConfig(max_kl=0.5).limits(Precision.int4) == rows[Precision.int4] | {"max_kl": 0.5}
     limits = [row["max_kl"] for row in rows.values()]
     assert limits[0] == 1e-6 and limits[0] < min(limits[1:]) and max(limits) == rows[Precision.int4]["max_kl"]
-    # A precision without a limit for a gate has it off; a name that is no gate's would never be noticed.
+    # A gate without a limit is off, so a limit under a wrong name would be ignored.
     assert all(set(row) <= set(GATES) for row in rows.values())
     assert set(GATES) == set(Gates.model_fields) <= set(VerifyConfig.model_fields)
     for name in GATES:
@@ -298,7 +298,7 @@ def test_the_schema_describes_every_field():
             assert entry.get("description") or "$ref" in str(entry), f"{name}.{field} is not described"
 
 
-def test_ci_example(originals, tmp_path):
+def test_the_ci_example_passes(originals, tmp_path):
     script = Path(__file__).parents[1] / "examples" / "ci" / "check.sh"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -1,4 +1,4 @@
-"""Several processes make one lock: torchrun on the CPU, for real."""
+"""Locks computed by several processes, started with torchrun on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """Three layers: two workers get two waves, and one of them nothing in the second."""
+    """A model of three layers: with two workers there are two waves, and one worker has no layer in the second."""
     return save_tiny("qwen3", tmp_path_factory.mktemp("original") / "model", num_hidden_layers=3)
 
 
@@ -35,11 +35,11 @@ def lock(workers: int, original, out, *options: object, setup: dict | None = Non
     )
 
 
-def test_two_workers_make_the_weights_of_one(original, tmp_path):
-    for workers in (1, 2, 4):  # four: one has no layer at all
+def test_the_number_of_workers_does_not_change_the_weights(original, tmp_path):
+    for workers in (1, 2, 4):  # with four, one worker has no layer
         done = lock(workers, original, tmp_path / str(workers), "--end-to-end-tokens=0")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("wrote") == 1  # the first worker speaks for all
+        assert done.stdout.count("wrote") == 1  # only the first worker prints
     expected = (tmp_path / "1" / "model.safetensors").read_bytes()
     assert (tmp_path / "2" / "model.safetensors").read_bytes() == expected
     assert (tmp_path / "4" / "model.safetensors").read_bytes() == expected
@@ -47,8 +47,8 @@ def test_two_workers_make_the_weights_of_one(original, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "4"]
 
 
-def test_phase_2_shares_out_each_batch(original, tmp_path):
-    """Gradients are summed in another order, so the same within rounding."""
+def test_phase_2_divides_each_batch(original, tmp_path):
+    """Gradients are summed in another order, so results are equal within rounding."""
     records = []
     for workers in (1, 2):
         done = lock(workers, original, tmp_path / str(workers), "--end-to-end-learning-rate=0.005", "--coupling=1")
