@@ -214,7 +214,7 @@ def test_exports_of_earlier_versions_are_refused(kernel, models, tmp_path, monke
     from lockkit.serve.model import open_served_model, open_session
 
     assert not open_session(open_served_model(folder), "cpu", 1).fused
-    assert caplog.messages[0].endswith("(its chains are not in the form that this version knows): export again")
+    assert caplog.messages[0].endswith("(this version does not know the form of its chains): export again")
 
 
 def test_a_chain_with_mixed_quantisation_is_not_given_to_the_kernel(kernel):  # noqa: F811

@@ -118,7 +118,7 @@ def test_the_example_needs_onnxruntime_and_tokenizers_only(qwen3, run_there):
     want = load_tokenizer(qwen3 / "locked").decode(tokens)
     assert done.stdout.rstrip("\n") == want.rstrip("\ufffd").rstrip("\n")
     imports = {line.split()[1] for line in EXAMPLE.read_text().splitlines() if line.startswith(("import ", "from "))}
-    assert imports <= {"argparse", "json", "pathlib", "numpy", "onnxruntime", "tokenizers"}
+    assert imports <= {"argparse", "collections.abc", "json", "pathlib", "numpy", "onnxruntime", "tokenizers"}
     assert len(EXAMPLE.read_text().splitlines()) < 100
 
 
