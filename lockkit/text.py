@@ -264,7 +264,7 @@ def documents_by_split(source: str, option: str = "--data") -> Iterator[tuple[st
     """
     if source == "stdlib":
         return ((split_of(document.name), document) for document in stdlib_documents())
-    if Path(source).exists():
+    if source and Path(source).exists():
         return with_splits(file_documents(Path(source), option))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
         raise UsageError(f"there is no file or folder {source}: change {option}")

@@ -347,6 +347,8 @@ def test_overwrite_never_removes_what_lockkit_did_not_write(cli, originals, tmp_
         (["--device", "cuda:99"], "--device cuda:99 is not available"),
         (["--config", "./no-such-recipe.yaml"], "--config"),
         (["--tokens", "100000000"], "lower --tokens"),
+        (["--data", ""], "there is no file or folder : change --data"),
+        (["--seed", "99999999999999999999"], "--seed"),
     ],
 )
 def test_bad_options_end_with_one_line_and_code_2(cli, originals, tmp_path, options, message):

@@ -303,3 +303,16 @@ def test_code_of_a_folder_never_runs(broken, tmp_path):
             use()
         assert "\n" not in str(error.value)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("dlr", [None, [1], {"depth": 4}, {"depth": 5, "gains": [0.1], "activation": "silu"}])
+def test_a_damaged_description_of_the_chains_is_refused_in_one_line(dlr, locks, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(locks("qwen3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({key: v for key, v in config.items() if key != "dlr"} | {"dlr": dlr})
+    )
+    with pytest.raises(UsageError, match="dlr ") as refused:
+        load_model(folder)
+    assert len(str(refused.value).splitlines()) == 1

@@ -125,6 +125,7 @@ def test_another_recipe_is_refused_with_the_difference(originals, unfinished):
     with pytest.raises(UsageError, match=r"recipe\.depth: 5 there, 6 now") as error:
         lock_model(str(originals("llama")), unfinished, LockConfig(**QUICK | {"depth": 6}))
     assert "--work" in str(error.value)
+    assert not hasattr(error.value, "__notes__")  # the same command would be refused again
     with pytest.raises(UsageError, match="model_sha256"):
         lock_model(str(originals("qwen2")), unfinished, LockConfig(**QUICK))
     # Settings for memory and device do not change the weights, so they may differ.

@@ -121,7 +121,7 @@ class AuditConfig(BaseModel):
         description="Unlabelled text for unlocks and for measuring: `stdlib`, a text file, a folder, or a Hub dataset. "
         "`auto` takes the text that the lock was distilled on, or `stdlib` if the model wrote that text.",
     )
-    seed: int = Field(0, ge=0, description="First seed.")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="First seed.")
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` uses a GPU if there is one.")
 
 

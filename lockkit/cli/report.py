@@ -35,6 +35,7 @@ def report(
 
     written = write_report(folder, out)
     console.print(
-        f"{written.page}, {written.markdown.name} and {written.record.name}: {written.sections} sections",
+        f"{written.page}, {written.markdown.name} and {written.record.name}: "
+        f"{written.sections} section{'' if written.sections == 1 else 's'}",
         soft_wrap=True,
     )

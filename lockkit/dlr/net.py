@@ -69,6 +69,8 @@ class ChainConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> ChainConfig:
         """Read the entry `dlr`. Raises ValueError if an entry is unknown, missing or not valid."""
         names = {field.name: field.default is MISSING for field in fields(cls)}
+        if not isinstance(values, Mapping):
+            raise ValueError(f"dlr must be an object, not {values!r}")
         wrong = [*(set(values) - set(names)), *(name for name in names if names[name] and name not in values)]
         if wrong:
             raise ValueError(f"dlr has unknown or missing entries: {', '.join(sorted(wrong))}")

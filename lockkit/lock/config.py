@@ -79,7 +79,10 @@ class LockConfig(BaseModel):
         description="Share of the steps of phase 1 in which --init continuation raises the coupling from 0.",
     )
     seed: int = Field(
-        0, ge=0, description="Seed for the grouping of units, the initialisation, the order of text and sampling."
+        0,
+        ge=0,
+        le=2**32 - 1,
+        description="Seed for the grouping of units, the initialisation, the order of text and sampling.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of the saved weights; `auto` keeps the original's."

@@ -127,6 +127,7 @@ class _Lock:
 
     def run(self) -> LockResult | None:
         """Open the work folder, lock, and close it again, whether or not the lock succeeded."""
+        self.resumable = False  # whether the same command resumes: not in a folder of other settings
         self.workers.join(self.device)
         finished = False
         try:
@@ -139,7 +140,7 @@ class _Lock:
             finished = True
             return result
         except LockkitError as error:
-            if self.work.claimed and self.work.has_any_layer():
+            if self.resumable and self.work.claimed and self.work.has_any_layer():
                 error.add_note(f"finished layers are kept in {self.work.folder}: run the same command again to resume")
             raise
         finally:
@@ -154,6 +155,7 @@ class _Lock:
         with self.workers.together():
             if self.workers.first:
                 self.work.require_same(self._fingerprint(data))
+        self.resumable = True
         prediction = predicted_memory(self.stream, self.config, data)
         self.progress.say(_summary(self.raw_config, self.config, data))
         self.progress.say(prediction.line())

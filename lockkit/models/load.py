@@ -88,7 +88,9 @@ def load_config(folder: Path) -> PreTrainedConfig:
     try:
         if family is not None and model_type.startswith(LOCKED_PREFIX):
             config = locked_classes(family)[0].from_pretrained(folder)
-            chain_config(config)  # raises ValueError if the description of the chains is not valid
+            chains = chain_config(config)  # raises ValueError if the description of the chains is not valid
+            if chains is None or len(chains.gains) != config.num_hidden_layers:
+                raise ValueError("dlr must have one gain per decoder layer")
             return config
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
