@@ -134,10 +134,9 @@ class Redistill(UnlockAttack):
         """The number of training tokens."""
         if self.config.budget is None:
             return self.config.tokens or bench.config.redistill_tokens
-        recipe = bench.record.get("recipe") or {}
-        if "tokens" not in recipe:
+        if not bench.lock_tokens:
             raise CannotRun("the lock has no lockkit.json, which says how many tokens its distillation took")
-        return round(self.config.budget * (recipe["tokens"] + recipe.get("end_to_end_tokens", 0)))
+        return round(self.config.budget * bench.lock_tokens)
 
 
 def measured_after(steps: int, points: int) -> list[int]:
