@@ -271,6 +271,28 @@ def test_the_head_has_the_models_own_gradient(model_type):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
+@EVERY_FAMILY
+@pytest.mark.parametrize("positions_in_a_chunk", [1, 5, 24])
+def test_the_loss_of_phase_2_is_autograds_whatever_the_chunk(monkeypatch, model_type, positions_in_a_chunk):
+    monkeypatch.setattr(totals, "CHUNK_LOGITS", positions_in_a_chunk * VOCAB)
+    layered, widest = LayeredModel(tiny_model(model_type), "cpu"), 0
+    student, teacher = torch.randn(2, 2, 12, layered.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def head(hidden):
+        nonlocal widest
+        widest = max(widest, hidden[..., 0].numel())
+        return layered.head(hidden)
+
+    loss, gradient = totals.kl_loss_and_gradient(student, teacher, head)
+    hidden = student.clone().requires_grad_(True)
+    log_q, log_p = (layered.head(states).flatten(0, 1).log_softmax(-1) for states in (hidden, teacher))
+    expected = torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    assert widest == positions_in_a_chunk
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4 * expected_gradient.abs().max().item())
+
+
 # --- the three commands --------------------------------------------------------------------------
 
 

@@ -35,8 +35,8 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.work import Work
-from lockkit.measure.metrics import mean_kl_divergence
 from lockkit.measure.records import Fidelity, MeasuredText
+from lockkit.measure.totals import kl_loss_and_gradient
 from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.progress import Progress
 from lockkit.training import shuffled_order
@@ -239,7 +239,8 @@ class EndToEnd:
         ids = self.train[mine].to(self.stream.device)
         if share:
             arguments, teacher, student = self._forward(ids)
-            loss, gradient = self._loss(teacher, student, share)
+            loss, gradient = kl_loss_and_gradient(student, teacher, self.stream.head)
+            loss, gradient = loss * share, gradient * share
         else:  # more workers than rows
             arguments, loss, gradient = [], torch.zeros(()), None
         return_free_memory()
@@ -274,20 +275,6 @@ class EndToEnd:
                 teacher = run_teacher(teacher, **arguments[index])
                 student = run_student(student, **arguments[index])
         return arguments, teacher, student
-
-    def _loss(self, teacher: torch.Tensor, student: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """This worker's part of the loss, and its gradient with respect to the student's last hidden states.
-
-        Args:
-            teacher, student: last hidden states, `[rows, block, hidden]`.
-            share: this worker's share of the batch.
-        """
-        with torch.no_grad():
-            target = self.stream.head(teacher)
-        student = student.detach().requires_grad_(True)
-        loss = mean_kl_divergence(self.stream.head(student), target) * share
-        (gradient,) = torch.autograd.grad(loss, student)
-        return loss, gradient
 
 
 def _gradients(chain: nn.Module) -> list[torch.Tensor]:

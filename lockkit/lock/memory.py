@@ -22,9 +22,8 @@ FLOAT_BYTES = 4
 SHARE_TO_USE = 0.6  # of free memory
 # In training, a chain is in memory six times: published form, packed, scaled, gradient, and Adam's two moments.
 COPIES_OF_A_CHAIN = 6
-# Phase 2: logits of teacher and student, log probabilities, the loss and its gradient.
-COPIES_OF_LOGITS = 10
-# The meter, per logit of one chunk: both models in float32; log probabilities and three temporaries in float64.
+# The meter, per logit of one chunk: both models in float32; log probabilities and three temporaries in float64. The
+# loss of phase 2 needs less: it is computed in float32.
 METER_BYTES_PER_LOGIT = 48
 # The tokenizer's caches, scratch memory of matrix products, and memory that the allocator does not return. Measured on
 # models of 4 to 16 layers (tools/measure_memory.py).
@@ -137,22 +136,19 @@ def predict(
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters, config),
+        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters),
         writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
         buffer_bytes=BUFFER_BYTES,
         phase_2_keeps_all_layers=kept > 1,
     )
 
 
-def logits_bytes(vocab_size: int, block: int, outside_bytes: int, config: LockConfig) -> int:
-    """The most memory that logits need: those of a batch in phase 2's loss, or of a chunk in the meter.
+def logits_bytes(vocab_size: int, block: int, outside_bytes: int) -> int:
+    """The most memory that logits need: those of a chunk in the meter, whatever the vocabulary.
 
     The last measurement loads the written model, so its embeddings and head are in memory beside the original's.
     """
-    measured = METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
-    if not config.end_to_end_tokens:
-        return measured
-    return max(measured, FLOAT_BYTES * COPIES_OF_LOGITS * config.end_to_end_batch_tokens * vocab_size)
+    return METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
 
 
 def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:

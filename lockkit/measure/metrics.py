@@ -1,6 +1,6 @@
 """Each figure as a plain function of logits, defined once.
 
-All except the two training losses compute in float64. NaN is not hidden: it passes into the mean, and a position with
+All except the training loss `nmse` compute in float64. NaN is not hidden: it passes into the mean, and a position with
 NaN logits never counts as an agreement.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -101,18 +100,6 @@ def perplexity_of_loss(total: float, predictions: int) -> float:
         return math.exp(total / predictions) if predictions else math.nan
     except OverflowError:
         return math.inf
-
-
-def mean_kl_divergence(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher || student) per token, in nats, in float32. The loss of phase 2 (arXiv 2605.10777).
-
-    Args:
-        student: logits, `[..., vocab]`. The result is differentiable with respect to them.
-        teacher: logits of the same shape.
-    """
-    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

@@ -232,6 +232,36 @@ def perplexity(model: nn.Module, rows: torch.Tensor, batch_rows: int = 8) -> flo
     return figures.perplexity["model"].value
 
 
+def kl_loss_and_gradient(student: torch.Tensor, teacher: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of phase 2 (arXiv 2605.10777) and its gradient, without the logits of all positions.
+
+    The loss is the mean KL(teacher || student) per token, in nats, in float32. Its gradient with respect to the
+    student's logits is softmax(student) - softmax(teacher), divided by the number of tokens.
+
+    Args:
+        student, teacher: last hidden states, `[..., hidden]`.
+        head: computes logits from hidden states, differentiably. Its own parameters get no gradient.
+
+    Returns:
+        The loss, and its gradient with respect to `student`, `[..., hidden]`.
+    """
+    states, targets = student.detach().flatten(0, -2), teacher.detach().flatten(0, -2)
+    with torch.no_grad():
+        vocab_size = head(states[:1]).shape[-1]
+    total, gradient = states.new_zeros((), dtype=torch.float32), torch.empty_like(states)
+    for part in chunks(len(states), vocab_size):
+        with torch.no_grad():
+            log_p = torch.log_softmax(head(targets[part]).float(), dim=-1)
+        own = states[part].requires_grad_(True)
+        with torch.enable_grad():
+            logits = head(own)
+        log_q = torch.log_softmax(logits.detach().float(), dim=-1)
+        p = log_p.exp()
+        total += log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0).sum()  # a logit of -inf adds nothing
+        (gradient[part],) = torch.autograd.grad(logits, own, log_q.exp_().sub_(p).div_(len(states)).to(logits.dtype))
+    return total / len(states), gradient.view_as(student)
+
+
 def chunks(positions: int, vocab_size: int) -> Iterator[slice]:
     """Yield slices of `positions` positions, of at most `CHUNK_LOGITS` logits each."""
     step = max(1, CHUNK_LOGITS // vocab_size)
