@@ -141,6 +141,11 @@ def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
         raise
 
 
+def cache_folder() -> Path:
+    """The folder of files that any run can make again: `$XDG_CACHE_HOME/lockkit`, by default `~/.cache/lockkit`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockkit"
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from lockkit.errors import UsageError
+from lockkit.files import cache_folder
 
 SOURCE = Path(__file__).with_name("dlr_chain.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
@@ -64,12 +65,11 @@ def _compile(compiler: str, library: Path) -> None:
 
 def _library() -> Path:
     """Where the library for this source and this processor is, or will be."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     # Machines with different processors may share a home folder.
     key = hashlib.sha256("\0".join([*FLAGS, platform.machine(), _processor()]).encode())
     for source in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
         key.update(source.read_bytes())
-    return Path(cache) / "lockkit" / f"dlr_chain-{key.hexdigest()[:16]}.so"
+    return cache_folder() / f"dlr_chain-{key.hexdigest()[:16]}.so"
 
 
 def _processor() -> str:

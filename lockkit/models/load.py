@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
+from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ TOKENIZER_FILES = [
 
 
 def resolve_model(model: str, option: str = "MODEL") -> Path:
-    """The local folder of `demo`, of a local path, or of a Hub id, which is downloaded.
+    """The local folder of `demo`, of a local path, of a GGUF file, or of a Hub id, which is downloaded.
 
     Raises:
         UsageError: there is no such model. The message names `option`.
@@ -52,6 +53,8 @@ def resolve_model(model: str, option: str = "MODEL") -> Path:
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has no config.json, so it is not a model folder: change {option}")
         return path
+    if path.is_file() and path.suffix.lower() == ".gguf":
+        return folder_of_gguf(path, option)
     if path.exists():
         raise UsageError(f"{path} is a file, not a model folder: change {option}")
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or not model:

@@ -1,0 +1,65 @@
+"""Models in a GGUF file, the format of llama.cpp, read by transformers' own loader.
+
+1. The file is identified by the SHA-256 of its content.
+2. transformers reads it and dequantises the weights.
+3. The result is written once, as an ordinary model folder, into a cache folder. Every command then reads that folder.
+
+Most GGUF files are quantised. Dequantising gives the values that the file stores, in float32, not those of the model
+that the file was made from. So the folder is larger than the file, and as accurate as the file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+
+from lockkit.errors import UsageError, first_line
+from lockkit.files import cache_folder, new_folder, sha256_of_file
+
+MAGIC = b"GGUF"
+log = logging.getLogger(__name__)
+
+
+def folder_of_gguf(file: Path, option: str = "MODEL") -> Path:
+    """The model folder with the content of a GGUF file. It is written on the first call.
+
+    The folder is below `$XDG_CACHE_HOME/lockkit`, by default `~/.cache/lockkit`.
+
+    Raises:
+        UsageError: the file is not a GGUF file, is broken, has an architecture that transformers does not read, or the
+            cache folder cannot be written. The message names `option`.
+    """
+    with file.open("rb") as opened:
+        if opened.read(len(MAGIC)) != MAGIC:
+            raise UsageError(f"{file} is not a GGUF file: change {option}")
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError(f"{file} needs the package gguf: pip install 'lockkit[gguf]'")
+    folder = cache_folder() / "gguf" / f"{file.stem}-{sha256_of_file(file)[:16]}"
+    if not folder.is_dir():
+        log.warning("%s: its weights are dequantised to float32 and kept in %s", file.name, folder)
+        with new_folder(folder) as temporary:
+            _convert(file, temporary, option)
+    return folder
+
+
+def _convert(file: Path, folder: Path, option: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from lockkit.models.load import no_progress_bars
+
+    source, name = str(file.resolve().parent), file.resolve().name
+    try:
+        with no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=name,
+                dtype="float32",
+                quantization_config=GgufConfig(dequantize=True),
+                trust_remote_code=False,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False)
+    except Exception as error:
+        raise UsageError(f"{file} cannot be read ({first_line(error)}): change {option}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

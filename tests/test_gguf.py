@@ -1,0 +1,121 @@
+"""Models in GGUF files. The files are written, and read for comparison, by the package gguf of llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK
+from safetensors.torch import load_file
+from tiny import tiny_model
+
+from lockkit.errors import UsageError
+from lockkit.lock.config import LockConfig
+from lockkit.lock.run import lock_model
+from lockkit.models.load import DEMO, load_tokenizer, resolve_model
+
+gguf = pytest.importorskip("gguf")
+
+
+def write_gguf(path: Path, architecture: str = "qwen2") -> dict[str, torch.Tensor]:
+    """Write a tiny Qwen2 with matrices of 8 bits. Returns the values that the file stores, by transformers' names."""
+    model = tiny_model("qwen2", intermediate_size=64)
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _add_tokenizer(writer)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    stored = {}
+    for name, value in model.state_dict().items():
+        array, kind = value.numpy(), gguf.GGMLQuantizationType.F32
+        if array.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            array = gguf.quantize(array, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array, raw_dtype=kind)
+        stored[name] = torch.from_numpy(gguf.dequantize(array, kind).reshape(value.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+def _add_tokenizer(writer) -> None:
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = sorted(tokenizer["model"]["vocab"].items(), key=lambda item: item[1])
+    special = {token["id"] for token in tokenizer["added_tokens"]}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([token for token, _ in vocab])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if index in special else gguf.TokenType.NORMAL for _, index in vocab]
+    )
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    )
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "lockkit" / "gguf"
+
+
+def test_a_gguf_file_is_locked_with_the_values_that_it_stores(tmp_path, cache):
+    file = tmp_path / "tiny model.gguf"
+    stored = write_gguf(file)
+    lock_model(str(file), tmp_path / "locked", LockConfig(**QUICK | {"data": "stdlib"}))
+    (folder,) = cache.iterdir()
+    read = load_file(folder / "model.safetensors")
+    assert read.keys() == stored.keys()
+    for name, value in stored.items():
+        assert torch.equal(read[name], value), name
+    locked = load_file(tmp_path / "locked" / "model.safetensors")
+    assert torch.equal(locked["lm_head.weight"], stored["lm_head.weight"])
+    record = json.loads((tmp_path / "locked" / "lockkit.json").read_text())
+    assert record["model"] == "tiny model.gguf"
+    text = "def add(a, b):\n    return a + b  # naïve\n"
+    assert load_tokenizer(folder)(text).input_ids == load_tokenizer(DEMO)(text).input_ids
+
+
+def test_a_gguf_file_is_converted_once(tmp_path, cache, caplog):
+    write_gguf(tmp_path / "a.gguf")
+    folder = resolve_model(str(tmp_path / "a.gguf"))
+    assert "dequantised" in caplog.text
+    caplog.clear()
+    assert resolve_model(str(tmp_path / "a.gguf")) == folder
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda content: b"PK" + content, "not a GGUF file"),
+        (lambda content: content[:2000], "cannot be read"),
+        (lambda content: content[: len(content) // 2], "cannot be read"),
+    ],
+)
+def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path, cache, damage, reason):
+    file = tmp_path / "broken.gguf"
+    write_gguf(file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UsageError, match=f"broken.gguf.*{reason}.*change MODEL"):
+        resolve_model(str(file))
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_an_unknown_architecture_is_refused_by_name(tmp_path):
+    write_gguf(tmp_path / "new.gguf", "grok9")
+    with pytest.raises(UsageError, match=r"new.gguf cannot be read \(.*grok9.*\): change MODEL"):
+        resolve_model(str(tmp_path / "new.gguf"))
