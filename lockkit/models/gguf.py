@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import cache_folder, new_folder, sha256_of_file
+from lockkit.models.quiet import no_progress_bars
 
 MAGIC = b"GGUF"
 log = logging.getLogger(__name__)
@@ -45,8 +46,6 @@ def folder_of_gguf(file: Path, option: str = "MODEL") -> Path:
 
 def _convert(file: Path, folder: Path, option: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from lockkit.models.load import no_progress_bars
 
     source, name = str(file.resolve().parent), file.resolve().name
     try:

@@ -6,9 +6,7 @@ lockkit's own, so no code that comes with a model ever runs.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
+from lockkit.models.quiet import no_progress_bars
 
 if TYPE_CHECKING:
     import torch
@@ -152,20 +151,6 @@ def load_model(
     if missing:
         raise UsageError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them: change MODEL")
     return model.to(device).eval(), family
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Turn off transformers' progress bars inside the `with` block."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def check_safetensors(folder: Path) -> None:
