@@ -74,7 +74,8 @@ def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Pat
     Returns:
         The unlocked model, and its record. Figures that are not finite are None in the record.
     """
-    from lockkit.models.load import load_model, no_progress_bars
+    from lockkit.models.load import load_model
+    from lockkit.models.quiet import no_progress_bars
 
     key = key_of([SCHEMA, attack.name, config.model_dump(), bench.identity()])
     folder = out / FOLDER / f"{attack.name}-{key[:12]}"
