@@ -1,6 +1,6 @@
 """The text of a lock as rows of token ids: for training, for choosing the best state, and for the final measurement.
 
-The three sets come from different splits of one source (lockkit/text.py). With the source `self` they are sampled from
+The three sets come from different splits of one source (lockkit/text). With the source `self` they are sampled from
 the teacher with different seeds.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from lockkit.lock.config import LockConfig
 from lockkit.models.load import load_model
-from lockkit.text import Need, documents_by_split, read_rows, rows_sha256
+from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +77,7 @@ def load_data(
 
     Args:
         config: the recipe.
-        source: a source of lockkit/text.py.
+        source: a source of lockkit/text.
         model_config: configuration of the original; it limits the length of a row.
         tokenizer: of the original.
 
@@ -94,7 +94,10 @@ def load_data(
         "validate": Need(held_out, held_out, "--validation-tokens"),
         "evaluate": Need(held_out, held_out, "--validation-tokens"),
     }
-    rows = read_rows(tokenizer, documents_by_split(source), block, needs, source)
+    found = documents_by_split(source, column=config.data_column)
+    rows = read_rows(tokenizer, found, block, needs, source)
+    for part in rows.values():
+        require_embedded(tokenizer, part, model_config.vocab_size, source, "--data")
     return DistillationData(source, rows["distill"], rows["validate"], rows["evaluate"])
 
 
