@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from lockkit.errors import UsageError
 
@@ -15,6 +17,16 @@ Config = TypeVar("Config", bound=BaseModel)
 
 _repr = reprlib.Repr()
 _repr.maxstring, _repr.maxlevel = 100, 2
+
+
+def _expanded(path: str) -> str:
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    return path
+
+
+# A setting that can be a path. A leading `~` is the home folder, also where no shell replaces it, as in a recipe.
+UserPath = Annotated[str, AfterValidator(_expanded)]
 
 
 def shown(value: object) -> str:

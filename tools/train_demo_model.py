@@ -9,7 +9,7 @@
 3. Measure the perplexity of the model and of an interpolated unigram and bigram baseline on the `evaluate` split.
    Sample a function. Write weights (bfloat16), tokenizer and model card.
 
-A module belongs to a split by a hash of its name (lockkit/text.py). So the model is not trained on the text that it is
+A module belongs to a split by a hash of its name (lockkit/text). So the model is not trained on the text that it is
 measured on, nor on the text that lockkit later distils from. The same command resumes an interrupted run from `--work`.
 """
 
@@ -299,7 +299,7 @@ and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exist
 
 Made by `{figures["command"]}`.
 
-A module belongs to a split by a hash of its name (`lockkit/text.py`): 60 % `train`, and, never trained on,
+A module belongs to a split by a hash of its name (`lockkit/text`): 60 % `train`, and, never trained on,
 `distill`, `validate`, `evaluate` and `finetune`. Tests (`test.*`) are used for training only.
 
 A sample (temperature 0.6, seed {args.seed}), given the first two lines:

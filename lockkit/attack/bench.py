@@ -25,7 +25,7 @@ from lockkit.models.layered import LayeredModel
 from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
 from lockkit.models.lock_record import read_lock_record
 from lockkit.models.locked import chain_config
-from lockkit.text import Need, documents_by_split, read_rows, rows_sha256
+from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ class Bench:
         family, tokenizer: of both models.
         device: where attacks run.
         lock, record: the record of the lock, and its values.
-        source: source of the text.
+        source, column: source of the text, and the column of its rows (None for the default).
         text_block: tokens in a row of `unlabelled` and `evaluation`.
         unlabelled: token ids that an attacker may use, `[rows, text_block]`.
         evaluation: held-out token ids, `[rows, text_block]`.
@@ -101,7 +101,9 @@ class Bench:
         context = getattr(load_config(self.folders["original"]), "max_position_embeddings", None) or 2**31
         if config.block_tokens > context:
             raise UsageError(f"--block-tokens {config.block_tokens} exceeds the model's context of {context}: lower it")
-        self.source = self.lock.source(locked) if config.data == "auto" else config.data
+        self.source, self.column = config.data, config.data_column
+        if self.source == "auto":
+            self.source, self.column = self.lock.source(locked), self.column or self.lock.data_column
         self.text_block = min(TEXT_BLOCK_TOKENS, context)
         self.unlabelled, self.evaluation = self._text(
             distill=max(config.unlock_tokens, config.redistill_tokens), evaluate=config.evaluation_tokens
@@ -116,7 +118,10 @@ class Bench:
         """Token ids, `[rows, text_block]`, of each split in `tokens`, up to the given number of tokens."""
         block = self.text_block
         needs = {split: Need(block, max(count, 2 * block)) for split, count in tokens.items()}
-        rows = read_rows(self.tokenizer, documents_by_split(self.source), block, needs, self.source)
+        found = documents_by_split(self.source, column=self.column)
+        rows = read_rows(self.tokenizer, found, block, needs, self.source)
+        for part in rows.values():
+            self._require_embedded(part, self.source, "--data")
         return tuple(rows[split] for split in tokens)
 
     def _task(self, name: str) -> Task:
@@ -128,11 +133,19 @@ class Bench:
             train_tokens=self.config.steps * self.config.batch_rows * self.config.block_tokens,
             held_out_tokens=self.config.held_out_tokens,
             distilled_on=self.source if self.lock.distilled_on else None,
+            distilled_column=self.column,
+            column=self.config.data_column,
         )
+        for part in (task.train, task.held_out):
+            self._require_embedded(part.ids, name, "--task")
         shared = {tuple(row) for row in task.train.ids.tolist()} & {tuple(row) for row in task.held_out.ids.tolist()}
         if shared:
             raise UsageError(f"{name}: {len(shared)} rows are both trained on and held out: change --task")
         return task
+
+    def _require_embedded(self, ids: torch.Tensor, name: str, option: str) -> None:
+        vocab_size = load_config(self.folders["original"]).vocab_size
+        require_embedded(self.tokenizer, ids, vocab_size, name, option)
 
     def load(self, subject: Subject) -> PreTrainedModel:
         """A new copy of a model, in float32, on the device, with all weights trainable."""

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockkit.settings import validated
+from lockkit.settings import UserPath, validated
+from lockkit.text import DataColumn
 
 Suite = Literal["quick", "standard", "full"]
 
@@ -71,7 +72,7 @@ class AuditConfig(BaseModel):
         "cheapest attacks also on a second task and with five seeds. `full`: every attack on both tasks, with larger "
         "budgets and searches over settings. Other options override single values of the suite.",
     )
-    tasks: list[str] = _of_suite(
+    tasks: list[UserPath] = _of_suite(
         "Task to fine-tune on: `signatures`, `docstrings`, a chat-format .jsonl file, or text (a file, a folder or a Hub "
         "dataset; 10 % of its passages are used).",
         min_length=1,
@@ -116,11 +117,13 @@ class AuditConfig(BaseModel):
         description="Limit that defines effective depth: the fewest stages of a closed-form unlock whose KL divergence "
         "to the lock is at most this, in nats per token.",
     )
-    data: str = Field(
+    data: UserPath = Field(
         "auto",
-        description="Unlabelled text for unlocks and for measuring: `stdlib`, a text file, a folder, or a Hub dataset. "
+        description="Unlabelled text for unlocks and for measuring: `stdlib`, a file or folder as `lockkit lock --data` "
+        "takes it, or a Hub dataset. "
         "`auto` takes the text that the lock was distilled on, or `stdlib` if the model wrote that text.",
     )
+    data_column: DataColumn = None
     seed: int = Field(0, ge=0, le=2**32 - 1, description="First seed.")
     device: str = Field("auto", description="`cpu`, `cuda`, `cuda:1`, ...; `auto` uses a GPU if there is one.")
 

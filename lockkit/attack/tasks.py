@@ -1,15 +1,15 @@
 """Fine-tuning tasks: what an attacker wants the model to learn, as rows of token ids with labels.
 
 Two tasks are built in and need no network. Both are made from the source files of Python's standard library in the
-split `finetune`, which no lock is distilled on (lockkit/text.py):
+split `finetune`, which no lock is distilled on (lockkit/text):
 
 - `docstrings`: another domain. English prose: the docstrings of modules, classes and functions.
 - `signatures`: another format. Given the line that defines a function, write its signature as JSON. Only the answer
   counts in the loss.
 
-Any other name is a path or a Hub dataset. Plain text is a language-modelling task on its split `finetune`. A `.jsonl`
-file has one conversation per line, {"messages": [{"role": ..., "content": ...}]}; only the text of the assistant counts
-in the loss.
+Any other name is a path or a Hub dataset (lockkit/text). Text is a language-modelling task on its split `finetune`. A
+file of rows can have one conversation per row, {"messages": [{"role": ..., "content": ...}]}; only the text of the
+assistant counts in the loss.
 
 Documents are held out by a hash of their name. In a user's own task, at least a quarter of the text is held out (see
 `fill_shares`). Documents whose content is also in the distillation text of the lock are excluded. Their number and the
@@ -29,9 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, first_line
 from lockkit.models.identity import public_name
 from lockkit.text import Document, Need, documents, fill_shares, read_rows, rows_sha256
+from lockkit.text.reading import kind_of
+from lockkit.text.tables import CHAT_COLUMNS, TABLES, Row, chat_turns, row_value, table_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,7 @@ IGNORED = -100  # label of a token that does not count in the loss
 HELD_OUT_PERCENT = 25
 TRAIN, HELD_OUT = "train", "held-out"  # the parts of a task
 MIN_PROSE_CHARACTERS = 80
+ROLES = {"human": "user", "gpt": "assistant"}  # other names of roles, in `conversations`
 
 
 @dataclass(frozen=True)
@@ -126,24 +129,28 @@ def load_task(
     train_tokens: int,
     held_out_tokens: int,
     distilled_on: str | None,
+    distilled_column: str | None = None,
+    column: str | None = None,
 ) -> Task:
     """Build a task.
 
     Args:
-        name: one of `BUILT_IN`, a text file or folder, a `.jsonl` file of conversations, or a Hub dataset.
+        name: one of `BUILT_IN`, a file or folder of text, a file of conversations, or a Hub dataset.
         tokenizer: of the model.
         block_tokens: tokens in a row.
         train_tokens, held_out_tokens: wanted tokens of each part.
         distilled_on: source of the lock's distillation text, whose documents are excluded. None if it is unknown.
+        distilled_column: the column of its rows; None for the default.
+        column: the column of the task's rows; None for the default.
 
     Raises:
         UsageError: there is no such text, there is too little of it, or a line is not valid.
     """
-    forbidden = _distillation_contents(distilled_on)
-    if name == "signatures" or name.endswith(".jsonl"):
-        examples = list(signature_examples()) if name == "signatures" else chat_examples(Path(name), tokenizer)
+    forbidden = _distillation_contents(distilled_on, distilled_column)
+    if name == "signatures" or _is_chat(name, column):
+        examples = list(signature_examples()) if name == "signatures" else chat_examples(Path(name), tokenizer, column)
         return _example_task(name, examples, tokenizer, block_tokens, train_tokens, held_out_tokens, forbidden)
-    found = list(docstring_documents() if name == "docstrings" else documents(name, "finetune", "--task"))
+    found = list(docstring_documents() if name == "docstrings" else documents(name, "finetune", "--task", column))
     kept = [document for document in found if _content(document.text) not in forbidden]
     parts = _parts(((document.name, len(document.text)) for document in kept), fill=name not in BUILT_IN)
     needs = {
@@ -203,56 +210,54 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, Any]:
     }
 
 
-def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Read conversations from JSON lines. The turns of the assistant count in the loss.
+def _is_chat(name: str, column: str | None) -> bool:
+    """Whether `name` is a file of rows with conversations: its first row has one."""
+    path = Path(name)
+    if name in BUILT_IN or kind_of(path) not in TABLES or not path.is_file():
+        return False
+    for where, row in table_rows(path, "--task", column):
+        found, value = row_value(row, where, column)
+        return found in CHAT_COLUMNS or not isinstance(value, str | None)
+    return False
+
+
+def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase, column: str | None = None) -> list[Example]:
+    """Read conversations from a file of rows. The turns of the assistant count in the loss.
 
     Args:
         path: the file.
         tokenizer: its chat template renders the turns. Without a template, each turn gets a heading.
+        column: the column with the conversations; None for the default.
 
     Raises:
-        UsageError: the file cannot be read, or a line is not valid. The message names the line.
+        UsageError: the file cannot be read, or a row is not valid. The message names the row.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): change --task") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}): change --task") from error
     examples = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            messages = _messages(line, f"{path}, line {number}")
-            name = "text:" + hashlib.sha256(line.encode()).hexdigest()[:16]
-            try:
-                examples.append(Example(name, _turns(messages, tokenizer)))
-            except Exception as error:  # a template may raise any error
-                raise UsageError(
-                    f"{path}, line {number}: the chat template refuses it ({error}): change --task"
-                ) from error
-    if not examples:
-        raise UsageError(f"{path} holds no conversation: change --task")
+    for where, row in table_rows(path, "--task", column):
+        messages = _messages(row, where, column)
+        name = "text:" + _content(json.dumps(messages))[:16]
+        try:
+            examples.append(Example(name, _turns(messages, tokenizer)))
+        except Exception as error:  # a template may raise any error
+            raise UsageError(f"{where}: the chat template refuses it ({first_line(error)}): change --task") from error
     return examples
 
 
-def _messages(line: str, where: str) -> list[dict[str, Any]]:
-    """The turns in a line. `where` names the line in errors."""
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where}: not valid JSON ({error}): correct the line, or change --task") from error
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UsageError(f'{where}: no "messages" with a list of turns: correct the line, or change --task')
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UsageError(f'{where}: a turn without "role" and "content": correct the line, or change --task')
-    if not any(message["role"] == "assistant" for message in messages):
-        raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: correct the line, or change --task")
+def _messages(row: Row, where: str, column: str | None) -> list[dict[str, str]]:
+    """The turns in a row. `where` names the row in errors."""
+    name, value = row_value(row, where, column)
+    turns = chat_turns(value)
+    if turns is None:
+        raise UsageError(
+            f'{where}: "{name}" is no list of turns with "role" and "content": correct it, or change --task'
+        )
+    messages = [{"role": ROLES.get(role, role), "content": content} for role, content in turns]
+    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+        raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: correct it, or change --task")
     return messages
 
 
-def _turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The text of each turn, and whether the assistant says it."""
     if not tokenizer.chat_template:
         return [(f"### {m['role']}\n{m['content']}\n", m["role"] == "assistant") for m in messages]
@@ -268,11 +273,11 @@ def _content(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _distillation_contents(source: str | None) -> set[str]:
+def _distillation_contents(source: str | None, column: str | None) -> set[str]:
     """Hashes of the content of all distillation documents. The same text may have another name in a task."""
     if source is None or source == "self":
         return set()
-    return {_content(document.text) for document in documents(source, "distill")}
+    return {_content(document.text) for document in documents(source, "distill", column=column)}
 
 
 def _parts(characters: Iterable[tuple[str, int]], fill: bool) -> Mapping[str, str]:

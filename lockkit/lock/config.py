@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.errors import UsageError
-from lockkit.settings import validated
+from lockkit.settings import UserPath, validated
+from lockkit.text import DataColumn, read_text
 
 if TYPE_CHECKING:
     import torch
@@ -42,11 +43,13 @@ class LockConfig(BaseModel):
         description="Factor with which the residual stream enters the input of a block, the same in all layers. "
         "Default: one factor per layer, chosen to reach --coupling.",
     )
-    data: str = Field(
+    data: UserPath = Field(
         "auto",
-        description="Text to distil on: a text file, a folder, a Hub dataset, `stdlib` (sources of Python's standard "
-        "library), or `self` (text that the model writes). `auto` is `stdlib` for `demo` and `self` for other models.",
+        description="Text to distil on: a file (text, JSON, JSON lines, CSV, TSV or Parquet, also compressed), a folder of "
+        "such files, a Hub dataset, `stdlib` (sources of Python's standard library), or `self` (text that the model "
+        "writes). `auto` is `stdlib` for `demo` and `self` for other models.",
     )
+    data_column: DataColumn = None
     tokens: int = Field(200_000, ge=1, description="Training tokens of phase 1, for each layer's chain by itself.")
     end_to_end_tokens: int = Field(
         40_000, ge=0, description="Training tokens of phase 2, for all chains together on the logits; 0 skips phase 2."
@@ -106,7 +109,7 @@ class LockConfig(BaseModel):
     cache_gigabytes: float = Field(
         2.0, ge=0, description="Memory for stored activations, in gigabytes. The rest goes to files in the work folder."
     )
-    work: str | None = Field(
+    work: UserPath | None = Field(
         None,
         description="Folder for finished layers and activations, from which an interrupted run resumes. Default: a "
         "hidden folder beside OUT, deleted at the end.",
@@ -140,10 +143,9 @@ def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:
 def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
+    text = read_text(path, "--config")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}): change --config") from error
+        values = yaml.safe_load(text)
     except Exception as error:  # PyYAML also raises IndexError, KeyError, AttributeError and RecursionError
         reason = " ".join(str(error).split())[:300] if isinstance(error, yaml.YAMLError) else type(error).__name__
         raise UsageError(f"{path} is not valid YAML ({reason}): change --config") from error

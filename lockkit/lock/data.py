@@ -1,6 +1,6 @@
 """The text of a lock as rows of token ids: for training, for choosing the best state, and for the final measurement.
 
-The three sets come from different splits of one source (lockkit/text.py). With the source `self` they are sampled from
+The three sets come from different splits of one source (lockkit/text). With the source `self` they are sampled from
 the teacher with different seeds.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from lockkit.lock.config import LockConfig
 from lockkit.models.load import load_model
-from lockkit.text import Need, documents_by_split, read_rows, rows_sha256
+from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +77,7 @@ def load_data(
 
     Args:
         config: the recipe.
-        source: a source of lockkit/text.py.
+        source: a source of lockkit/text.
         model_config: configuration of the original; it limits the length of a row.
         tokenizer: of the original.
 
@@ -94,7 +94,10 @@ def load_data(
         "validate": Need(held_out, held_out, "--validation-tokens"),
         "evaluate": Need(held_out, held_out, "--validation-tokens"),
     }
-    rows = read_rows(tokenizer, documents_by_split(source), block, needs, source)
+    found = documents_by_split(source, column=config.data_column)
+    rows = read_rows(tokenizer, found, block, needs, source)
+    for part in rows.values():
+        require_embedded(tokenizer, part, model_config.vocab_size, source, "--data")
     return DistillationData(source, rows["distill"], rows["validate"], rows["evaluate"])
 
 
@@ -131,35 +134,44 @@ def sample_from_model(
 
 @torch.no_grad()
 def sample_rows(model: PreTrainedModel, block: int, rows: int, seed: int, progress: Progress) -> torch.Tensor:
-    """Sample token ids, `[rows, block]`, from a model at temperature 1.
+    """Sample token ids, `[rows, block]`, from a model at temperature 1, without an end-of-text token.
 
     Each row starts with the beginning-of-text token. If the model has none, it starts with a random token.
+
+    The tokens depend on the weights, on `config.json` and on `seed`. transformers' `generate` would also apply the
+    settings in `generation_config.json` (beams, penalties, forced tokens, ...). So it is not used here.
     """
-    device = model.device
-    start = model.config.bos_token_id
-    start = start[0] if isinstance(start, list) else start
+    device, vocab_size = model.device, model.config.vocab_size
+    start = next(iter(_token_ids(model.config.bos_token_id, vocab_size)), None)
+    ends = _token_ids(model.config.eos_token_id, vocab_size)
     progress.start("sampling text from the model", rows)
     sampled = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for first in range(0, rows, SAMPLING_ROWS):
             count = min(SAMPLING_ROWS, rows - first)
-            prompt = torch.randint(0, model.config.vocab_size, (count, 1), device=device)
+            ids = torch.randint(0, vocab_size, (count, 1), device=device)
             if start is not None:
-                prompt[:] = start
-            out = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                min_new_tokens=block - 1,
-                max_new_tokens=block - 1,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                repetition_penalty=1.0,
-                pad_token_id=0,
-            )
-            sampled.append(out.cpu())
+                ids[:] = start
+            sampled.append(_continued(model, ids, block, ends).cpu())
             progress.advance(count)
     progress.finish(f"{rows * block:,} tokens")
     return torch.cat(sampled)
+
+
+def _token_ids(given: int | list[int] | None, vocab_size: int) -> list[int]:
+    """The entry of a configuration for special tokens as a list. Ids without an embedding are left out."""
+    ids = given if isinstance(given, list) else [given]
+    return [token for token in ids if token is not None and 0 <= token < vocab_size]
+
+
+def _continued(model: PreTrainedModel, ids: torch.Tensor, block: int, ends: list[int]) -> torch.Tensor:
+    """Continue rows of token ids, `[rows, 1]`, to `[rows, block]`. The tokens `ends` are not sampled."""
+    rows, cache = [ids], None
+    for _ in range(block - 1):
+        output = model(input_ids=rows[-1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        logits[:, ends] = -torch.inf
+        rows.append(torch.multinomial(logits.softmax(-1), 1))
+    return torch.cat(rows, 1)

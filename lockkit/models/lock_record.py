@@ -33,6 +33,12 @@ class LockRecord:
         return source if isinstance(source, str) and source not in ("", "auto", "self") else None
 
     @property
+    def data_column(self) -> str | None:
+        """The column of the distillation text that the recipe names; None if it names none."""
+        column = self.recipe.get("data_column")
+        return column if isinstance(column, str) else None
+
+    @property
     def tokens(self) -> int:
         """Tokens of both phases of distillation; 0 if the record does not say."""
         return self.recipe.get("tokens", 0) + self.recipe.get("end_to_end_tokens", 0)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from lockkit.settings import UserPath
 from lockkit.targets import Provider
+from lockkit.text import DataColumn
 from lockkit.verify.figures import Gates
 
 
 class VerifyConfig(Gates):
     """Settings of a verification. A gate of None has the default limit of the export's precision (lockkit/targets.py)."""
 
-    data: str = Field(
+    data: UserPath = Field(
         "auto",
-        description="Held-out text: `stdlib`, a text file or folder, or a Hub dataset. `auto` is the source that the "
+        description="Held-out text: `stdlib`, a file or folder as `lockkit lock --data` takes it, or a Hub dataset. `auto` is the source that the "
         "lock was distilled on, as its lockkit.json says, or else `stdlib`. Only the split 'evaluate' is used, which "
         "lockkit never distils on.",
     )
+    data_column: DataColumn = None
     tokens: int = Field(16_384, ge=2, description="Held-out tokens for perplexity and prefill parity.")
     block_tokens: int = Field(
         256, ge=8, description="Tokens in a row. The model's max_position_embeddings is an upper limit."

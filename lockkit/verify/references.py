@@ -14,7 +14,7 @@ from lockkit.measure.records import MeasuredText
 from lockkit.models.families import is_locked
 from lockkit.models.identity import public_name, weight_hashes
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
-from lockkit.models.lock_record import read_lock_record
+from lockkit.models.lock_record import LockRecord, read_lock_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -103,7 +103,10 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
             continuations do not fit into the model's context.
     """
     references = list(given.all().values())
-    source = config.data if config.data != "auto" else _recorded_source(given.locked)
+    record = _record(given.locked)
+    source, column = config.data, config.data_column
+    if source == "auto":
+        source, column = record.source(given.locked.name if given.locked else ""), column or record.data_column
     context = min(getattr(reference.config, "max_position_embeddings", None) or 2**31 for reference in references)
     block = min(config.block_tokens, context)
     if config.prompts and block // 4 + config.new_tokens > context:
@@ -118,20 +121,19 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
                 f"{reference.name} has a vocabulary of {sizes[0]} tokens, the export one of {sizes[1]}: "
                 "change --reference to the model of the export"
             )
-    rows = _rows(session.folder, "EXPORT", source, block, config.tokens)
+    sizes = block, max(config.tokens, block)
+    tokenizer = load_tokenizer(session.folder, "EXPORT")
+    rows = text.token_blocks(tokenizer, text.documents(source, SPLIT, column=column), *sizes)
+    text.require_embedded(tokenizer, rows, session.config["vocab_size"], source, "--data")
     for reference in references:
-        if not torch.equal(rows, _rows(reference.folder, "--reference", source, block, config.tokens)):
+        own = load_tokenizer(reference.folder, "--reference")
+        if not torch.equal(rows, text.token_blocks(own, text.documents(source, SPLIT, column=column), *sizes)):
             raise UsageError(
                 f"the tokenizer of {reference.name} is not the export's: change --reference to the model of the export"
             )
     return rows, MeasuredText.of(rows, public_name(source), SPLIT)
 
 
-def _rows(folder: Path, option: str, source: str, block: int, tokens: int) -> torch.Tensor:
-    tokenizer = load_tokenizer(folder, option)
-    return text.token_blocks(tokenizer, text.documents(source, SPLIT), block, max(tokens, block))
-
-
-def _recorded_source(locked: Reference | None) -> str:
-    """The source that a locked model was distilled on, according to its record; `stdlib` without a locked model."""
-    return read_lock_record(locked.folder, "--reference").source(locked.name) if locked else "stdlib"
+def _record(locked: Reference | None) -> LockRecord:
+    """The record of a locked model; an empty one without a locked model."""
+    return read_lock_record(locked.folder, "--reference") if locked else LockRecord({})

@@ -1,0 +1,55 @@
+"""Text for training, distillation, validation and evaluation.
+
+Text is divided into documents. Every document belongs to exactly one split, the same in every command and on every
+machine. So no text serves two purposes.
+
+1. A source (`stdlib`, a file, a folder, a Hub dataset) is read as an iterator of `Document(name, text)` (sources.py). Text
+   files are cut into passages. In files of rows (tables.py), each row is a document.
+2. A hash puts each document into a split (splits.py).
+3. `read_rows` tokenizes the documents of each split and packs them into rows of equal length, with an end-of-text token
+   between documents (rows.py).
+"""
+
+from lockkit.text.reading import decoded, read_text
+from lockkit.text.rows import Need, read_rows, require_embedded, rows_sha256, token_blocks, without_embedding
+from lockkit.text.sources import (
+    documents,
+    documents_by_split,
+    file_documents,
+    hub_documents,
+    stdlib_documents,
+)
+from lockkit.text.splits import (
+    FILLED_CHARACTERS,
+    HELD_OUT_PERCENT,
+    SPLITS,
+    Document,
+    fill_shares,
+    split_of,
+    with_splits,
+)
+from lockkit.text.tables import DataColumn
+
+__all__ = [
+    "FILLED_CHARACTERS",
+    "HELD_OUT_PERCENT",
+    "SPLITS",
+    "DataColumn",
+    "Document",
+    "Need",
+    "decoded",
+    "documents",
+    "documents_by_split",
+    "file_documents",
+    "fill_shares",
+    "hub_documents",
+    "read_rows",
+    "read_text",
+    "require_embedded",
+    "rows_sha256",
+    "split_of",
+    "stdlib_documents",
+    "token_blocks",
+    "with_splits",
+    "without_embedding",
+]

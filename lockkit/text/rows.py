@@ -1,0 +1,185 @@
+"""Documents as rows of token ids, for a model to read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lockkit.errors import UsageError
+from lockkit.text.splits import Document
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Need:
+    """The tokens that a caller wants from a split.
+
+    Attributes:
+        at_least: fewer tokens are refused.
+        at_most: more tokens are not read.
+        option: the option that lowers `at_least`; None if there is none.
+        reason: an explanation of `at_least` for the error.
+    """
+
+    at_least: int
+    at_most: int
+    option: str | None = None
+    reason: str = ""
+
+
+def read_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    found: Iterable[tuple[str, Document]],
+    block_tokens: int,
+    needs: Mapping[str, Need],
+    name: str,
+    option: str = "--data",
+) -> dict[str, torch.Tensor]:
+    """Pack the documents of several splits into rows of token ids without padding.
+
+    Documents follow each other in the given order, with an end-of-text token after each. The last, incomplete row is
+    dropped. Reading stops when every split has enough.
+
+    Args:
+        tokenizer: of the model.
+        found: documents with their splits, as `documents_by_split` yields them. Other names of parts work as well.
+        block_tokens: tokens in a row.
+        needs: the tokens wanted from each split.
+        name: name of the text, for the error.
+        option: the option that gives more text, for the error.
+
+    Returns:
+        Token ids, `[rows, block_tokens]`, for each split in `needs`.
+
+    Raises:
+        UsageError: a split has too few tokens. The message says what each split has and needs.
+    """
+    ids: dict[str, list[int]] = {split: [] for split in needs}
+    documents = 0
+    for documents, (split, document) in enumerate(found, 1):  # noqa: B007
+        if split in needs and len(ids[split]) < needs[split].at_most:
+            ids[split] += _token_ids(tokenizer, document)
+            if all(len(ids[other]) >= need.at_most for other, need in needs.items()):
+                break
+    _require_enough({split: len(found) for split, found in ids.items()}, needs, documents, name, option)
+    return {split: _rows(ids[split], block_tokens, need.at_most) for split, need in needs.items()}
+
+
+def _require_enough(has: Mapping[str, int], needs: Mapping[str, Need], documents: int, name: str, option: str) -> None:
+    """Raise a UsageError if a split has fewer tokens than `at_least`. `documents` is the number of all documents."""
+    short = [need for split, need in needs.items() if has[split] < need.at_least]
+    if not short:
+        return
+    figures: list[str] = []
+    for split, need in needs.items():
+        count = f"{need.at_most:,} or more" if has[split] >= need.at_most else f"{has[split]:,}"
+        unit = "" if figures else " tokens"
+        reason = f" ({need.reason})" if need.reason else ""
+        figures.append(f"{split} has {count}{unit} and needs {need.at_least:,}{reason}")
+    lower = list(dict.fromkeys(need.option for need in short if need.option))
+    remedy = f"give more text with {option}" + (f", or lower {' and '.join(lower)}" if lower else "")
+    raise UsageError(
+        f"{name} is too short: of its {documents:,} documents (passages or rows), each in one split, "
+        f"{', '.join(figures)}: {remedy}"
+    )
+
+
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterator[Document], block_tokens: int, max_tokens: int | None
+) -> torch.Tensor:
+    """Pack documents into rows of token ids without padding, as `read_rows` does.
+
+    Args:
+        tokenizer: of the model.
+        texts: the documents.
+        block_tokens: tokens in a row.
+        max_tokens: reading stops at this number; None reads everything.
+
+    Returns:
+        Token ids, `[rows, block_tokens]`.
+
+    Raises:
+        UsageError: the text does not fill one row.
+    """
+    ids: list[int] = []
+    for document in texts:
+        ids += _token_ids(tokenizer, document)
+        if max_tokens is not None and len(ids) >= max_tokens:
+            break
+    if min(len(ids), max_tokens or len(ids)) < block_tokens:
+        raise UsageError(f"the text has only {len(ids)} tokens, at least {block_tokens} are needed: change --data")
+    return _rows(ids, block_tokens, max_tokens)
+
+
+def without_embedding(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], vocab_size: int) -> str | None:
+    """Describe a token that the model cannot read, because its embeddings do not have the token's id.
+
+    The tokenizer of a model has such tokens if they were added without resizing the embeddings.
+
+    Args:
+        tokenizer: of the model.
+        ids: token ids of a text.
+        vocab_size: number of the model's embeddings.
+
+    Returns:
+        The token and both numbers, in words. None if the model can read all tokens.
+    """
+    beyond = next((token for token in ids if token >= vocab_size), None)
+    if beyond is None:
+        return None
+    return (
+        f"the token {tokenizer.convert_ids_to_tokens(beyond)!r} has the id {beyond}, "
+        f"and the model has only {vocab_size} embeddings"
+    )
+
+
+def require_embedded(
+    tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor | list[int], vocab_size: int, name: str, option: str
+) -> None:
+    """Check that a model has an embedding for every token of a text.
+
+    Args:
+        tokenizer: of the model.
+        ids: token ids of the text, of any shape.
+        vocab_size: number of the model's embeddings.
+        name: name of the text, for the error.
+        option: the option that gives another text, for the error.
+
+    Raises:
+        UsageError: an id is not below `vocab_size`. The message names the token.
+    """
+    flat = ids if isinstance(ids, list) else [int(ids.max())] if ids.numel() else []
+    problem = without_embedding(tokenizer, flat, vocab_size)
+    if problem:
+        raise UsageError(f"{name} cannot be read: {problem}: change {option}, or resize the model's embeddings")
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
+    """The tokens of a document, followed by the end-of-text token if the tokenizer has one."""
+    ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+
+
+def _rows(ids: list[int], block_tokens: int, max_tokens: int | None) -> torch.Tensor:
+    import torch
+
+    rows = min(len(ids), max_tokens or len(ids)) // block_tokens
+    return torch.tensor(ids[: rows * block_tokens], dtype=torch.long).view(rows, block_tokens)
+
+
+def rows_sha256(*rows: torch.Tensor) -> str:
+    """SHA-256 of token ids, in hexadecimal.
+
+    Args:
+        rows: token ids, `[rows, block]`; several tensors are hashed one after the other. The bytes are those of
+            little-endian int64 integers, row by row.
+    """
+    total = hashlib.sha256()
+    for part in rows:
+        total.update(part.cpu().numpy().astype("<i8").tobytes())
+    return total.hexdigest()

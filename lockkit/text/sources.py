@@ -1,0 +1,171 @@
+"""The sources of text: Python's standard library, a file, a folder, or a dataset of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from lockkit.errors import UsageError, first_line
+from lockkit.text.reading import kind_of, read_text
+from lockkit.text.splits import Document, content_document, split_of, with_splits
+from lockkit.text.tables import TABLES, NoTextColumn, dataset_rows, import_datasets, row_text, table_rows
+
+# A plain text file is cut into documents: paragraphs are joined until they have this length.
+FILE_DOCUMENT_CHARACTERS = 4_000
+
+PLAIN_TEXT = {".txt", ".md", ".rst", ".py", ".text"}  # in a folder; a single file may have any name
+
+
+def stdlib_documents(*, tests: bool = False) -> Iterator[Document]:
+    """Yield the source files of Python's standard library, one document per module.
+
+    Tables of character encodings are left out, because they are data.
+
+    Args:
+        tests: include the modules of tests, which some distributions of Python do not have.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        is_test = any(part in ("test", "tests", "idle_test") for part in parts)
+        if parts[0] in ("site-packages", "dist-packages", "encodings") or (is_test and not tests):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text.strip():
+            yield Document(".".join(parts), text)
+
+
+def _passages(text: str) -> Iterator[Document]:
+    """Cut `text` into documents of about `FILE_DOCUMENT_CHARACTERS`, named by a hash of their content.
+
+    The text is cut after blank lines, within longer paragraphs after a line, and within longer lines anywhere. Only
+    white space at the end is lost.
+    """
+    limit = FILE_DOCUMENT_CHARACTERS
+    gathered = ""
+    for paragraph in re.split(r"(?<=\n\n)", text):
+        for line in [paragraph] if len(paragraph) <= limit else paragraph.splitlines(keepends=True):
+            for start in range(0, len(line), limit):
+                gathered += line[start : start + limit]
+                if len(gathered) >= limit:
+                    yield content_document(gathered)
+                    gathered = ""
+    if gathered.strip():
+        yield content_document(gathered)
+
+
+def file_documents(path: Path, option: str = "--data", column: str | None = None) -> Iterator[Document]:
+    """Yield the documents of a file, or of all files with text in a folder.
+
+    Files of rows (see tables.py) give one document per row; any other file is plain text. In a folder, hidden files and
+    files of other kinds are left out, and so is a file that is one JSON object without a column of text, such as a file
+    of settings.
+
+    Args:
+        path: the file or folder.
+        option: the option that gave it, for errors.
+        column: the column of rows; None for text or chat messages.
+
+    Raises:
+        UsageError: `path` is missing, unreadable, not UTF-8, or holds no text.
+    """
+    files = _files_in(path, option) if path.is_dir() else [path]
+    empty = True
+    for file in files:
+        for document in _documents_of(file, option, column, in_folder=path.is_dir()):
+            empty = False
+            yield document
+    if empty:
+        raise UsageError(f"{path} holds no text: change {option}")
+
+
+def _files_in(folder: Path, option: str) -> list[Path]:
+    def visible(path: Path) -> bool:
+        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    kinds = PLAIN_TEXT | TABLES.keys()
+    found = [path for path in sorted(folder.rglob("*")) if kind_of(path) in kinds and path.is_file() and visible(path)]
+    if not found:
+        raise UsageError(f"no text file ({', '.join(sorted(kinds))}) in {folder}: change {option}")
+    return found
+
+
+def _documents_of(file: Path, option: str, column: str | None, in_folder: bool) -> Iterator[Document]:
+    if kind_of(file) not in TABLES:
+        yield from _passages(read_text(file, option))
+        return
+    for where, row in table_rows(file, option, column):
+        try:
+            text = row_text(row, where, column)
+        except NoTextColumn:
+            if in_folder and where == str(file):
+                return
+            raise
+        if text.strip():
+            yield content_document(text)
+
+
+def hub_documents(name: str, option: str = "--data", column: str | None = None) -> Iterator[Document]:
+    """Yield the text of a Hugging Face dataset, one document per row.
+
+    Args:
+        name: `owner/name`, or `owner/name:config`.
+        option: the option that gave it, for errors.
+        column: the column with the text; None for text or chat messages.
+
+    Raises:
+        UsageError: the package `datasets` is missing, or the dataset cannot be loaded.
+    """
+    datasets = import_datasets(f"{name} from the Hub (it is no local file or folder)")
+    repository, _, configuration = name.partition(":")
+    try:
+        rows = datasets.load_dataset(repository, configuration or None, split="train", streaming=True)
+        for where, row in dataset_rows(rows, f"dataset {name}", column):
+            text = row_text(row, where, column)
+            if text.strip():
+                yield content_document(text)
+    except UsageError:
+        raise
+    except Exception as error:  # the Hub's client raises errors of many classes
+        raise UsageError(f"cannot load dataset {name} from the Hub ({first_line(error)}): change {option}") from error
+
+
+def documents_by_split(
+    source: str, option: str = "--data", column: str | None = None
+) -> Iterator[tuple[str, Document]]:
+    """Yield (split, document) for all documents of `source`, in its order.
+
+    Args:
+        source: `stdlib` (without its tests), the path of a file or folder, or the name of a Hub dataset.
+        option: the option that gave it, for errors.
+        column: the column of rows, see `file_documents`. Text without columns ignores it.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
+    """
+    if source == "stdlib":
+        return ((split_of(document.name), document) for document in stdlib_documents())
+    if source and Path(source).exists():
+        return with_splits(file_documents(Path(source), option, column))
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
+        raise UsageError(f"there is no file or folder {source}: change {option}")
+    return with_splits(hub_documents(source, option, column))
+
+
+def documents(source: str, split: str, option: str = "--data", column: str | None = None) -> Iterator[Document]:
+    """Yield the documents of one split of `source` (see `documents_by_split`).
+
+    The split `train` of `stdlib` includes modules of tests. The other splits do not, since not every distribution of
+    Python has these modules. A user's own text has no split `train`.
+
+    Raises:
+        UsageError: there is no such source, or it cannot be read.
+    """
+    if (source, split) == ("stdlib", "train"):
+        return (document for document in stdlib_documents(tests=True) if split_of(document.name) == split)
+    return (document for found, document in documents_by_split(source, option, column) if found == split)
