@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from lockkit.attack.tasks import load_task
 from lockkit.errors import UsageError
@@ -28,6 +29,7 @@ from lockkit.text import (
     file_documents,
     rows_sha256,
     split_of,
+    start_tokens,
     stdlib_documents,
     token_blocks,
     with_splits,
@@ -111,6 +113,36 @@ def test_blocks_hold_the_documents_tokens_in_order(tokenizer):
     for document in found:
         ids += [*tokenizer(document.text)["input_ids"], tokenizer.eos_token_id]
     assert blocks.flatten().tolist() == ids[: len(ids) // 32 * 32]
+
+
+@pytest.fixture
+def tokenizer_with_start():
+    """The bundled tokenizer, changed to put `<bos>` before every text and `<end>` after it."""
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<bos>", "<end>"]})
+    bos, end = tokenizer.convert_tokens_to_ids(["<bos>", "<end>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <end>", special_tokens=[("<bos>", bos), ("<end>", end)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("block", [8, 32, 100])
+def test_every_row_and_every_document_starts_as_the_tokenizer_starts_a_text(tokenizer_with_start, block):
+    tokenizer = tokenizer_with_start
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    found = [Document(f"{i}", f"def function_{i}(x):\n    return x + {i}\n" * (i % 4 + 1)) for i in range(40)]
+    rows = token_blocks(tokenizer, iter(found), block, None)
+    assert rows.shape[0] > 5 and (rows[:, 0] == bos).all()
+    assert not ((rows[:, 1:] == bos) & (rows[:, :-1] == bos)).any()
+    text = tokenizer.decode(rows.flatten()).replace("<bos>", "").split(tokenizer.eos_token)
+    assert text[:-1] == [document.text for document in found][: len(text) - 1]
+    every_start = sum(tokenizer.decode(row).count("<bos>def function") for row in rows)
+    assert every_start >= len(text) - 1
+
+
+def test_a_tokenizer_without_start_tokens_has_none(tokenizer):
+    assert start_tokens(tokenizer) == []
 
 
 @pytest.mark.parametrize(

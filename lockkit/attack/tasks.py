@@ -31,7 +31,7 @@ import torch
 
 from lockkit.errors import UsageError, first_line
 from lockkit.models.identity import public_name
-from lockkit.text import Document, Need, documents, fill_shares, read_rows, rows_sha256
+from lockkit.text import Document, Need, documents, fill_shares, read_rows, rows_sha256, start_tokens
 from lockkit.text.reading import kind_of
 from lockkit.text.tables import CHAT_COLUMNS, TABLES, Row, chat_turns, row_value, table_rows
 
@@ -325,8 +325,10 @@ def _example_rows(
 ) -> Rows:
     """Pack whole examples into rows. The rest of a row is padding, which does not count in the loss.
 
-    An end-of-text token follows each example, as in pretraining. An example that is longer than a row is cut.
+    A row begins with the tokenizer's start tokens, and an end-of-text token follows each example, as in pretraining. An
+    example that is longer than a row is cut.
     """
+    start = start_tokens(tokenizer)
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     padding = separator[0] if separator else 0
     rows: list[tuple[list[int], list[int]]] = []
@@ -335,12 +337,16 @@ def _example_rows(
     # Ordered by a hash, so that neighbours in a file (methods of one class) are not in the same row.
     for example in sorted(examples, key=lambda e: _content(e.name + e.text)):
         new_ids, new_labels = _encode(example, tokenizer, separator)
-        new_ids, new_labels = new_ids[:block], new_labels[:block]
+        if new_ids[: len(start)] == start:  # chat templates have them, too
+            new_ids, new_labels = new_ids[len(start) :], new_labels[len(start) :]
+        new_ids, new_labels = new_ids[: block - len(start)], new_labels[: block - len(start)]
         if not any(label != IGNORED for label in new_labels):
             continue  # the prompt alone fills the row
         if len(ids) + len(new_ids) > block:
             rows.append((ids, labels))
             ids, labels = [], []
+        if not ids:
+            ids, labels = list(start), [IGNORED] * len(start)
         ids, labels = ids + new_ids, labels + new_labels
         if len(rows) * block >= max_tokens:
             break

@@ -6,12 +6,20 @@ machine. So no text serves two purposes.
 1. A source (`stdlib`, a file, a folder, a Hub dataset) is read as an iterator of `Document(name, text)` (sources.py). Text
    files are cut into passages. In files of rows (tables.py), each row is a document.
 2. A hash puts each document into a split (splits.py).
-3. `read_rows` tokenizes the documents of each split and packs them into rows of equal length, with an end-of-text token
-   between documents (rows.py).
+3. `read_rows` tokenizes the documents of each split and packs them into rows of equal length, which start as the
+   tokenizer starts a text (rows.py).
 """
 
 from lockkit.text.reading import decoded, read_text
-from lockkit.text.rows import Need, read_rows, require_embedded, rows_sha256, token_blocks, without_embedding
+from lockkit.text.rows import (
+    Need,
+    read_rows,
+    require_embedded,
+    rows_sha256,
+    start_tokens,
+    token_blocks,
+    without_embedding,
+)
 from lockkit.text.sources import (
     documents,
     documents_by_split,
@@ -48,6 +56,7 @@ __all__ = [
     "require_embedded",
     "rows_sha256",
     "split_of",
+    "start_tokens",
     "stdlib_documents",
     "token_blocks",
     "with_splits",

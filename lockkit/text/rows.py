@@ -1,4 +1,10 @@
-"""Documents as rows of token ids, for a model to read."""
+"""Documents as rows of token ids, for a model to read.
+
+1. Each document becomes token ids: the tokens with which the tokenizer starts a text (`start_tokens`), those of the
+   document, and the end-of-text token.
+2. The documents follow each other in one long list of ids.
+3. The list is cut into rows of equal length. A row that begins inside a document gets the start tokens, too.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +48,9 @@ def read_rows(
 ) -> dict[str, torch.Tensor]:
     """Pack the documents of several splits into rows of token ids without padding.
 
-    Documents follow each other in the given order, with an end-of-text token after each. The last, incomplete row is
-    dropped. Reading stops when every split has enough.
+    Documents follow each other in the given order, with an end-of-text token after each. Every row and every document
+    begins with the tokenizer's start tokens, if it has any. The last, incomplete row is dropped. Reading stops when
+    every split has enough.
 
     Args:
         tokenizer: of the model.
@@ -59,15 +66,16 @@ def read_rows(
     Raises:
         UsageError: a split has too few tokens. The message says what each split has and needs.
     """
+    start = start_tokens(tokenizer)
     ids: dict[str, list[int]] = {split: [] for split in needs}
     documents = 0
     for documents, (split, document) in enumerate(found, 1):  # noqa: B007
         if split in needs and len(ids[split]) < needs[split].at_most:
-            ids[split] += _token_ids(tokenizer, document)
+            ids[split] += _token_ids(tokenizer, document, start)
             if all(len(ids[other]) >= need.at_most for other, need in needs.items()):
                 break
     _require_enough({split: len(found) for split, found in ids.items()}, needs, documents, name, option)
-    return {split: _rows(ids[split], block_tokens, need.at_most) for split, need in needs.items()}
+    return {split: _rows(ids[split], block_tokens, need.at_most, start) for split, need in needs.items()}
 
 
 def _require_enough(has: Mapping[str, int], needs: Mapping[str, Need], documents: int, name: str, option: str) -> None:
@@ -106,14 +114,15 @@ def token_blocks(
     Raises:
         UsageError: the text does not fill one row.
     """
+    start = start_tokens(tokenizer)
     ids: list[int] = []
     for document in texts:
-        ids += _token_ids(tokenizer, document)
+        ids += _token_ids(tokenizer, document, start)
         if max_tokens is not None and len(ids) >= max_tokens:
             break
     if min(len(ids), max_tokens or len(ids)) < block_tokens:
         raise UsageError(f"the text has only {len(ids)} tokens, at least {block_tokens} are needed: change --data")
-    return _rows(ids, block_tokens, max_tokens)
+    return _rows(ids, block_tokens, max_tokens, start)
 
 
 def without_embedding(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], vocab_size: int) -> str | None:
@@ -159,17 +168,38 @@ def require_embedded(
         raise UsageError(f"{name} cannot be read: {problem}: change {option}, or resize the model's embeddings")
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
-    """The tokens of a document, followed by the end-of-text token if the tokenizer has one."""
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that the tokenizer puts before every text, such as `<bos>`. Empty for many tokenizers.
+
+    Many models that were trained with such a token predict badly without it.
+    """
+    text = "text"
+    with_special = tokenizer(text)["input_ids"]
+    without = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for position in range(len(with_special) - len(without) + 1):
+        if with_special[position : position + len(without)] == without:
+            return with_special[:position]
+    return []
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, document: Document, start: list[int]) -> list[int]:
+    """The tokens of a document after the `start` tokens, followed by the end-of-text token if the tokenizer has one."""
     ids = tokenizer(document.text, add_special_tokens=False)["input_ids"]
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
+    return [*start, *ids] if tokenizer.eos_token_id is None else [*start, *ids, tokenizer.eos_token_id]
 
 
-def _rows(ids: list[int], block_tokens: int, max_tokens: int | None) -> torch.Tensor:
+def _rows(ids: list[int], block_tokens: int, max_tokens: int | None, start: list[int]) -> torch.Tensor:
+    """Cut a list of token ids into rows, `[rows, block_tokens]`, each of which begins with the `start` tokens."""
     import torch
 
-    rows = min(len(ids), max_tokens or len(ids)) // block_tokens
-    return torch.tensor(ids[: rows * block_tokens], dtype=torch.long).view(rows, block_tokens)
+    wanted = min(len(ids), max_tokens or len(ids)) // block_tokens
+    rows, position = [], 0
+    for _ in range(wanted):
+        head = [] if ids[position : position + len(start)] == start else start
+        end = position + block_tokens - len(head)
+        rows.append(head + ids[position:end])
+        position = end
+    return torch.tensor(rows, dtype=torch.long).view(wanted, block_tokens)
 
 
 def rows_sha256(*rows: torch.Tensor) -> str:
