@@ -50,6 +50,14 @@ def available_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes products of matrices in bfloat16, not in float32 after a conversion."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 class PeakMemory:
     """Measures the peak memory of this process on one device, in bytes.
 

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lockkit.lock.config import LockConfig
-from lockkit.models.load import load_model
-from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256
+from lockkit.lock.sampling import load_for_sampling, sample_rows
+from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256, start_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from lockkit.progress import Progress
 
 MAX_PASSES = 16  # over the training text; less text than this needs is refused
-SAMPLING_ROWS = 32  # in a batch
 SPLIT_OF_PART = {"train": "distill", "validation": "validate", "evaluation": "evaluate"}
 
 
@@ -101,20 +100,15 @@ def load_data(
     return DistillationData(source, rows["distill"], rows["validate"], rows["evaluate"])
 
 
-def _sizes(config: LockConfig, model_config: PreTrainedConfig) -> tuple[int, int]:
-    """The tokens in a row, and the tokens to train on."""
-    block = min(config.block_tokens, getattr(model_config, "max_position_embeddings", config.block_tokens))
-    return block, max(config.tokens, config.end_to_end_tokens, block)
-
-
-def sample_from_model(
+def sampled_data(
     folder: Path,
     config: LockConfig,
     model_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
     device: str,
     progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Sample all three sets of rows from the model in `folder`.
+    """Sample all three sets of rows from the model in `folder` (sampling.py).
 
     The whole model is in memory. For a larger model, give text with `--data` instead.
 
@@ -124,54 +118,16 @@ def sample_from_model(
     block, wanted = _sizes(config, model_config)
     held_out = math.ceil(config.validation_tokens / block)
     sizes = {"train": math.ceil(wanted / block), "validation": held_out, "evaluation": held_out}
-    model, _ = load_model(folder, torch.float32, device)
+    model = load_for_sampling(folder, device)
+    start = start_tokens(tokenizer)
     return {
         # locks with different seeds use different seeds here, too
-        name: sample_rows(model, block, rows, 3 * config.seed + number, progress)
+        name: sample_rows(model, block, rows, 3 * config.seed + number, progress, start)
         for number, (name, rows) in enumerate(sizes.items())
     }
 
 
-@torch.no_grad()
-def sample_rows(model: PreTrainedModel, block: int, rows: int, seed: int, progress: Progress) -> torch.Tensor:
-    """Sample token ids, `[rows, block]`, from a model at temperature 1, without an end-of-text token.
-
-    Each row starts with the beginning-of-text token. If the model has none, it starts with a random token.
-
-    The tokens depend on the weights, on `config.json` and on `seed`. transformers' `generate` would also apply the
-    settings in `generation_config.json` (beams, penalties, forced tokens, ...). So it is not used here.
-    """
-    device, vocab_size = model.device, model.config.vocab_size
-    start = next(iter(_token_ids(model.config.bos_token_id, vocab_size)), None)
-    ends = _token_ids(model.config.eos_token_id, vocab_size)
-    progress.start("sampling text from the model", rows)
-    sampled = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for first in range(0, rows, SAMPLING_ROWS):
-            count = min(SAMPLING_ROWS, rows - first)
-            ids = torch.randint(0, vocab_size, (count, 1), device=device)
-            if start is not None:
-                ids[:] = start
-            sampled.append(_continued(model, ids, block, ends).cpu())
-            progress.advance(count)
-    progress.finish(f"{rows * block:,} tokens")
-    return torch.cat(sampled)
-
-
-def _token_ids(given: int | list[int] | None, vocab_size: int) -> list[int]:
-    """The entry of a configuration for special tokens as a list. Ids without an embedding are left out."""
-    ids = given if isinstance(given, list) else [given]
-    return [token for token in ids if token is not None and 0 <= token < vocab_size]
-
-
-def _continued(model: PreTrainedModel, ids: torch.Tensor, block: int, ends: list[int]) -> torch.Tensor:
-    """Continue rows of token ids, `[rows, 1]`, to `[rows, block]`. The tokens `ends` are not sampled."""
-    rows, cache = [ids], None
-    for _ in range(block - 1):
-        output = model(input_ids=rows[-1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits = output.logits[:, -1].float()
-        logits[:, ends] = -torch.inf
-        rows.append(torch.multinomial(logits.softmax(-1), 1))
-    return torch.cat(rows, 1)
+def _sizes(config: LockConfig, model_config: PreTrainedConfig) -> tuple[int, int]:
+    """The tokens in a row, and the tokens to train on."""
+    block = min(config.block_tokens, getattr(model_config, "max_position_embeddings", config.block_tokens))
+    return block, max(config.tokens, config.end_to_end_tokens, block)

@@ -29,7 +29,7 @@ from lockkit.errors import DistillationError, LockkitError, UsageError
 from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
-from lockkit.lock.data import DistillationData, effective_source, load_data, sample_from_model
+from lockkit.lock.data import DistillationData, effective_source, load_data, sampled_data
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
 from lockkit.lock.initialise import scrub_teacher_rows
 from lockkit.lock.memory import keeps_everything, predicted_memory
@@ -196,7 +196,7 @@ class _Lock:
             return load_data(self.config, source, self.stream.config, self.tokenizer)
         if self.workers.first and not self.work.has_rows():
             self.work.save_rows(
-                sample_from_model(self.original, self.config, self.stream.config, self.device, self.progress)
+                sampled_data(self.original, self.config, self.stream.config, self.tokenizer, self.device, self.progress)
             )
         self.workers.wait()
         return DistillationData(source, **self.work.load_rows())
