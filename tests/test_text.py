@@ -75,7 +75,9 @@ def test_modules_of_tests_are_in_the_train_split_only():
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=3000), min_size=1))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=3000), min_size=1)
+)
 def test_a_file_is_cut_into_documents_without_losing_text(tmp_path_factory, paragraphs):
     text = "\n\n".join(paragraphs)
     file = tmp_path_factory.mktemp("text") / "a.txt"

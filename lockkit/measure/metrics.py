@@ -141,7 +141,7 @@ def nmse_scale(variance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tenso
     outputs that are all zero. So the NMSE of an exact copy is always 0.
 
     Args:
-        variance, mean_square: of the teacher's outputs, or both times the same number, `[...]`.
+        variance, mean_square: of the teacher's outputs, `[...]`.
     """
     scale = torch.where(variance > CONSTANT_SHARE * mean_square, variance, mean_square)
     return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)

@@ -212,8 +212,9 @@ class NMSE:
     @property
     def value(self) -> float:
         """The NMSE. A constant output, the teacher's mean, has 1."""
-        variance = self._squares - self._sum.square().sum() / self._tokens
-        return (self._error / nmse_scale(variance, self._squares)).item()
+        values = self._tokens * len(self._sum)
+        variance = (self._squares - self._sum.square().sum() / self._tokens) / values
+        return (self._error / values / nmse_scale(variance, self._squares / values)).item()
 
 
 @torch.no_grad()
