@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.targets import Provider, provider_called
+from lockkit.text import require_embedded
 from lockkit.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class TextModel:
         start_id: token that stands for an empty prompt; None if the model has none.
         end_ids: tokens that end the text.
         context: most tokens that the model can attend to; None if the configuration does not say.
+        vocab_size: number of the model's embeddings.
     """
 
     name: str
@@ -63,6 +65,7 @@ class TextModel:
     start_id: int | None
     end_ids: set[int]
     context: int | None
+    vocab_size: int
 
 
 @dataclass
@@ -123,6 +126,7 @@ def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -
         start_id=start_id,
         end_ids=end_ids,
         context=config.get("max_position_embeddings"),
+        vocab_size=config["vocab_size"],
     )
 
 
@@ -162,15 +166,11 @@ def generate(
         on_text: called with each piece of text as soon as its characters are complete.
 
     Raises:
-        UsageError: the prompt does not fit into the model's context, or it is empty and the model has
-            no token for that.
+        UsageError: the prompt does not fit into the model's context, is not valid text, or has a token without an
+            embedding; or it is empty and the model has no token for that.
     """
     config = config or GenerateConfig()
-    prompt_ids = model.tokenizer(prompt)["input_ids"] if prompt else []
-    if not prompt_ids:
-        if model.start_id is None:
-            raise UsageError(f"{model.name} has no begin-of-text token, so the prompt must not be empty: give --prompt")
-        prompt_ids = [model.start_id]
+    prompt_ids = _prompt_ids(model, prompt)
     room = (
         config.max_new_tokens if model.context is None else min(config.max_new_tokens, model.context - len(prompt_ids))
     )
@@ -192,6 +192,21 @@ def generate(
     if len(ids) < room:
         return Generation(text, ids, ends, "end of text")
     return Generation(text, ids, ends, "max_new_tokens" if room == config.max_new_tokens else "context")
+
+
+def _prompt_ids(model: TextModel, prompt: str) -> list[int]:
+    """The token ids of a prompt, at least one."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
+        raise UsageError(f"the prompt is not valid UTF-8 (character {error.start}): change --prompt") from error
+    prompt_ids = model.tokenizer(prompt)["input_ids"] if prompt else []
+    if not prompt_ids:
+        if model.start_id is None:
+            raise UsageError(f"{model.name} has no begin-of-text token, so the prompt must not be empty: give --prompt")
+        prompt_ids = [model.start_id]
+    require_embedded(model.tokenizer, prompt_ids, model.vocab_size, "the prompt", "--prompt")
+    return prompt_ids
 
 
 def _tokens(model: TextModel, prompt_ids: list[int], room: int, config: GenerateConfig) -> Iterator[int]:

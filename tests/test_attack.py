@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,9 +20,11 @@ from lockkit.attack.config import audit_config
 from lockkit.attack.finetune import FinetuneConfig, batches, finetune, logits_of, task_loss
 from lockkit.attack.registry import registry
 from lockkit.attack.savers import SAVERS, saver
+from lockkit.attack.shorten import prune
 from lockkit.attack.tasks import BUILT_IN, IGNORED, chat_examples, load_task
 from lockkit.attack.unlocking import original_as_chain
 from lockkit.errors import UsageError
+from lockkit.models.families import decoder_layers
 from lockkit.models.load import DEMO, load_tokenizer
 from lockkit.text import documents
 
@@ -148,6 +152,40 @@ def test_a_broken_line_is_named(tmp_path, line, says):
     file.write_text(json.dumps(good) + "\n" + line + "\n")
     with pytest.raises(UsageError, match=f"line 2.*{says}"):
         chat_examples(file, load_tokenizer(DEMO))
+
+
+def test_a_task_of_conversations_in_any_file_of_rows(tmp_path):
+    tokenizer, tasks = load_tokenizer(DEMO), []
+    turns = [[("human", f"question {n}"), ("gpt", f"answer {n} " * 9)] for n in range(40)]
+    rows = [{"conversations": [{"from": role, "value": text} for role, text in chat]} for chat in turns]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chat.parquet")
+    with gzip.open(tmp_path / "CHAT.JSONL.GZ", "wt", encoding="utf-8-sig") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for name in ("chat.parquet", "CHAT.JSONL.GZ"):
+        sizes = {"block_tokens": 64, "train_tokens": 512, "held_out_tokens": 256}
+        tasks.append(load_task(str(tmp_path / name), tokenizer, **sizes, distilled_on=None))
+    assert tasks[0].train.sha256() == tasks[1].train.sha256()
+    learned = tokenizer.decode(tasks[0].train.ids[0][tasks[0].train.labels[0] != IGNORED])
+    assert "answer" in learned and "question" not in learned
+
+
+def test_a_task_of_text_in_rows(tmp_path):
+    file = tmp_path / "notes.csv"
+    file.write_text("id,body\n" + "".join(f'{n},"note {n} {"words " * 50}"\n' for n in range(300)))
+    sizes = {"block_tokens": 32, "train_tokens": 64, "held_out_tokens": 64}
+    task = load_task(
+        str(file), load_tokenizer(DEMO), **sizes, distilled_on=str(file), distilled_column="body", column="body"
+    )
+    assert task.documents > 10 and task.left_out == 0
+    assert torch.equal(task.train.ids[:, 1:], task.train.labels[:, 1:])
+
+
+def test_a_lock_with_a_layer_of_zeros_can_be_pruned(bench):
+    chain = decoder_layers(bench.load("locked"))[0].mlp.requires_grad_(False)
+    for block in chain.blocks:
+        block.down_proj.weight.zero_()
+    blocks, _ = prune(chain, torch.randn(64, 32), 0.99)
+    assert len(blocks) == 1 and not blocks[0].down.any()
 
 
 def test_the_quick_suite_runs_and_resumes(cli, originals, locks, tmp_path):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import VOCAB, add_token, save_tiny
 from transformers import ByT5Tokenizer
 
 from lockkit.errors import UsageError
@@ -149,8 +150,9 @@ def test_one_model_streams_its_text(folder, export, cli, monkeypatch):
     text = open_model(str(folder)).tokenizer.decode(expected_ids(folder, PROMPT, 8))
     outcome = cli("generate", export, "--prompt", PROMPT, "--max-new-tokens", 8)
     assert (outcome.code, outcome.out, outcome.err) == (0, text + "\n", "")
-    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
-    assert cli("generate", folder, "--prompt", "-", "--max-new-tokens", 8).out == text + "\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode(encoding))))
+        assert cli("generate", folder, "--prompt", "-", "--max-new-tokens", 8).out == text + "\n"
 
 
 def test_two_models_side_by_side(folder, export, cli, tmp_path):
@@ -160,6 +162,18 @@ def test_two_models_side_by_side(folder, export, cli, tmp_path):
     other = save_tiny("llama", tmp_path / "other", seed=4)
     different = cli("generate", export, other, "--prompt", PROMPT, "--max-new-tokens", 8)
     assert different.code == 0 and "first difference at token" in different.out
+
+
+def test_a_token_beyond_the_embeddings_is_named(folder, cli, tmp_path):
+    changed, exported = tmp_path / "model", tmp_path / "onnx"
+    shutil.copytree(folder, changed)
+    add_token(changed, "<extra>")
+    export_model(str(changed), exported, ExportConfig())
+    for model in (changed, exported):
+        assert cli("generate", model, "--prompt", PROMPT, "--max-new-tokens", 2).code == 0
+        outcome = cli("generate", model, "--prompt", "a <extra>")
+        assert outcome.code == 2 and outcome.out == ""
+        assert f"the prompt cannot be read: the token '<extra>' has the id {VOCAB}" in outcome.err
 
 
 def test_bad_use_is_one_line_and_exit_code_2(folder, export, cli, tmp_path):
@@ -174,6 +188,7 @@ def test_bad_use_is_one_line_and_exit_code_2(folder, export, cli, tmp_path):
         ([folder, "--max-new-tokens", 0], "--max-new-tokens"),
         ([folder, "--provider", "tpu"], "--provider"),
         ([folder, "--prompt", "word " * 400], "--prompt"),
+        ([folder, "--prompt", os.fsdecode(b"caf\xe9")], "not valid UTF-8 (character 3): change --prompt"),
     ]:
         outcome = cli("generate", *arguments)
         assert outcome.code == 2 and outcome.out == "", (arguments, outcome)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUICK
-from tiny import empty_chain, save_tiny
+from safetensors.torch import load_file, save_file
+from tiny import VOCAB, add_token, empty_chain, save_tiny, tiny_model
 from torch import nn
 
 from lockkit.dlr import DLRNet
 from lockkit.errors import DistillationError, UsageError
 from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig, make_config
+from lockkit.lock.data import sample_from_model, sample_rows
 from lockkit.lock.initialise import scrub_teacher_rows, start_from_teacher
 from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers
@@ -25,7 +30,7 @@ from lockkit.lock.run import lock_model
 from lockkit.measure.metrics import nmse
 from lockkit.measure.records import MeasuredText
 from lockkit.models.families import FAMILIES, Family, decoder_layers, mlp_weights
-from lockkit.models.load import load_model
+from lockkit.models.load import load_config, load_model
 from lockkit.progress import NoProgress
 
 EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
@@ -253,6 +258,102 @@ def test_a_seed_fixes_every_weight(originals, tmp_path):
     assert locked("c", 1) != first
 
 
+def change_weights(folder: Path, **changes: float) -> None:
+    """Multiply tensors of a saved model, given by parts of their names."""
+    weights = load_file(folder / "model.safetensors")
+    for part, factor in changes.items():
+        for name in weights:
+            if part in name.replace(".", "_"):
+                weights[name] = weights[name] * factor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"end_to_end_tokens": 0},
+        {"gain": 0.5, "layers_together": 2},
+        {"init": "random", "coupling": 0.5, "offload": "disk"},
+        {"compute_dtype": "bfloat16", "dtype": "float16"},
+    ],
+)
+def test_the_chain_of_a_layer_of_zeros_is_zero(tmp_path, settings):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, layers_1_mlp_down=0)
+    record = lock_model(str(original), tmp_path / "out", quick(**settings)).record
+    assert record["layers"][1]["nmse"] == 0 < record["layers"][0]["nmse"]
+    locked, _ = load_model(tmp_path / "out")
+    assert not any(block.down_proj.weight.any() for block in locked.model.layers[1].mlp.blocks)
+    assert all(block.down_proj.weight.any() for block in locked.model.layers[0].mlp.blocks)
+    assert all(weight.isfinite().all() for weight in locked.parameters())
+
+
+def test_the_chain_of_a_layer_with_constant_output_is_constant(tmp_path):
+    original = save_tiny("phi", tmp_path / "original")
+    change_weights(original, layers_1_mlp_fc2_weight=0)
+    record = lock_model(str(original), tmp_path / "out", quick(end_to_end_tokens=0)).record
+    assert record["layers"][1]["nmse"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "dtype", "says"),
+    [
+        ("layers_1_self_attn_q_proj", math.nan, "auto", r"model\.layers\.1\.self_attn\.q_proj\.weight .*not finite"),
+        ("layers_0_mlp_up_proj", math.inf, "auto", r"model\.layers\.0\.mlp\.up_proj\.weight .*not finite"),
+        ("embed_tokens", math.nan, "auto", r"model\.embed_tokens\.weight .*not finite"),
+        ("lm_head", 1e6, "float16", r"lm_head\.weight .*too large for float16: change --dtype"),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_before_any_work(tmp_path, name, factor, dtype, says):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, **{name: factor})
+    with pytest.raises(UsageError, match=says):
+        lock_model(str(original), tmp_path / "out", quick(data=str(tmp_path / "no text yet"), dtype=dtype))
+
+
+def test_activations_that_overflow_are_refused(tmp_path):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, layers_1_mlp_up=1e25, layers_1_mlp_down=1e25)
+    with pytest.raises(UsageError, match=r"layer 1 of MODEL computes values that are not finite on this text"):
+        lock_model(str(original), tmp_path / "out", quick())
+
+
+GENERATION_SETTINGS = [
+    {"num_beams": 4, "num_return_sequences": 2},
+    {"forced_eos_token_id": 0, "forced_bos_token_id": 5, "min_length": 7, "max_length": 9},
+    {"return_dict_in_generate": True, "output_scores": True, "stop_strings": ["a"]},
+    {"suppress_tokens": [5, 6], "begin_suppress_tokens": [7], "bad_words_ids": [[8]], "no_repeat_ngram_size": 1},
+    {"do_sample": True, "temperature": 0.01, "top_k": 1, "top_p": 0.1, "repetition_penalty": 9.0, "use_cache": False},
+    {"cache_implementation": "static", "eos_token_id": [3, 4], "bos_token_id": 9, "guidance_scale": 3.0},
+]
+
+
+@pytest.mark.parametrize("settings", GENERATION_SETTINGS, ids=lambda settings: next(iter(settings)))
+def test_sampled_text_does_not_depend_on_the_generation_settings(originals, tmp_path, settings):
+    folder, config = tmp_path / "model", quick(tokens=512, block_tokens=16, validation_tokens=64)
+    shutil.copytree(originals("qwen3"), folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    expected, found = (
+        sample_from_model(each, config, load_config(each), "cpu", NoProgress()) for each in (originals("qwen3"), folder)
+    )
+    assert found["train"].shape == (128, 16)
+    assert all(torch.equal(found[part], expected[part]) for part in expected)
+
+
+@EVERY_FAMILY
+def test_sampled_text_is_that_of_transformers_own_sampling(model_type):
+    model = tiny_model(model_type)
+    found = sample_rows(model, 24, 40, 3, NoProgress())
+    torch.manual_seed(3)
+    expected = []
+    for count in (32, 8):  # as in batches
+        torch.randint(0, VOCAB, (count, 1))
+        start = torch.zeros(count, 1, dtype=torch.long)
+        options = {"do_sample": True, "top_k": 0, "min_new_tokens": 23, "max_new_tokens": 23}
+        expected.append(model.generate(start, attention_mask=torch.ones_like(start), **options))
+    assert torch.equal(found, torch.cat(expected))
+
+
 def test_self_sampled_text(originals, tmp_path):
     record = lock_model(str(originals("qwen3")), tmp_path / "out", quick(data="auto", tokens=2_048)).record
     assert record["data"]["source"] == "self"
@@ -278,6 +379,28 @@ def test_recipe_file_and_options_make_one_config(tmp_path):
     recipe.write_text("depth: 8\nend-to-end-tokens: 0\nseed: 5\n")
     config = make_config(recipe, depth=12, seed=None)
     assert (config.depth, config.end_to_end_tokens, config.seed) == (12, 0, 5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_recipe_may_have_a_byte_order_mark_and_the_home_folder(tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("HOME", "/home/someone")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: ~/corpus.txt\nwork: ~/work\n", encoding=encoding)
+    config = make_config(recipe)
+    assert (config.data, config.work) == ("/home/someone/corpus.txt", "/home/someone/work")
+    assert make_config(data="~no-such-user/a").data == "~no-such-user/a"
+
+
+def test_a_token_beyond_the_embeddings_is_named(tmp_path, originals):
+    folder, text = tmp_path / "model", tmp_path / "corpus.txt"
+    shutil.copytree(originals("qwen3"), folder)
+    add_token(folder, "<extra>")
+    text.write_text("\n\n".join(f"word{i} " * 1000 for i in range(60)))
+    config = quick(data=str(text), end_to_end_tokens=0)
+    lock_model(str(folder), tmp_path / "out", config)  # a tokenizer may have such a token
+    text.write_text(text.read_text() + "<extra> " * 999)
+    with pytest.raises(UsageError, match=rf"token '<extra>' has the id {VOCAB}, and the model has only {VOCAB} embed"):
+        lock_model(str(folder), tmp_path / "other", config)
 
 
 @pytest.mark.parametrize(

@@ -237,9 +237,23 @@ def test_nmse_over_batches_is_nmse_of_all():
     x, y = student.double().numpy(), teacher.double().numpy()
     assert found.value == pytest.approx(((x - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum(), rel=1e-9)
     assert nmse(student, teacher).item() == pytest.approx(found.value, rel=1e-4)
-    constant = NMSE()
-    constant.add(torch.ones(3, 2), torch.zeros(3, 2))
-    assert constant.value == math.inf
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (0.0, 0.0, 0),  # a copy
+        (0.5, 0.0, 0.25),  # nothing to normalise by
+        (0.3, 0.3, 0),  # a copy; in float32, the mean of 0.3 is not exactly 0.3
+        (0.33, 0.3, 0.01),  # an error of a tenth
+    ],
+)
+def test_nmse_of_constant_outputs_is_defined(student, teacher, expected):
+    student, teacher = torch.full((1000, 7), student), torch.full((1000, 7), teacher)
+    found = NMSE()
+    found.add(student, teacher)
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert nmse(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 # --- the output head -----------------------------------------------------------------------------

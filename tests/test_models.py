@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -281,6 +282,26 @@ def test_missing_and_broken_tokenizers_are_refused(broken):
         load_tokenizer(broken)
     (broken / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match="has no tokenizer"):
+        load_tokenizer(broken)
+
+
+def test_a_sentencepiece_tokenizer_is_read_or_the_missing_package_named(broken, monkeypatch):
+    import sentencepiece
+
+    trained = io.BytesIO()
+    sentences = (f"sentence number {number} of a text" for number in range(500))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=trained, vocab_size=300, model_type="bpe", byte_fallback=True
+    )
+    (broken / "tokenizer.json").unlink()
+    (broken / "tokenizer.model").write_bytes(trained.getvalue())
+    tokenizer = load_tokenizer(broken)
+    assert tokenizer.decode(tokenizer("number 7 ü")["input_ids"], skip_special_tokens=True) == "number 7 ü"
+    (broken / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UsageError, match=r"tokenizer\.model is not a SentencePiece model: add tokenizer\.json"):
+        load_tokenizer(broken)
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    with pytest.raises(UsageError, match=r"pip install 'lockkit\[sentencepiece\]', add tokenizer\.json, or change"):
         load_tokenizer(broken)
 
 

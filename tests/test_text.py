@@ -77,7 +77,9 @@ def test_modules_of_tests_are_in_the_train_split_only():
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=3000), min_size=1))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=3000), min_size=1)
+)
 def test_a_file_is_cut_into_documents_without_losing_text(tmp_path_factory, paragraphs):
     text = "\n\n".join(paragraphs)
     file = tmp_path_factory.mktemp("text") / "a.txt"
@@ -147,7 +149,7 @@ def test_a_tokenizer_without_start_tokens_has_none(tokenizer):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "holds no text"), (b"  \n\n ", "holds no text"), (b"\xff\xfe\x00", "not UTF-8")],
+    [(b"", "holds no text"), (b"  \n\n ", "holds no text"), (b"\xff\xfe\x00", "not UTF-16"), (b"caf\xe9", "not UTF-8")],
 )
 def test_unusable_files_are_refused(tmp_path, content, message):
     file = tmp_path / "a.txt"
@@ -158,7 +160,7 @@ def test_unusable_files_are_refused(tmp_path, content, message):
 
 def test_the_error_for_too_short_text_says_how_much_is_needed(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("three short words")
-    with pytest.raises(UsageError, match=r"only \d+ tokens, at least 64 are needed"):
+    with pytest.raises(UsageError, match=r"only \d+ tokens in 1 documents, at least 64 are needed"):
         token_blocks(tokenizer, file_documents(tmp_path / "a.txt"), 64, None)
 
 
@@ -240,7 +242,7 @@ def test_a_short_text_is_enough_for_a_small_lock(tokenizer, tmp_path, characters
     file = tmp_path / "corpus.txt"
     file.write_text(prose(characters))
     small = LockConfig(depth=4, tokens=2_048, end_to_end_tokens=0, block_tokens=64, validation_tokens=256)
-    data = load_data(small, str(file), SimpleNamespace(max_position_embeddings=256), tokenizer)
+    data = load_data(small, str(file), SimpleNamespace(max_position_embeddings=256, vocab_size=4096), tokenizer)
     assert [rows.shape for rows in (data.train, data.validation, data.evaluation)] == [(32, 64), (4, 64), (4, 64)]
     task = load_task(
         str(file), tokenizer, block_tokens=64, train_tokens=256, held_out_tokens=128, distilled_on=str(file)
@@ -256,22 +258,28 @@ def test_the_error_for_too_short_text_says_what_each_split_has_and_needs(tokeniz
         has[split] = sum(len(tokenizer(d.text)["input_ids"]) + 1 for d in documents(str(file), split))
     config = LockConfig(tokens=160_000, end_to_end_tokens=0)
     with pytest.raises(UsageError) as refused:
-        load_data(config, str(file), SimpleNamespace(max_position_embeddings=256), tokenizer)
+        load_data(config, str(file), SimpleNamespace(max_position_embeddings=256, vocab_size=4096), tokenizer)
     assert str(refused.value) == (
-        f"{file} is too short: distill has {has['distill']:,} tokens and needs 10,000 (--tokens 160,000 in 16 "
+        f"{file} is too short: of its {len(list(file_documents(file)))} documents (passages or rows), each in one split, "
+        f"distill has {has['distill']:,} tokens and needs 10,000 (--tokens 160,000 in 16 "
         f"passes), validate has {has['validate']:,} and needs 8,192, evaluate has {has['evaluate']:,} and needs 8,192: "
         "give more text with --data, or lower --validation-tokens"
     )
     with pytest.raises(UsageError, match=r"distill has 4,096 or more tokens and needs 256"):
         small = LockConfig(tokens=4_096, end_to_end_tokens=0)
-        load_data(small, str(file), SimpleNamespace(max_position_embeddings=256), tokenizer)
+        load_data(small, str(file), SimpleNamespace(max_position_embeddings=256, vocab_size=4096), tokenizer)
     with pytest.raises(UsageError, match=r"give more text with --data, or lower --tokens and --validation-tokens$"):
-        load_data(LockConfig(tokens=10**7), str(file), SimpleNamespace(max_position_embeddings=256), tokenizer)
+        load_data(
+            LockConfig(tokens=10**7),
+            str(file),
+            SimpleNamespace(max_position_embeddings=256, vocab_size=4096),
+            tokenizer,
+        )
 
 
 def test_reading_all_splits_at_once_gives_the_same_rows(tokenizer):
     config = LockConfig(tokens=4_096, end_to_end_tokens=0, validation_tokens=1_000, block_tokens=128)
-    data = load_data(config, "stdlib", SimpleNamespace(max_position_embeddings=256), tokenizer)
+    data = load_data(config, "stdlib", SimpleNamespace(max_position_embeddings=256, vocab_size=4096), tokenizer)
     for rows, split, tokens in (
         (data.train, "distill", 4_096),
         (data.validation, "validate", 1_000),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import add_token, tiny_model
 
 from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
@@ -275,6 +275,27 @@ def test_auto_uses_the_text_source_of_the_lock(locks, onnx_of, tmp_path, monkeyp
     assert result.text.source == "corpus.txt" and result.passed
     assert result.perplexity.original is None
     assert [gate.figure for gate in result.gates if gate.gate == "max_perplexity_ratio"] == ["onnx_over_locked"]
+
+
+def test_held_out_text_from_rows(originals, onnx_of, cli, tmp_path):
+    export, original, file = onnx_of(originals("qwen3")), originals("qwen3"), tmp_path / "corpus.jsonl"
+    rows = [json.dumps({"body": " ".join(f"word{number + 7 * i}" for i in range(99))}) for number in range(40)]
+    file.write_text("\n".join(rows))
+    command = ["verify", export, "--reference", original, "--data", file, *OPTIONS, "--tokens", 10_000]
+    assert "its columns: 'body': name one with --data-column" in cli(*command).err
+    outcome = cli(*command, "--data-column", "body")
+    assert outcome.code == 0, outcome.err
+    assert "corpus.jsonl has only " in outcome.err and "held-out tokens, fewer than --tokens 10,000" in outcome.err
+
+
+def test_a_token_beyond_the_embeddings_is_named(originals, tmp_path):
+    model, file = tmp_path / "model", tmp_path / "corpus.txt"
+    shutil.copytree(originals("qwen3"), model)
+    add_token(model, "<extra>")
+    export_model(str(model), tmp_path / "onnx", ExportConfig())
+    file.write_text("\n\n".join("<extra> " * 800 for _ in range(60)))
+    with pytest.raises(UsageError, match=r"corpus\.txt cannot be read: the token '<extra>' has the id 4096"):
+        verify_export(tmp_path / "onnx", [str(model)], VerifyConfig(**SMALL, data=str(file)))
 
 
 def test_gates_by_precision_and_by_option():

@@ -10,7 +10,7 @@ import transformers
 
 from lockkit.dlr import DLRNet, MLPShape
 from lockkit.models.families import FAMILIES
-from lockkit.models.load import DEMO, TOKENIZER_FILES
+from lockkit.models.load import DEMO, TOKENIZER_FILES, load_tokenizer
 
 VOCAB = 4096  # tokens of the bundled tokenizer
 
@@ -85,3 +85,10 @@ def save_tiny(model_type: str, folder: Path, seed: int = 0, **overrides) -> Path
         if (DEMO / name).is_file():
             (folder / name).write_bytes((DEMO / name).read_bytes())
     return folder
+
+
+def add_token(folder: Path, token: str) -> None:
+    """Add a token to the tokenizer of a saved model. The model's embeddings are not resized."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained(folder)

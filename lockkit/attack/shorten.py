@@ -136,7 +136,8 @@ def prune(chain: DLRNet, x: torch.Tensor, energy: float) -> tuple[list[MLPWeight
     """
     energies = torch.stack([mean.update_energy for mean in _means(chain, x)]).cpu()
     order = energies.argsort()
-    dropped = set(order[energies[order].cumsum(0) <= (1 - energy) * energies.sum()].tolist())
+    small = energies[order].cumsum(0) <= (1 - energy) * energies.sum()
+    dropped = set(order[:-1][small[:-1]].tolist())  # the largest block is kept, also if all are zero
     kept = [index for index in range(len(chain.blocks)) if index not in dropped]
     blocks, shares = [], []
     for index in kept:

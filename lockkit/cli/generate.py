@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockkit.cli.console import console
-from lockkit.errors import UsageError
 from lockkit.generate import GenerateConfig, Generation, TextModel, first_difference, open_model
 from lockkit.generate import generate as generate_text
+from lockkit.text import decoded
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,10 +51,7 @@ def generate(
 
 
 def _standard_input() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not text ({error.reason}): change --prompt") from error
+    return decoded(sys.stdin.buffer.read(), "standard input", "--prompt")
 
 
 def _stream(text: str) -> None:

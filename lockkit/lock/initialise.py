@@ -38,7 +38,7 @@ def start_from_noise(chain: DLRNet, inputs: torch.Tensor, outputs: torch.Tensor,
         seed: of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    input_norm = inputs.float().norm(dim=-1).mean().item()
+    input_norm = inputs.float().norm(dim=-1).mean().item() or 1.0
     output_rms = outputs.float().square().mean().sqrt().item()
     width = sum(chain.ranks)
     for weights in map(block_weights, chain.blocks):
@@ -53,13 +53,22 @@ def start_from_noise(chain: DLRNet, inputs: torch.Tensor, outputs: torch.Tensor,
         chain.output_bias.copy_(outputs.float().mean(0))
 
 
+@torch.no_grad()
+def set_to_zero(chain: DLRNet) -> None:
+    """Make the output of a chain, and of each of its blocks, zero. Training leaves such blocks as they are."""
+    for block in chain.blocks:
+        block_weights(block).down.zero_()
+    if chain.output_bias is not None:
+        chain.output_bias.zero_()
+
+
 def _normal(like: torch.Tensor, generator: torch.Generator, std: float) -> torch.Tensor:
     return torch.randn(like.shape, generator=generator).to(like.device) * std
 
 
 @torch.no_grad()
 def scrub_teacher_rows(chain: DLRNet, weights: MLPWeights, seed: int) -> int:
-    """Perturb rows of gate and up and columns of down that are still bit-identical to the teacher's.
+    """Perturb rows of gate and up and columns of down that are still bit-identical to the teacher's, and not zero.
 
     Training changes nearly all of them. It does not change units without a gradient (units that are never active), and
     rounding to a 16-bit dtype can undo a small step. Such rows get noise of 1 % of their rms.
@@ -82,7 +91,7 @@ def scrub_teacher_rows(chain: DLRNet, weights: MLPWeights, seed: int) -> int:
         teacher_rows = {row.tobytes() for row in _row_bytes(teacher.to(dtype))}
         for block in blocks:
             rows = block.down.T if name == "down" else getattr(block, name)
-            same = [i for i, row in enumerate(_row_bytes(rows)) if row.tobytes() in teacher_rows]
+            same = [i for i, row in enumerate(_row_bytes(rows)) if row.any() and row.tobytes() in teacher_rows]
             for i in same:
                 row = rows[i].float()
                 noise = torch.randn(row.shape, generator=generator).to(row.device)

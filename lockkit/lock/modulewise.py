@@ -4,7 +4,7 @@ The input is a group of layers and the inputs of their MLPs. A group is one laye
 where batching them is faster.
 
 1. Choose the gain from the ratio of the input's rms to the output's (`coupling`). Create the chains with the teacher's
-   units or with noise (lockkit/lock/initialise.py).
+   units or with noise (lockkit/lock/initialise.py). A teacher whose outputs are all zero gets a chain of zeros.
 2. Train on `tokens` tokens in random order. The loss is the NMSE: the squared error over the variance of the teacher's
    outputs (arXiv 2605.10777, phase 1). With `init: continuation`, the coupling between blocks rises linearly from 0 to
    1 over the first part of the steps.
@@ -26,9 +26,9 @@ from torch import nn
 
 from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
-from lockkit.errors import DistillationError
+from lockkit.errors import DistillationError, UsageError
 from lockkit.lock.config import LockConfig
-from lockkit.lock.initialise import start_from_noise, start_from_teacher
+from lockkit.lock.initialise import set_to_zero, start_from_noise, start_from_teacher
 from lockkit.lock.optimiser import ScheduledAdam
 from lockkit.lock.packed import PackedChains
 from lockkit.measure.metrics import nmse
@@ -162,13 +162,29 @@ def _start(task: LayerTask, config: LockConfig) -> DLRNet:
     device = task.weights.up.device
     sample = task.train[:SAMPLE_TOKENS].to(device)
     outputs = task.teacher(sample)
-    gain = config.gain or config.coupling * (_rms(sample) / _rms(outputs))
+    if not outputs.isfinite().all():
+        raise UsageError(
+            f"the MLP of layer {task.layer} of MODEL computes values that are not finite on this text: change MODEL or "
+            "--data"
+        )
+    gain = config.gain or _gain(sample, outputs, config.coupling)
     chain = task.empty_chain(gain).to(device).requires_grad_(False)
     if config.init == "continuation":
         start_from_teacher(chain, task.weights, task.seed(config))
     else:
         start_from_noise(chain, sample, outputs, task.seed(config))
+    if not any(task.teacher(part.to(device)).any() for part in task.train.split(EVALUATION_TOKENS)):
+        set_to_zero(chain)
     return chain
+
+
+def _gain(inputs: torch.Tensor, outputs: torch.Tensor, coupling: float) -> float:
+    """The gain at which the stream in a block's input has the rms `coupling` times that of the `inputs`.
+
+    It is 1 where the inputs or the outputs are zero, since any gain does.
+    """
+    rms = _rms(inputs), _rms(outputs)
+    return coupling * (rms[0] / rms[1]) if all(rms) else 1.0
 
 
 def _rms(values: torch.Tensor) -> float:

@@ -10,7 +10,8 @@ one batched computation (`bmm`) on `[G, tokens, hidden]`:
    are then one batched product. The activation's derivative is computed for all blocks at once. Plain autograd takes
    about ten small operations per block instead.
 4. Parameters are stored at unit rms, and their rms is stored separately. So one step size, relative to the rms of each
-   layer's matrices, suits the whole group (Adam's step does not depend on the scale of the gradient).
+   layer's matrices, suits the whole group (Adam's step does not depend on the scale of the gradient). Matrices of zeros
+   have the rms 0, so they stay zero in training.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet
 from lockkit.dlr.view import load_side_by_side, side_by_side
 
+SMALLEST_RMS = 1e-12  # of matrices that are not all zero
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -58,18 +60,18 @@ class PackedChains(nn.Module):
         self.register_buffer("gains", read.new_tensor([chain.gain for chain in chains]).view(-1, 1, 1))
         self.register_buffer("read_rms", self._rms(read))
         self.register_buffer("write_rms", self._rms(write))
-        self.read = nn.Parameter(read / self.read_rms)
-        self.write = nn.Parameter(write / self.write_rms)
+        self.read = nn.Parameter(read / self.read_rms.clamp_min(SMALLEST_RMS))
+        self.write = nn.Parameter(write / self.write_rms.clamp_min(SMALLEST_RMS))
         self.register_buffer("bias_rms", ((self.read_rms**2 + self.write_rms**2) / 2).sqrt())
         self.read_bias: nn.Parameter | None = None
         self.output_bias: nn.Parameter | None = None
         if weights[0].up_bias is not None:
             bias = torch.stack([self._read_bias(each) for each in weights], 1)  # [depth, group, 1, width]
-            self.read_bias = nn.Parameter(bias / self.bias_rms)
+            self.read_bias = nn.Parameter(bias / self.bias_rms.clamp_min(SMALLEST_RMS))
         down_biases = [each.down_bias.detach() for each in weights if each.down_bias is not None]
         if down_biases:
             bias = torch.stack(down_biases).unsqueeze(1)
-            self.output_bias = nn.Parameter(bias / self.bias_rms)  # [group, 1, hidden]
+            self.output_bias = nn.Parameter(bias / self.bias_rms.clamp_min(SMALLEST_RMS))  # [group, 1, hidden]
 
     def forward(self, x: torch.Tensor, coupling: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The outputs of the chains, `[group, tokens, hidden]`, in the dtype of `x`.
@@ -130,7 +132,7 @@ class PackedChains(nn.Module):
     def _rms(self, matrices: torch.Tensor) -> torch.Tensor:
         """Rms of each chain's `matrices`, `[depth, group, ...]`, without the padding: `[group, 1, 1]`."""
         filled = sum(self.ranks) / (max(self.ranks) * len(self.ranks))
-        return (matrices.square().mean((0, 2, 3), keepdim=True)[0] / filled).sqrt().clamp_min(1e-12)
+        return (matrices.square().mean((0, 2, 3), keepdim=True)[0] / filled).sqrt()
 
 
 class _Chain(torch.autograd.Function):

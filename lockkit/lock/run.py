@@ -38,6 +38,7 @@ from lockkit.lock.modulewise import LayerResult
 from lockkit.lock.phase_1 import distil_all_layers
 from lockkit.lock.record import lock_record
 from lockkit.lock.stack import ChainStack
+from lockkit.lock.weights import require_finite
 from lockkit.lock.work import Work, work_folder
 from lockkit.measure.records import Fidelity
 from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
@@ -150,6 +151,8 @@ class _Lock:
     def _lock(self) -> LockResult | None:
         with self.workers.together():
             self.stream = StreamedModel(self.original, self.raw_config, self.family, self.device)
+            if self.workers.first:
+                require_finite(self.stream, self.model, self.dtype)
             data = self._data()
         self.workers.require_same(versions() | self._fingerprint(data))
         with self.workers.together():

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+CONSTANT_SHARE = 1e-10  # the variance of constant outputs is below this share of their mean square
+
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the next token, float64 `[..., vocab]`, from logits of the same shape."""
@@ -103,7 +105,7 @@ def perplexity_of_loss(total: float, predictions: int) -> float:
 
 
 def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Normalised mean squared error: mean squared error over the variance of the teacher's outputs.
+    """Normalised mean squared error: mean squared error over the variance of the teacher's outputs (`nmse_scale`).
 
     The loss of phase 1 (arXiv 2605.10777). It is computed in the dtype of the inputs.
 
@@ -115,4 +117,18 @@ def nmse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         `[...]`.
     """
     centred = teacher - teacher.mean(-2, keepdim=True)
-    return (student - teacher).square().mean((-2, -1)) / centred.square().mean((-2, -1))
+    scale = nmse_scale(centred.square().mean((-2, -1)), teacher.square().mean((-2, -1)))
+    return (student - teacher).square().mean((-2, -1)) / scale
+
+
+def nmse_scale(variance: torch.Tensor, mean_square: torch.Tensor) -> torch.Tensor:
+    """What an NMSE divides by: the variance of the teacher's outputs.
+
+    Outputs that are constant have no variance besides that of rounding. Their mean square takes its place, and 1 that of
+    outputs that are all zero. So the NMSE of an exact copy is always 0.
+
+    Args:
+        variance, mean_square: of the teacher's outputs, `[...]`.
+    """
+    scale = torch.where(variance > CONSTANT_SHARE * mean_square, variance, mean_square)
+    return torch.where(scale < torch.finfo(scale.dtype).tiny, 1.0, scale)

@@ -18,6 +18,7 @@ from lockkit.measure.metrics import (
     Pair,
     PairFigure,
     log_probabilities,
+    nmse_scale,
     perplexity_of_loss,
 )
 from lockkit.measure.records import Fidelity, MeasuredText
@@ -211,8 +212,9 @@ class NMSE:
     @property
     def value(self) -> float:
         """The NMSE. A constant output, the teacher's mean, has 1."""
-        variance = self._squares - self._sum.square().sum() / self._tokens
-        return (self._error / variance.clamp_min(0)).item()
+        values = self._tokens * len(self._sum)
+        variance = (self._squares - self._sum.square().sum() / self._tokens) / values
+        return (self._error / values / nmse_scale(variance, self._squares / values)).item()
 
 
 @torch.no_grad()

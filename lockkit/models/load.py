@@ -197,12 +197,25 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
             folder, config=_tokenizer_config(folder), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        raise UsageError(
-            f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): change {option}"
-        ) from error
+        raise UsageError(f"{_tokenizer_problem(folder, error)}, or change {option}") from error
     # lockkit tokenizes whole documents and cuts them into blocks later: turn off the warning about their length.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def _tokenizer_problem(folder: Path, error: Exception) -> str:
+    """Why transformers raised `error` when it loaded a tokenizer, and what to do.
+
+    If transformers cannot read tokenizer.model with sentencepiece, it tries tiktoken and reports that this is missing.
+    """
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    file = folder / "tokenizer.model"
+    if "tiktoken" not in str(error) or not file.is_file():
+        return f"the tokenizer in {folder} cannot be loaded ({first_line(error)}): correct it"
+    if is_sentencepiece_available() and is_protobuf_available():
+        return f"{file} is not a SentencePiece model: add tokenizer.json"
+    return f"{file} cannot be read without sentencepiece and protobuf: pip install 'lockkit[sentencepiece]', add tokenizer.json"
 
 
 def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:

@@ -116,12 +116,16 @@ def token_blocks(
     """
     start = start_tokens(tokenizer)
     ids: list[int] = []
-    for document in texts:
+    documents = 0
+    for documents, document in enumerate(texts, 1):  # noqa: B007
         ids += _token_ids(tokenizer, document, start)
         if max_tokens is not None and len(ids) >= max_tokens:
             break
     if min(len(ids), max_tokens or len(ids)) < block_tokens:
-        raise UsageError(f"the text has only {len(ids)} tokens, at least {block_tokens} are needed: change --data")
+        raise UsageError(
+            f"the text has only {len(ids)} tokens in {documents} documents, at least {block_tokens} are needed: "
+            "change --data"
+        )
     return _rows(ids, block_tokens, max_tokens, start)
 
 

@@ -215,14 +215,14 @@ def import_datasets(what: str) -> Any:
 
 def _arrow_rows(path: Path, option: str, column: str | None) -> Iterator[tuple[str, Row]]:
     datasets = import_datasets(str(path))
-    settings = {"parquet": {"batch_size": ROWS_AT_ONCE}}
-    kind = kind_of(path).removeprefix(".")
     with tempfile.TemporaryDirectory() as cache, _silent(datasets):
         try:
-            files = [glob.escape(str(path.absolute()))]
-            rows = datasets.load_dataset(
-                kind, data_files=files, split="train", streaming=True, cache_dir=cache, **settings.get(kind, {})
-            )
+            # Not `load_dataset`, which tells a server that it was called.
+            if kind_of(path) == ".arrow":
+                rows = datasets.IterableDataset.from_file(str(path))
+            else:
+                pattern = glob.escape(str(path.absolute()))
+                rows = datasets.IterableDataset.from_parquet(pattern, cache_dir=cache, batch_size=ROWS_AT_ONCE)
             yield from dataset_rows(rows, str(path), column)
         except UsageError:
             raise

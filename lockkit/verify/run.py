@@ -70,6 +70,8 @@ def verify_export(
     compared = given.source_of(manifest)
     limits = config.limits(_precision(manifest.precision))
     rows, text = held_out_rows(session, given, config)
+    if text.tokens < config.tokens // text.block_tokens * text.block_tokens:
+        progress.say(f"{text.source} has only {text.tokens:,} held-out tokens, fewer than --tokens {config.tokens:,}")
     device = config.provider.reference_device
     runners = {
         name: TorchRunner(load_model(reference.folder, torch.float32, device)[0])

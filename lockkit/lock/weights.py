@@ -1,0 +1,36 @@
+"""Check the weights of the original before any work."""
+
+from __future__ import annotations
+
+import torch
+
+from lockkit.errors import UsageError
+from lockkit.models.layered import StreamedModel
+
+
+def require_finite(stream: StreamedModel, model: str, dtype: torch.dtype) -> None:
+    """Check that all weights are finite, also in the dtype of the locked checkpoint. Reads every layer once.
+
+    Args:
+        stream: the original.
+        model: its name, for the error.
+        dtype: of the locked checkpoint.
+
+    Raises:
+        UsageError: a weight is not finite. The message names its tensor.
+    """
+    for name, value in stream.model.named_parameters():
+        if not value.is_meta:
+            _require_finite(name, value, model, dtype)
+    for index in range(len(stream)):
+        with stream.layer(index) as layer:
+            for name, value in layer.named_parameters():
+                _require_finite(f"model.layers.{index}.{name}", value, model, dtype)
+
+
+def _require_finite(name: str, value: torch.Tensor, model: str, dtype: torch.dtype) -> None:
+    if not value.isfinite().all():
+        raise UsageError(f"the tensor {name} of {model} has values that are not finite: change MODEL")
+    if not value.to(dtype).isfinite().all():
+        shown = str(dtype).removeprefix("torch.")
+        raise UsageError(f"the tensor {name} of {model} has values too large for {shown}: change --dtype")
