@@ -23,6 +23,7 @@ VERIFY = {
     "passed": False,
     "precision": "int4",
     "perplexity": {"onnx_over_original": 1.0211},
+    "fidelity": {"kl_divergence": 1.27131, "top1_agreement": 0.0625},
     "parity": [
         {"mode": "prefill", "tokens": 4096, "kl_divergence": None, "top1_agreement": 0.5, "max_difference": 2e-5}
     ],

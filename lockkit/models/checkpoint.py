@@ -229,8 +229,8 @@ class Checkpoint:
         self.folder = folder
         tensors = stored_tensors(folder)
         if unused := ignored_files(folder):
-            read = " and ".join(sorted({t.file.name for t in tensors.values()})[:2])
-            _say_once(f"{folder}: {_listed(unused)} is ignored, as transformers ignores it; read: {read}")
+            read = _listed([file.name for file in weight_files(folder)])
+            _say_once(f"{folder}: the weights are read from {read}; ignored, as in transformers: {_listed(unused)}")
         expected = model.state_dict()
         self.stored: dict[str, StoredTensor] = {}
         unexpected = []
@@ -251,7 +251,9 @@ class Checkpoint:
         self._require_complete(model)
         # Old checkpoints have the rotary frequencies of each layer. The model computes them.
         if unexpected := [name for name in unexpected if "rotary_emb.inv_freq" not in name]:
-            _say_once(f"{folder}: the model of config.json has no {_listed(unexpected)}: ignored, as in transformers")
+            _say_once(
+                f"{folder}: ignored, as in transformers, because config.json has no such part: {_listed(unexpected)}"
+            )
 
     def _require_layers(self, layers: int, names: list[str]) -> None:
         """Refuse weights with more or fewer decoder layers than config.json says. transformers drops the others."""
