@@ -68,7 +68,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _shards(index)
-    others = sorted(file.name for file in folder.glob("*") if file.suffix.lower() == ".safetensors")
+    others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".safetensors" and file.is_file())
     if others:
         raise UsageError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, and {_listed(others)} is not read under that name: "
