@@ -12,29 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import QUICK
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny, tiny_model
+from tiny import tiny_model
 
 from lockkit.errors import UsageError
-from lockkit.export.config import ExportConfig
-from lockkit.export.run import export_model
-from lockkit.lock.config import LockConfig
 from lockkit.lock.plan import plan_model
-from lockkit.lock.run import lock_model
 from lockkit.models.checkpoint import stored_dtype
 from lockkit.models.families import family_of
 from lockkit.models.identity import weight_hashes, weights_sha256
 from lockkit.models.layered import StreamedModel
 from lockkit.models.load import load_config, load_model, resolve_model
-from lockkit.verify import VerifyConfig, verify_export
 
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32, "num_attention_heads": 2}
-FAST_LOCK = QUICK | {"tokens": 2_048, "end_to_end_tokens": 0, "batch_tokens": 256, "validation_tokens": 256}
 
 
 @functools.cache
@@ -341,83 +334,3 @@ def test_files_that_are_not_read_do_not_change_the_hash(plain):
     before = weights_sha256(plain)
     shutil.copy(plain / "model.safetensors", plain / "old-model.safetensors")
     assert weights_sha256(plain) == before
-
-
-# --- a head that differs from the embeddings, and weights whose dtype only the files say --------------
-
-
-@pytest.fixture(scope="module")
-def trained_head(tmp_path_factory):
-    """A function from a model type to a model whose configuration ties a head that is in the weights and differs."""
-
-    @functools.cache
-    def make(model_type: str) -> Path:
-        folder = save_tiny(model_type, tmp_path_factory.mktemp(model_type) / "model", tie_word_embeddings=False)
-        change_config(folder, tie_word_embeddings=True)
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
-def test_a_head_of_its_own_is_kept_from_lock_to_verify(model_type, trained_head, tmp_path):
-    original = trained_head(model_type)
-    lock_model(str(original), tmp_path / "locked", LockConfig(**FAST_LOCK))
-    config = json.loads((tmp_path / "locked" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is False
-    stored, locked = load_file(original / "model.safetensors"), load_file(tmp_path / "locked" / "model.safetensors")
-    for name in (HEAD, EMBEDDINGS):
-        assert torch.equal(locked[name], stored[name])
-    assert not torch.equal(stored[HEAD], stored[EMBEDDINGS])
-    for source in (tmp_path / "locked", original):
-        export_model(str(source), tmp_path / "onnx", ExportConfig(), overwrite=True)
-        assert json.loads((tmp_path / "onnx" / "config.json").read_text())["tie_word_embeddings"] is False
-        settings = VerifyConfig(tokens=512, block_tokens=64, prompts=1, new_tokens=4)
-        assert verify_export(tmp_path / "onnx", [str(source)], settings).passed
-
-
-def test_an_identical_second_head_stays_tied(tmp_path):
-    folder = save_tiny("llama", tmp_path / "model", tie_word_embeddings=True)
-    weights = load_file(folder / "model.safetensors")
-    change_weights(folder, {HEAD: weights[EMBEDDINGS].clone()})
-    lock_model(str(folder), tmp_path / "locked", LockConfig(**FAST_LOCK))
-    assert json.loads((tmp_path / "locked" / "config.json").read_text())["tie_word_embeddings"] is True
-    assert HEAD not in load_file(tmp_path / "locked" / "model.safetensors")
-
-
-def test_a_locked_models_own_head_is_kept(locks, tmp_path):
-    folder = shutil.copytree(locks("gemma2"), tmp_path / "locked")
-    head = torch.randn(load_file(folder / "model.safetensors")[EMBEDDINGS].shape, generator=torch.Generator())
-    change_weights(folder, {HEAD: head})
-    model, _ = load_model(folder, torch.float32)
-    expected = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    require_equal(model.state_dict(), expected.state_dict())
-    require_equal(read_in_layers(folder, torch.float32), expected.state_dict())
-    assert torch.equal(model.lm_head.weight, head) and model.config.tie_word_embeddings is False
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_lock_has_the_dtype_of_the_stored_weights(dtype, tmp_path):
-    folder = save_tiny("llama", tmp_path / "model")
-    wanted = getattr(torch, dtype)
-    change_weights(folder, {k: v.to(wanted) for k, v in load_file(folder / "model.safetensors").items()})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
-    )
-    assert load_model(folder)[0].dtype == wanted
-    lock_model(str(folder), tmp_path / "locked", LockConfig(**FAST_LOCK))
-    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "locked")]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
-    assert {value.dtype for value in load_file(tmp_path / "locked" / "model.safetensors").values()} == {wanted}
-    assert json.loads((tmp_path / "locked" / "config.json").read_text())["dtype"] == dtype
-
-
-def test_the_index_may_say_the_dtype_as_in_transformers(tmp_path):
-    folder = Layout(single=None, shards=0, index="plain", dtype=None).write(tmp_path)
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps(index | {"metadata": {"dtype": "float16"}}))
-    expected = read_by_transformers(folder, "auto")
-    assert {value.dtype for value in expected.values()} == {torch.float16}
-    assert stored_dtype(folder, load_config(folder)) == torch.float16
-    require_equal(load_model(folder)[0].state_dict(), expected)
