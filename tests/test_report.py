@@ -23,6 +23,7 @@ VERIFY = {
     "passed": False,
     "precision": "int4",
     "perplexity": {"onnx_over_original": 1.0211},
+    "fidelity": {"kl_divergence": 1.27131, "top1_agreement": 0.0625},
     "parity": [
         {"mode": "prefill", "tokens": 4096, "kl_divergence": None, "top1_agreement": 0.5, "max_difference": 2e-5}
     ],
@@ -111,6 +112,7 @@ def test_the_page_has_the_figures_of_the_results_and_no_external_resources(resul
         "falsified by any attack",
         "Not tried: badam",
         "attack invalid",
+        "1.27131",  # KL of the lock to the original, from the verification
     ):
         assert said in page.text, said
     record = json.loads((results / "lock" / "lockkit.json").read_text())

@@ -21,7 +21,8 @@ lockkit lock "$MODEL" "$OUT/locked" --overwrite $LOCK_OPTIONS
 
 lockkit export "$OUT/locked" "$OUT/onnx" --overwrite --precision "$PRECISION"
 
-# The parity of ONNX and PyTorch has the default limits of the precision. The ratio also limits the loss by the lock.
+# The parity of ONNX and PyTorch has the default limits of the precision. The distance from the original to the locked
+# model has default limits, too (--max-lock-kl, --min-lock-top1).
 # shellcheck disable=SC2086
 lockkit verify "$OUT/onnx" --reference "$MODEL" --reference "$OUT/locked" \
     --max-perplexity-ratio "$MAX_PERPLEXITY_RATIO" --json "$OUT/verify.json" $VERIFY_OPTIONS

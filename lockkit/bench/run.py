@@ -31,6 +31,7 @@ from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.session import MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST
+from lockkit.models.checkpoint import weight_files
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import git_hash, versions
 
@@ -284,7 +285,8 @@ def _loaded(model: _Running) -> Loaded:
     folder = model.target.folder
     manifest = folder / EXPORT_MANIFEST
     record = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".onnx") or "onnx" in path.name]
+    graph = [path for path in folder.iterdir() if "onnx" in path.name]
+    weights = weight_files(folder) if model.target.runtime == Runtime.pytorch else graph
     return Loaded(
         model=model.target.name,
         runtime=model.target.runtime.value,

@@ -1,6 +1,7 @@
 """The cost of locking a model at each depth, computed from its configuration.
 
-No weights are read, so a plan takes no time for a model of any size.
+No weights are needed. If there are any, only the heads of their files are read, so a plan takes no time for a model of
+any size.
 """
 
 from __future__ import annotations
@@ -87,15 +88,20 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     """Tabulate the costs of locking `model` at each of `depths`.
 
     Raises:
-        UsageError: there is no such model, or a depth is larger than the MLP's width.
+        UsageError: there is no such model, its weights are not those of its configuration, or a depth is larger than
+            the MLP's width.
         UnsupportedModelError: the model cannot be locked.
     """
-    config = load_config(resolve_model(model))
+    folder = resolve_model(model)
+    config = load_config(folder)
     family = require_unlocked(config, model)
     from lockkit.lock.memory import predict
+    from lockkit.models.checkpoint import Checkpoint
     from lockkit.models.layered import empty_model
 
     network = empty_model(config, family)
+    if any(folder.glob("*.safetensors")):
+        Checkpoint(folder, network)  # raises an error if the weights are not this model's
     shape = mlp_weights(decoder_layers(network)[0].mlp, family).shape
     width, layers = shape.intermediate_size, config.num_hidden_layers
     parameters = sum(p.numel() for p in network.parameters())

@@ -41,6 +41,7 @@ from lockkit.lock.stack import ChainStack
 from lockkit.lock.weights import require_finite
 from lockkit.lock.work import Work, work_folder
 from lockkit.measure.records import Fidelity
+from lockkit.models.checkpoint import stored_dtype
 from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.layered import StreamedModel, import_model_class
@@ -122,7 +123,8 @@ class _Lock:
                 f"--depth {config.depth} is larger than the MLP's width {self.raw_config.intermediate_size}: lower it"
             )
         self.tokenizer = load_tokenizer(self.original)
-        self.dtype = _stored_dtype(self.raw_config, config)
+        named = config.dtype
+        self.dtype = stored_dtype(self.original, self.raw_config) if named == "auto" else getattr(torch, named)
         self.work = Work(work_folder(self.out, config.work), self.workers.first)
         check_apart(self.work.folder, self.original)
 
@@ -293,11 +295,3 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
         + (f" ({passes:.1f} passes)" if passes > 1 else "")
         + f", two held-out sets of {data.validation.numel():,} tokens"
     )
-
-
-def _stored_dtype(raw_config: PreTrainedConfig, config: LockConfig) -> torch.dtype:
-    """The dtype of the checkpoint: the recipe's, or by default the original's."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    stored = getattr(raw_config, "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, stored) if stored else torch.float32

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from lockkit.files import sha256_of_file
+from lockkit.models.checkpoint import weight_files
 
 
 def public_name(name: str) -> str:
@@ -14,8 +15,12 @@ def public_name(name: str) -> str:
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file of a model folder, by file name."""
-    return {file.name: sha256_of_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    """SHA-256 of each weight file of a model folder, by its name in the folder. Files that are not read do not count.
+
+    Raises:
+        UsageError: there are no weight files, or they cannot be used.
+    """
+    return {file.relative_to(folder).as_posix(): sha256_of_file(file) for file in weight_files(folder)}
 
 
 def weights_sha256(folder: Path) -> str:

@@ -13,66 +13,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
-from lockkit.errors import UsageError
+from lockkit.models.checkpoint import Checkpoint, note_untied_head
 from lockkit.models.families import Family, decoder_layers, is_locked
-from lockkit.models.load import check_safetensors
 from lockkit.models.locked import locked_classes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lockkit.models.families import DecoderLayer
-
-
-class Checkpoint:
-    """The tensors of a folder of safetensors, read by their names in the model.
-
-    Raises:
-        UsageError: there are no safetensors, or a file is broken.
-    """
-
-    def __init__(self, folder: Path):
-        check_safetensors(folder)
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.files = {name: folder / file for name, file in weight_map.items()}
-        else:
-            self.files = {}
-            for file in sorted(folder.glob("*.safetensors")):
-                with safe_open(file, "pt") as tensors:
-                    self.files.update(dict.fromkeys(tensors.keys(), file))
-
-    def stored_name(self, name: str) -> str | None:
-        """The name of a tensor in the files, with or without the base model's prefix. None if it is not there."""
-        candidates = (name, name.removeprefix("model."), f"model.{name}")
-        return next((candidate for candidate in candidates if candidate in self.files), None)
-
-    def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Read the tensors of `names` that the checkpoint has, as `dtype`. Integer tensors keep their dtype."""
-        by_file: dict[Path, list[tuple[str, str]]] = {}
-        for name in names:
-            if stored := self.stored_name(name):
-                by_file.setdefault(self.files[stored], []).append((name, stored))
-        found = {}
-        for file, wanted in by_file.items():
-            with safe_open(file, "pt") as tensors:
-                for name, stored in wanted:
-                    value = tensors.get_tensor(stored)
-                    found[name] = value.to(device, dtype if value.is_floating_point() else None, copy=True)
-        return found
 
 
 class LayeredModel:
@@ -162,8 +119,11 @@ class StreamedModel(LayeredModel):
         device: for the computation.
         dtype: of weights and activations.
 
+    Attributes:
+        config: its configuration. `tie_word_embeddings` is false if the weights have a head of their own.
+
     Raises:
-        UsageError: the checkpoint is broken or incomplete.
+        UsageError: the checkpoint is broken, incomplete or of another model.
     """
 
     def __init__(
@@ -171,41 +131,24 @@ class StreamedModel(LayeredModel):
     ):
         super().__init__(empty_model(config, family).to(dtype).eval().requires_grad_(False), device)
         self.folder, self.family, self.dtype = folder, family, dtype
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = Checkpoint(folder, self.model)
         self.keep_layers = False  # whether `layer` leaves the weights in memory at the end of its `with` block
         self._read_outside()
 
     def _read_outside(self) -> None:
-        """Read the weights outside the decoder layers, and check that the checkpoint has those of the layers."""
+        """Read the weights outside the decoder layers."""
         outside = [name for name in self.model.state_dict() if ".layers." not in name]
         found = self.checkpoint.read(outside, self.device, self.dtype)
         self._assign(self.model, found)
-        self.model.tie_weights()
-        self._require_complete({n: p for n, p in self.model.named_parameters() if ".layers." not in n})
+        # With the missing ones, it ties as `from_pretrained` does: not if both matrices are there and differ.
+        self.model.tie_weights(missing_keys=set(outside) - found.keys(), recompute_mapping=False)
+        note_untied_head(self.model, self.folder)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer is not None and not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
-        for index in range(len(self)):
-            prefix = f"model.layers.{index}."
-            missing = [n for n in self.layers[index].state_dict() if not self.checkpoint.stored_name(prefix + n)]
-            self._require_complete({prefix + name: None for name in missing})
-
-    def _require_complete(self, parameters: dict[str, torch.Tensor | None]) -> None:
-        missing = [name for name, value in parameters.items() if value is None or value.is_meta]
-        if missing:
-            raise UsageError(
-                f"the weights in {self.folder} lack {len(missing)} tensors, {missing[0]} among them: change MODEL"
-            )
 
     def _assign(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-        expected = module.state_dict()
-        for name, value in tensors.items():
-            if value.shape != expected[name].shape:
-                raise UsageError(
-                    f"the weights in {self.folder} cannot be loaded (their shapes are not those of its config.json): "
-                    "change MODEL"
-                )
         module.load_state_dict(tensors, strict=False, assign=True)
         module.requires_grad_(False)
 

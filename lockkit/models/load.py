@@ -1,6 +1,6 @@
-"""Loading models and tokenizers: the bundled `demo`, a local folder, or the Hub.
+"""Loading models and tokenizers: the bundled `demo`, a local folder, a GGUF file, or the Hub.
 
-Only safetensors are read, never pickles. Models are built from the classes of transformers, locked ones from
+Only safetensors and GGUF files are read, never pickles. Models are built from the classes of transformers, locked ones from
 lockkit's own, so no code that comes with a model ever runs.
 """
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
-from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
+from lockkit.models.checkpoint import ADAPTER_FILE
+from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
 from lockkit.models.quiet import no_progress_bars
@@ -49,6 +50,10 @@ def resolve_model(model: str, option: str = "MODEL") -> Path:
     if path.is_dir():
         if (path / EXPORT_MANIFEST).is_file():
             raise UsageError(f"{path} is an ONNX export: give the model it was made from as {option}")
+        if not (path / "config.json").is_file() and (path / ADAPTER_FILE).is_file():
+            raise UsageError(
+                f"{path} is an adapter, not a model: merge it into its model (merge_and_unload in peft), or change {option}"
+            )
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has no config.json, so it is not a model folder: change {option}")
         return path
@@ -123,18 +128,18 @@ def load_model(
     `dtype` is a torch dtype, or "auto" for the dtype of the stored weights.
 
     Raises:
-        UsageError: weights are missing, broken, incomplete or not safetensors.
-        UnsupportedModelError: lockkit does not support the model's family.
+        UsageError: weights are missing, broken, incomplete, of another model or not safetensors.
+        UnsupportedModelError: lockkit does not support the model's family, or the weights are quantised.
     """
-    import transformers
+    from lockkit.models.checkpoint import Checkpoint, note_untied_head
+    from lockkit.models.layered import empty_model
 
     config = load_config(folder)
-    family = family_of(config)
-    check_safetensors(folder)
-    model_class = locked_classes(family)[1] if is_locked(config) else getattr(transformers, family.model_class)
+    empty = empty_model(config, family_of(config))
+    Checkpoint(folder, empty)  # raises an error if the weights are not this model's
     try:
         with no_progress_bars():
-            model, info = model_class.from_pretrained(
+            model, info = type(empty).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -144,41 +149,11 @@ def load_model(
                 output_loading_info=True,
             )
     except Exception as error:
-        mismatch = "ignore_mismatched_sizes" in str(error)
-        reason = "their shapes are not those of its config.json" if mismatch else first_line(error)
-        raise UsageError(f"the weights in {folder} cannot be loaded ({reason}): change MODEL") from error
-    missing = sorted(info["missing_keys"]) + [str(key) for key in info.get("mismatched_keys", [])]
-    if missing:
-        raise UsageError(f"the weights in {folder} lack {len(missing)} tensors, {missing[0]} among them: change MODEL")
-    return model.to(device).eval(), family
-
-
-def check_safetensors(folder: Path) -> None:
-    """Open every safetensors file of a folder, without reading its tensors.
-
-    Raises:
-        UsageError: there is no file, one is missing, or one is broken.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UsageError(f"{index} is broken ({first_line(error)}): change MODEL") from error
-        files = [folder / name for name in sorted(names)]
-    if not files:
-        raise UsageError(f"{folder} has no safetensors (pickled weights are never loaded): change MODEL")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"{file} is not a complete safetensors file ({first_line(error)}): change MODEL"
-            ) from error
+        raise UsageError(f"the weights in {folder} cannot be loaded ({first_line(error)}): change MODEL") from error
+    if info["missing_keys"]:  # a version of transformers that reads other files or names than `Checkpoint`
+        raise UsageError(f"transformers did not load {min(info['missing_keys'])} from {folder}: change MODEL")
+    note_untied_head(model, folder)
+    return model.to(device).eval(), family_of(config)
 
 
 def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBase:

@@ -117,6 +117,10 @@ class Measured:
         """The share of greedy continuations that are identical or first differ at a tie. Empty if there are none."""
         return {} if self.continuations is None else {"identical_or_tied": self.continuations.identical_or_tied}
 
+    def to_original(self, figure: str) -> dict[str, float]:
+        """One figure of `Fidelity`. Empty unless the original and the locked model were given."""
+        return {} if self.fidelity is None else {"locked_to_original": getattr(self.fidelity, figure)}
+
 
 # --- gates ---------------------------------------------------------------------------------------
 
@@ -151,9 +155,15 @@ GATES: dict[str, Gate] = {}
 def _gate(name: str, at_most: bool, description: str, figures: Callable[[Measured], dict[str, Any]]) -> Any:
     """Register a gate; return its field in `Gates`."""
     GATES[name] = Gate(name, at_most, figures)
-    limits = [(precision.row.gates.get(name), precision) for precision in Precision]
-    shown = ", ".join(f"{'off' if limit is None else f'{limit:g}'} {precision}" for limit, precision in limits)
-    return Field(None, ge=0, description=f"{description} By default, by precision: {shown}.")
+    shown = [(_shown(precision.row.limit(name)), precision) for precision in Precision]
+    if len({limit for limit, _ in shown}) == 1:
+        return Field(None, ge=0, description=f"{description} By default {shown[0][0]}.")
+    by_precision = ", ".join(f"{limit} {precision}" for limit, precision in shown)
+    return Field(None, ge=0, description=f"{description} By default, by precision: {by_precision}.")
+
+
+def _shown(limit: float | None) -> str:
+    return "off" if limit is None else f"{limit:g}"
 
 
 class Gates(BaseModel):
@@ -186,18 +196,35 @@ class Gates(BaseModel):
         "logits are tied.",
         figures=Measured.same_continuations,
     )
+    max_lock_kl: float | None = _gate(
+        "max_lock_kl",
+        at_most=True,
+        description="Highest mean KL(original || locked) per token, in nats, both in PyTorch. Needs both references; "
+        "`inf` turns it off.",
+        figures=lambda measured: measured.to_original("kl_divergence"),
+    )
+    min_lock_top1: float | None = _gate(
+        "min_lock_top1",
+        at_most=False,
+        description="Lowest share of predictions with the same most likely token in the original and the locked model. "
+        "Needs both references; 0 turns it off.",
+        figures=lambda measured: measured.to_original("top1_agreement"),
+    )
 
     def limits(self, precision: Precision) -> dict[str, float | None]:
         """The limit of every gate for an export of `precision`: the one set here, or the default. None is off."""
         own = {name: getattr(self, name) for name in GATES}
-        return {name: precision.row.gates.get(name) if limit is None else limit for name, limit in own.items()}
+        return {name: precision.row.limit(name) if limit is None else limit for name, limit in own.items()}
 
 
 class GateOutcome(Record):
     """The outcome of one gate for one figure."""
 
     gate: str = Field(description="Name of the gate in the configuration.")
-    figure: str = Field(description="Which figure: a mode, a perplexity ratio, or the share of continuations.")
+    figure: str = Field(
+        description="Which figure: a mode, a perplexity ratio, the share of continuations, or the locked model compared with the "
+        "original."
+    )
     value: Figure = Field(description="The figure; null if it is not finite.")
     limit: Figure = Field(description="The limit; null if it is infinite.")
     passed: bool = Field(description="A figure that is not finite never passes.")

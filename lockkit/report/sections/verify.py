@@ -20,6 +20,11 @@ def verify_sections(record: dict, path: Path) -> list[Section]:
         ("perplexity, ONNX over original", number(ratios.get("onnx_over_original"), ".4f")),
         ("perplexity, ONNX over locked", number(ratios.get("onnx_over_locked"), ".4f")),
     ]
+    if fidelity := record.get("fidelity"):
+        section.figures += [
+            ("KL of the lock to the original, nats per token", number(fidelity.get("kl_divergence"), ".5f")),
+            ("same most likely token, original and lock", number(fidelity.get("top1_agreement"), ".2%")),
+        ]
     section.text.append(measured_on(record.get("text")))
     section.tables.append(
         Table(

@@ -1,0 +1,328 @@
+"""The weights in a model folder: which files are read, what they hold, and whether that is the model of config.json.
+
+There is one rule for the files, that of transformers' `from_pretrained(folder, use_safetensors=True)`:
+`model.safetensors`, or else all files that `model.safetensors.index.json` names. Everything that reads, hashes or
+checks weights uses it. What transformers ignores is ignored, and one line says so. A folder from which transformers
+would load something else besides (an adapter, pickles), or from which the order of files would choose a tensor, is
+refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lockkit.errors import UnsupportedModelError, UsageError, first_line
+from lockkit.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+# transformers reads files of such names with PyTorch's distributed checkpoints, before all others.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What a file really is that is not safetensors, by its first bytes.
+_IMPOSTORS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder",
+    b"<": "is a web page, not the weights: download it again",
+    b"PK": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
+    b"\x80": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
+    b"GGUF": "is a GGUF file: use the model in safetensors that it was made from",
+}
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, in the order in which transformers reads them. None is opened.
+
+    Raises:
+        UsageError: there are none, the index is broken, or transformers would read something else besides.
+    """
+    if (folder / ADAPTER_FILE).is_file():
+        raise UsageError(
+            f"{folder} has an adapter ({ADAPTER_FILE}), which transformers would add to the model: merge it "
+            "(merge_and_unload in peft) or move it to another folder, or change MODEL"
+        )
+    if any(_DISTRIBUTED.fullmatch(file.name) for file in folder.glob("shard-*")):
+        raise UsageError(f"{folder} has a distributed checkpoint: save the model in one process, or change MODEL")
+    _refuse_other_name(folder)
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    for file in (single, index):
+        if file.is_symlink() and not file.exists():
+            raise UsageError(f"{file} is a link to a file that does not exist: change MODEL")
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return _shards(index)
+    others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".safetensors" and file.is_file())
+    if others:
+        raise UsageError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, and {_listed(others)} is not read under that name: "
+            "rename it, or change MODEL"
+        )
+    raise UsageError(f"{folder} has no safetensors (pickled weights are never loaded): change MODEL")
+
+
+def _refuse_other_name(folder: Path) -> None:
+    """Refuse a configuration that names the weight file itself."""
+    config = folder / "config.json"
+    named = read_json(config, "MODEL").get("transformers_weights") if config.is_file() else None
+    if named is not None:
+        raise UsageError(
+            f"{config} names its own weight file (transformers_weights): remove that entry and call the file "
+            f"{SINGLE_FILE}, or change MODEL"
+        )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names.
+
+    Raises:
+        UsageError: the index is broken, or it names a file outside of its folder or one that is not safetensors.
+    """
+    content = read_json(index, "MODEL")
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
+        raise UsageError(f"{index} is broken (it must have weight_map and metadata): change MODEL")
+    names = set(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise UsageError(f"{index} names '{name}', and only safetensors are loaded: change MODEL")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UsageError(f"{index} names '{name}', which is not a file in its folder: change MODEL")
+        if not (index.parent / name).is_file():
+            raise UsageError(f"{index} names '{name}', which does not exist: add it, or change MODEL")
+    return [index.parent / name for name in sorted(names)]
+
+
+def ignored_files(folder: Path) -> list[str]:
+    """Names of weight files in the folder that are not read: other safetensors, or an index beside a single file."""
+    read = weight_files(folder)
+    unused = [file for file in sorted(folder.glob("*.safetensors")) if file not in read]
+    if read == [folder / SINGLE_FILE] and (folder / INDEX_FILE).is_file():
+        unused.append(folder / INDEX_FILE)
+    return [file.name for file in unused]
+
+
+def _listed(names: list[str]) -> str:
+    """Up to three names, and the number of the others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Log a line once in a process, because a command opens the same folder several times."""
+    log.warning("%s", line)
+
+
+# --- tensors -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a weight file.
+
+    Attributes:
+        file, name: where it is, and its name there.
+        dtype: its type, by its name in safetensors, such as `BF16`.
+        shape: its sizes.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors in the weight files of a folder, by their names there. Only the files' heads are read.
+
+    Raises:
+        UsageError: the files cannot be used (`weight_files`), one is not safetensors, or two hold the same tensor.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for tensor in _head(file):
+            if tensor.name in found:
+                raise UsageError(
+                    f"{found[tensor.name].file} and {file.name} both hold {tensor.name}: remove one, or change MODEL"
+                )
+            found[tensor.name] = tensor
+    return found
+
+
+def _head(file: Path) -> list[StoredTensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
+            return [StoredTensor(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file} {_impostor(file) or _incomplete(error)}, or change MODEL") from error
+
+
+def _impostor(file: Path) -> str | None:
+    """What a file is that is not safetensors, in words; None if that is unknown."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(64)
+    except OSError:
+        return None
+    if start[8:9] == b"{":  # safetensors, cut off: the length of the head, then the head as JSON
+        return None
+    return next((words for magic, words in _IMPOSTORS.items() if start.lstrip().startswith(magic)), None)
+
+
+def _incomplete(error: Exception) -> str:
+    return f"is not a complete safetensors file ({first_line(error)}): copy it again"
+
+
+def stored_dtype(folder: Path, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that transformers calls "auto": that of config.json, else that of the first floating-point tensor.
+
+    Raises:
+        UsageError: the files cannot be used, or config.json names a dtype that a model cannot have.
+    """
+    named = getattr(config, "dtype", None)
+    index = folder / INDEX_FILE
+    if named is None and weight_files(folder) != [folder / SINGLE_FILE]:
+        named = read_json(index, "MODEL")["metadata"].get("dtype")  # transformers reads it there, too
+    if named is None:
+        first = next((t.dtype for t in stored_tensors(folder).values() if t.dtype in _DTYPES), "F32")
+        return _DTYPES[first]
+    dtype = getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES.values():
+        raise UsageError(f"dtype is {named} in {folder}, which is not a dtype of a model: correct it, or change MODEL")
+    return dtype
+
+
+class Checkpoint:
+    """The weights of a model folder, read by their names in the model.
+
+    Args:
+        folder: the model's folder.
+        model: the model of its configuration. Its own weights do not matter and may be on `meta`.
+
+    Attributes:
+        stored: the tensors that the folder has for the model, by their names in the model.
+
+    Raises:
+        UsageError: the files cannot be used (`stored_tensors`), or do not hold the weights of this model.
+        UnsupportedModelError: the weights are quantised.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel):
+        self.folder = folder
+        tensors = stored_tensors(folder)
+        if unused := ignored_files(folder):
+            read = _listed([file.name for file in weight_files(folder)])
+            _say_once(f"{folder}: the weights are read from {read}; ignored, as in transformers: {_listed(unused)}")
+        expected = model.state_dict()
+        self.stored: dict[str, StoredTensor] = {}
+        unexpected = []
+        for tensor in tensors.values():
+            name = _name_in_model(tensor.name, expected)
+            if name not in expected:
+                unexpected.append(tensor.name)
+                continue
+            if name in self.stored:
+                raise UsageError(
+                    f"the weights in {folder} have {name} twice, as {self.stored[name].name} and {tensor.name}: "
+                    "remove one, or change MODEL"
+                )
+            self.stored[name] = tensor
+        self._require_layers(model.config.num_hidden_layers, list(tensors))
+        for name, tensor in self.stored.items():
+            self._require_fit(name, tensor, expected[name], model.config.vocab_size)
+        self._require_complete(model)
+        # Old checkpoints have the rotary frequencies of each layer. The model computes them.
+        if unexpected := [name for name in unexpected if "rotary_emb.inv_freq" not in name]:
+            _say_once(
+                f"{folder}: ignored, as in transformers, because config.json has no such part: {_listed(unexpected)}"
+            )
+
+    def _require_layers(self, layers: int, names: list[str]) -> None:
+        """Refuse weights with more or fewer decoder layers than config.json says. transformers drops the others."""
+        found = [re.match(r"(?:model\.)?layers\.(\d+)\.(?!.*rotary_emb\.inv_freq)", name) for name in names]
+        stored = 1 + max((int(match[1]) for match in found if match), default=layers - 1)
+        if stored != layers:
+            raise UsageError(
+                f"num_hidden_layers is {layers} in {self.folder}/config.json, but the weights have {stored} decoder "
+                "layers: correct config.json, or change MODEL"
+            )
+
+    def _require_fit(self, name: str, tensor: StoredTensor, expected: torch.Tensor, vocab_size: int) -> None:
+        where, shape = f"{tensor.name} in {tensor.file}", tuple(expected.shape)
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedModelError(
+                f"{where} has the dtype {tensor.dtype}, so the model is quantised: give MODEL the unquantised original"
+            )
+        if tensor.shape == shape:
+            return
+        if shape[0] == vocab_size and tensor.shape[1:] == shape[1:]:
+            raise UsageError(
+                f"vocab_size is {vocab_size} in config.json, but {where} has {tensor.shape[0]} rows: correct "
+                "config.json, or change MODEL"
+            )
+        raise UsageError(
+            f"the sizes of {where} are {list(tensor.shape)}, and config.json says {list(shape)}: change MODEL"
+        )
+
+    def _require_complete(self, model: PreTrainedModel) -> None:
+        missing = model.state_dict().keys() - self.stored.keys()
+        for one, other in model.all_tied_weights_keys.items():
+            if not {one, other} <= missing:
+                missing -= {one, other}
+        if missing:
+            raise UsageError(
+                f"the weights in {self.folder} lack {len(missing)} tensors, {min(missing)} among them: change MODEL"
+            )
+
+    def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Read the tensors of `names` that the checkpoint has, as `dtype`."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name in self.stored:
+                by_file.setdefault(self.stored[name].file, []).append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            with safe_open(file, "pt") as tensors:
+                for name in wanted:
+                    found[name] = tensors.get_tensor(self.stored[name].name).to(device, dtype, copy=True)
+        return found
+
+
+def _name_in_model(stored: str, expected: dict[str, torch.Tensor]) -> str:
+    """The name in the model of a stored tensor, which may lack the base model's prefix or have one too many."""
+    without = re.sub(r"^model.", "", stored)  # any character, as in transformers
+    if without != stored and without in expected:
+        return without
+    return f"model.{stored}" if f"model.{stored}" in expected else stored
+
+
+def note_untied_head(model: PreTrainedModel, folder: Path) -> None:
+    """Set `tie_word_embeddings` to false if the weights have a head that differs from the embeddings.
+
+    transformers does not tie such a head, and leaves its configuration as it is. A model that is saved or exported
+    with that configuration would have the embeddings as its head.
+    """
+    if model.config.tie_word_embeddings and "lm_head.weight" not in model.all_tied_weights_keys:
+        model.config.tie_word_embeddings = False
+        _say_once(
+            f"{folder}: the weights have a head (lm_head.weight) that differs from the embeddings, so "
+            "tie_word_embeddings is taken as false"
+        )
