@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 
 _INVALID = "\N{REPLACEMENT CHARACTER}"  # tokenizers decode a part of a character to this
 _CONTEXT_TOKENS = 4  # last tokens before a token, decoded together with it
@@ -123,7 +122,7 @@ class _Window:
         text = self._decode(self._ids)
         complete = _complete(text)
         # The text known before differs from the new text where the token completes a character of the prompt.
-        new = complete[len(commonprefix([self._known, complete])) :]
+        new = complete[_common_length(self._known, complete) :]
         if new:
             self._known = complete
         if new and complete == text:
@@ -174,6 +173,12 @@ class _ByteFallback:
         if new and self._prompt_is_cut:  # U+FFFD stands for the character that the prompt began
             new, self._prompt_is_cut = new.removeprefix(_INVALID), False
         return new
+
+
+def _common_length(first: str, second: str) -> int:
+    """Length of the longest common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _overlap(text: str, stop: str) -> int:
