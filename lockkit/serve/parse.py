@@ -1,7 +1,8 @@
 """The body of a request: bytes to a checked request, or one line that says what is wrong.
 
-Python's JSON parser accepts more than JSON: NaN, a field that appears twice, half of a surrogate pair. These are
-refused here. A message never quotes a value, which may be a part of a prompt.
+Python's JSON parser accepts a field that appears twice and half of a surrogate pair. These are refused here. NaN
+and infinity are refused like other numbers that a field cannot have. A message never quotes a value, which may be a
+part of a prompt.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _parse_json(body: bytes) -> Any:
         raise _not_json("the body is empty: send a JSON object")
     try:
         text = body.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -110,10 +111,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise _not_json(f"the body has the field {_cut(twice)!r} more than once")
     return fields
-
-
-def _constant(name: str) -> Any:
-    raise _not_json(f"{name} is not JSON")
 
 
 def _not_json(message: str) -> ApiError:
