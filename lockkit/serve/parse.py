@@ -64,7 +64,8 @@ def parse_request(kind: type[_Request], body: bytes) -> _Request:
 
 
 def _words(error: ErrorDetails) -> str:
-    return _WORDS.get(error["type"], error["msg"]).format_map(error.get("ctx", {}))
+    words = _WORDS.get(error["type"])
+    return error["msg"] if words is None else words.format_map(error.get("ctx", {}))
 
 
 def _path(place: tuple[int | str, ...]) -> str:
