@@ -65,7 +65,14 @@ def parse_request(kind: type[_Request], body: bytes) -> _Request:
 
 def _words(error: ErrorDetails) -> str:
     words = _WORDS.get(error["type"])
-    return error["msg"] if words is None else words.format_map(error.get("ctx", {}))
+    if words is None:
+        return error["msg"]
+    limits = {name: _plain_number(value) for name, value in error.get("ctx", {}).items()}
+    return words.format_map(limits)
+
+
+def _plain_number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _path(place: tuple[int | str, ...]) -> str:
@@ -77,7 +84,7 @@ def _path(place: tuple[int | str, ...]) -> str:
         elif step.isidentifier() and step.isascii():
             path += f".{_cut(step)}"
         else:
-            path += f"[{_cut(step)!r}]"
+            path += f"[{_cut(step)!r}]" if path else repr(_cut(step))
     return path.removeprefix(".")
 
 
