@@ -2,7 +2,7 @@
 
 1. Every file is compared with the manifest (`check_manifest`). The export is refused if a link leaves
    the folder, or if a file would be read that the manifest does not list.
-2. The tokenizer is loaded, and its chat template is tried. No code from the folder runs. After `lockkit kernel`, the library that
+2. The tokenizer is loaded. No code from the folder runs. After `lockkit kernel`, the library that
    was compiled on this machine is loaded, never a copy in the folder.
 """
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+_HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @dataclass(frozen=True)
@@ -153,28 +154,35 @@ def open_served_model(folder: Path) -> ServedModel:
         start_id=start_id,
         end_ids=frozenset(end_ids),
         context=config.get("max_position_embeddings"),
-        chat_problem=_chat_problem(folder, tokenizer),
+        chat_problem=_chat_problem(tokenizer),
     )
 
 
-def _chat_problem(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Why a tokenizer cannot encode conversations. A warning is logged for that, and for a template that fails."""
+def _chat_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a tokenizer cannot encode any conversation; None if it may."""
     import jinja2
 
-    template, problem = tokenizer.chat_template, None
+    template = tokenizer.chat_template
     if not template:
-        problem = "this model has no chat template"
-    elif isinstance(template, dict) and "default" not in template:
-        problem = f"this model has chat templates named {', '.join(sorted(template))}, and none named default"
-    if problem is None:
-        try:
-            messages = [{"role": "user", "content": "Hello"}]
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateSyntaxError as error:
-            problem = f"this model's chat template is no valid Jinja ({first_line(error)})"
-        except Exception as error:  # a template is a program, and may raise anything
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            log.warning("serving %s: its chat template refuses a conversation of one message (%s)", folder, reason)
-    if problem:
-        log.warning("serving %s without /v1/chat/completions: %s", folder, problem)
-    return problem
+        return "this model has no chat template"
+    if isinstance(template, dict) and "default" not in template:
+        return f"this model has chat templates named {', '.join(sorted(template))}, and none named default"
+    try:
+        tokenizer.apply_chat_template(_HELLO, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        return f"this model's chat template is no valid Jinja ({first_line(error)})"
+    except Exception:  # these messages are refused; others may not be
+        return None
+    return None
+
+
+def warn_about_chat(model: ServedModel) -> None:
+    """Log a warning if conversations cannot be encoded, or if a conversation of one message cannot."""
+    if model.chat_problem:
+        log.warning("serving %s without /v1/chat/completions: %s", model.folder, model.chat_problem)
+        return
+    try:
+        model.encode_chat(_HELLO)
+    except Exception as error:  # a template is a program, and may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        log.warning("serving %s: its chat template refuses a conversation of one message (%s)", model.folder, reason)
