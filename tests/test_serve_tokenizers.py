@@ -128,9 +128,9 @@ def test_a_stop_that_is_a_special_token_ends_the_answer(server):
         free = complete(client, "a", seed=seed, **settings)
         found = complete(client, "a", seed=seed, stop=["<|im_end|>"], **settings)
         assert free.choices[0].text.startswith(found.choices[0].text)
-        if found.choices[0].finish_reason == "stop":
+        if found.usage.completion_tokens < free.usage.completion_tokens:
             ended += 1
-            assert found.usage.completion_tokens < 120 and "im_end" not in found.choices[0].text
+            assert found.choices[0].finish_reason == "stop" and "im_end" not in found.choices[0].text
             for stop in ("<|im_end|>", " <|im_end|>\n", ["never", "<|im_end|>"]):
                 again = complete(client, "a", seed=seed, stop=stop, **settings)
                 assert again.choices[0].text == found.choices[0].text
