@@ -23,7 +23,7 @@ from lockkit.errors import UsageError
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.targets import Provider, provider_called
 from lockkit.text import require_embedded
-from lockkit.text_stream import TextStream
+from lockkit.text_stream import TextStream, byte_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +179,8 @@ def generate(
             f"the prompt has {len(prompt_ids)} tokens and the context of {model.name} is {model.context}: "
             f"shorten --prompt"
         )
-    stream = TextStream(model.tokenizer.decode, prompt_ids)
+    decode = model.tokenizer.decode
+    stream = TextStream(decode, prompt_ids, byte_of=byte_tokens(model.tokenizer.get_vocab(), decode))
     ids: list[int] = []
     ends: list[int] = []
     text = ""

@@ -41,6 +41,7 @@ class Server:
     process: subprocess.Popen
     port: int
     key: str = "none"
+    warnings: str = ""  # what it wrote before it listened
 
     @property
     def url(self) -> str:
@@ -110,10 +111,11 @@ def running_server(
         list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )
     try:
-        line = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)
-        assert found, line + process.stderr.read()
-        yield Server(process, int(found[1]), key or "none")
+        warnings = ""
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line := process.stderr.readline())):
+            assert line, warnings
+            warnings += line
+        yield Server(process, int(found[1]), key or "none", warnings)
     finally:
         process.kill()
         process.wait()

@@ -232,10 +232,11 @@ def main() -> None:
     command = [sys.executable, "-m", "lockkit", "serve", str(arguments.export), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        greeting = process.stderr.readline()
-        url = re.search(r"http://\S+(?=/v1)", greeting)
-        if not url:
-            sys.exit(greeting + process.stderr.read())
+        written = ""
+        while not (url := re.search(r"http://\S+(?=/v1)", written)):  # warnings may come before the address
+            if not (line := process.stderr.readline()):
+                sys.exit(written)
+            written += line
         stages = asyncio.run(measure(arguments, url[0], psutil.Process(process.pid)))
     finally:
         process.terminate()

@@ -2,12 +2,13 @@
 
 A request passes through these modules:
 
-    HTTP -> server.py -> guard.py -> app.py -> engine.py -> batch.py -> onnxruntime
+    HTTP -> server.py -> guard.py -> app.py -> service.py -> engine.py -> batch.py -> onnxruntime
 
 * `config.py`: all settings.
 * `server.py`: the process, its socket, and limits on slow clients.
 * `guard.py`: checks that come before any endpoint.
-* `app.py`: the endpoints. `protocol.py` has their JSON, `stream.py` their server-sent events.
+* `app.py`: the endpoints. `protocol.py` has their JSON, `parse.py` reads it, `stream.py` writes server-sent events.
+* `service.py`: a request becomes jobs of the engine, and their text becomes the answer.
 * `model.py`: the export and its tokenizer.
 * `engine.py`: continuous batching. `lockkit/text_stream.py` turns tokens into text.
 * `batch.py`: the graph, with one KV cache for all requests.

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lockkit.generate import next_token
 from lockkit.serve.batch import PREFILL_TOKENS, Rows
-from lockkit.text_stream import TextStream
+from lockkit.text_stream import TextStream, byte_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -39,20 +39,21 @@ Reason = Literal["stop", "length", "cancelled", "timeout", "shutdown", "error"]
 
 
 class QueueFullError(Exception):
-    """No row is free, and the queue is full."""
+    """There are not enough free rows and places in the queue."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of an answer. The last piece has a reason."""
+    """The next text of a job's answer. The last piece has a reason. `index` is the job's."""
 
     text: str
     reason: Reason | None = None
+    index: int = 0
 
 
 @dataclass(eq=False)
 class Job:
-    """One request: what to generate, and the queue for its text.
+    """One prompt: what to generate, and the queue for its text.
 
     Attributes:
         prompt: token ids, at least one.
@@ -60,7 +61,9 @@ class Job:
         temperature, top_p: see `lockkit.generate.next_token`.
         seed: of the sampling; None for a random one.
         stops: strings that end the answer.
-        pieces: the text, to be read in the event loop.
+        stop_ids: tokens that end this answer, with those that end every answer.
+        index: number of the prompt in its request, from 0.
+        pieces: the text, to be read in the event loop. The jobs of a request share one queue.
         generated: tokens so far, including the one that ended the text.
         done: nothing more is computed for this job.
         created: time of creation, as `time.perf_counter` gives it, in seconds.
@@ -72,6 +75,8 @@ class Job:
     top_p: float = 1.0
     seed: int | None = None
     stops: Sequence[str] = ()
+    stop_ids: frozenset[int] = frozenset()
+    index: int = 0
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
     generated: int = 0
     done: bool = False
@@ -107,6 +112,7 @@ class Engine:
     ):
         metrics.fused_kernel.set(rows.fused)
         self._rows, self._tokenizer, self._end_ids = rows, tokenizer, end_ids
+        self._byte_of = byte_tokens(tokenizer.get_vocab(), tokenizer.decode)
         self._max_batch, self._max_queue, self._metrics = max_batch, max_queue, metrics
         self._waiting: deque[Job] = deque()
         self._prefilling: Job | None = None  # the job whose prompt is being run
@@ -131,24 +137,24 @@ class Engine:
         """Whether the thread is running."""
         return self._thread.is_alive()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job.
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs: all of them, or none.
 
         Raises:
-            QueueFullError: no row is free and the queue is full.
+            QueueFullError: there are not enough free rows and places in the queue.
         """
         with self._changed:
             free = self._max_batch - len(self._running) - (self._prefilling is not None)
-            if len(self._waiting) >= self._max_queue + max(0, free):
+            if len(self._waiting) + len(jobs) > self._max_queue + max(0, free):
                 raise QueueFullError
-            self._waiting.append(job)
+            self._waiting.extend(jobs)
             self._changed.notify()
 
     def cancel(self, job: Job, reason: Reason) -> None:
         """End a job now, unless it has ended. Its row becomes free in the next iteration."""
         if not job.done:
             job.done = True
-            job.pieces.put_nowait(Piece("", reason))
+            job.pieces.put_nowait(Piece("", reason, job.index))
             with self._changed:
                 self._changed.notify()
 
@@ -229,7 +235,7 @@ class Engine:
         import torch
 
         job.length = len(job.prompt)
-        job.stream = TextStream(self._tokenizer.decode, job.prompt, job.stops)
+        job.stream = TextStream(self._tokenizer.decode, job.prompt, job.stops, self._byte_of)
         if job.temperature > 0:
             seed = secrets.randbits(63) if job.seed is None else job.seed
             job.random = torch.Generator().manual_seed(seed)
@@ -274,7 +280,7 @@ class Engine:
         self._metrics.generated_tokens.inc()
         if job.generated == 1:
             self._metrics.first_token_seconds.observe(time.perf_counter() - job.created)
-        if token in self._end_ids:
+        if token in self._end_ids or token in job.stop_ids:
             self._end(job, job.stream.flush(), "stop")
             return
         text = job.stream.push(token)
@@ -283,10 +289,10 @@ class Engine:
         elif job.generated >= job.max_tokens:
             self._end(job, text + job.stream.flush(), "length")
         elif text:
-            self._outbox.append((job, Piece(text)))
+            self._outbox.append((job, Piece(text, index=job.index)))
 
     def _end(self, job: Job, text: str, reason: Reason) -> None:
-        self._outbox.append((job, Piece(text, reason)))
+        self._outbox.append((job, Piece(text, reason, job.index)))
         job.done = True
 
     def _fail(self, jobs: list[Job], error: Exception) -> None:

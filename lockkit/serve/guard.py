@@ -1,5 +1,7 @@
 """Checks that every request passes before its endpoint.
 
+Before that, the path and the method get a plain form (`_plain`).
+
 1. The API key, if the server has one. Every path but /health needs it.
 2. The body: at most `max_body_bytes`, complete within `read_seconds`. It is read completely here, so
    that an endpoint never waits for a slow client.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 import traceback
 from pathlib import Path
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _OPEN_PATH = "/health"  # needs no API key
-_ENDPOINTS = ("/health", "/metrics", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions")
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
 class Guard:
@@ -51,6 +54,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
+        scope = _plain(scope)
 
         async def counted_send(message: Message) -> None:
             nonlocal status
@@ -72,7 +76,7 @@ class Guard:
                 raise asyncio.CancelledError from None
             await refusal(ApiError(500, "the server failed on this request"))(scope, receive, counted_send)
         finally:
-            endpoint = scope["path"] if scope["path"] in _ENDPOINTS else "other"
+            endpoint = next((path for path in ENDPOINTS if f"{scope['path']}/".startswith(f"{path}/")), "other")
             self._metrics.requests.labels(endpoint, str(status)).inc()
             self._metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - started)
 
@@ -108,6 +112,17 @@ class Guard:
         except TimeoutError:
             seconds = self._config.read_seconds
             raise ApiError(408, f"the body did not come within {seconds:g} seconds", code="slow_body") from None
+
+
+def _plain(scope: Scope) -> Scope:
+    """A request in the form that the endpoints know.
+
+    Clients that join a base URL and a path write `/v1//models` or `/v1/models/`. HEAD is GET without the body,
+    which uvicorn leaves out.
+    """
+    path = re.sub("/+", "/", scope["path"]).removesuffix("/") or "/"
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "method": method}
 
 
 class _ClientGoneError(Exception):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, first_line
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.manifest import Manifest, check_manifest
 from lockkit.export.session import MODEL_FILE, ExportSession
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+_HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ServedModel:
         start_id: token that stands for an empty prompt; None if the model has none.
         end_ids: tokens that end an answer.
         context: most tokens that the model can attend to; None if the configuration does not say.
+        chat_problem: why `encode_chat` cannot work; None if it can.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class ServedModel:
     start_id: int | None
     end_ids: frozenset[int]
     context: int | None
+    chat_problem: str | None
 
     @property
     def fast_tokenizer(self) -> Tokenizer:
@@ -59,10 +62,20 @@ class ServedModel:
         """Number of token ids that the model has embeddings for."""
         return int(self.config["vocab_size"])
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` works."""
-        return bool(self.tokenizer.chat_template)
+    def describe_token(self, token: int) -> str:
+        """A token for messages: its text, if the tokenizer has it, and its id."""
+        text = self.fast_tokenizer.id_to_token(token) if token < 2**32 else None
+        return f"token {token}" if text is None else f"the token {text!r} ({token})"
+
+    def stop_ids(self, stops: list[str]) -> frozenset[int]:
+        """The special tokens among strings that end an answer. They are not in the answer's text.
+
+        Spaces and line breaks around a token are ignored: the text before it is complete anyway.
+        """
+        special = {
+            token.content: number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        return frozenset(special[stop.strip()] for stop in stops if stop.strip() in special)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer adds."""
@@ -77,7 +90,7 @@ class ServedModel:
             messages: each with `role` and `content`.
 
         Raises:
-            jinja2.TemplateError: the template refuses these messages.
+            Exception: of any class, from the template, for instance because it refuses these messages.
         """
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -141,4 +154,35 @@ def open_served_model(folder: Path) -> ServedModel:
         start_id=start_id,
         end_ids=frozenset(end_ids),
         context=config.get("max_position_embeddings"),
+        chat_problem=_chat_problem(tokenizer),
     )
+
+
+def _chat_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a tokenizer cannot encode any conversation; None if it may."""
+    import jinja2
+
+    template = tokenizer.chat_template
+    if not template:
+        return "this model has no chat template"
+    if isinstance(template, dict) and "default" not in template:
+        return f"this model has chat templates named {', '.join(sorted(template))}, and none named default"
+    try:
+        tokenizer.apply_chat_template(_HELLO, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        return f"this model's chat template is no valid Jinja ({first_line(error)})"
+    except Exception:  # these messages are refused; others may not be
+        return None
+    return None
+
+
+def warn_about_chat(model: ServedModel) -> None:
+    """Log a warning if conversations cannot be encoded, or if a conversation of one message cannot."""
+    if model.chat_problem:
+        log.warning("serving %s without /v1/chat/completions: %s", model.folder, model.chat_problem)
+        return
+    try:
+        model.encode_chat(_HELLO)
+    except Exception as error:  # a template is a program, and may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        log.warning("serving %s: its chat template refuses a conversation of one message (%s)", model.folder, reason)

@@ -1,50 +1,105 @@
 """The JSON of requests and answers, as in OpenAI's API reference (Completions, Chat Completions, Models).
 
-This server does not support several answers per request, log probabilities, penalties and tools. Their
-fields are accepted only with the value that turns the feature off. Otherwise the request is refused, and
-the message names the field. Unknown fields are refused, too. Numbers have the ranges of the reference;
-`app.py` checks the server's own limits.
+This server does not support several answers per prompt, log probabilities, penalties and tools. Their
+fields are accepted only with the value that asks for nothing (`_Only`). Otherwise the request is refused, and
+the message names the field. Unknown fields are refused, too. A field that is null counts as absent, since
+clients send back all fields of an earlier answer. Numbers have the ranges of the reference; `service.py`
+checks the server's own limits.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError, core_schema
 
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 
-def _valid_unicode(text: str) -> str:
-    """Refuse half of a surrogate pair. JSON can contain one, but it is no character and has no tokens."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is not a character") from None
-    return text
-
-
-def _off(switch: bool) -> bool:
-    if switch:
-        raise ValueError("this server does not support that")
-    return switch
+_MOST_STOPS = 4
+_LONGEST_STOP = 256  # characters
 
 
-_Text = Annotated[str, AfterValidator(_valid_unicode)]
-_TokenId = Annotated[int, Field(ge=0)]
-_StopString = Annotated[_Text, Field(min_length=1, max_length=256)]
-# Fields that may only turn a feature off. Not `Literal`, because Python has 0.0 == False and True == 1.
-_No = Annotated[bool, AfterValidator(_off), WithJsonSchema({"type": "boolean", "const": False})] | None
-_Zero = Annotated[float, Field(ge=0, le=0)] | None
-_One = Annotated[int, Field(ge=1, le=1)] | None
+class _Only:
+    """Marks a field that must have one of these values, which ask for nothing. It is then ignored."""
+
+    def __init__(self, *values: Any):
+        self._values = values
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": [*self._values, None]}
+
+    def _check(self, value: Any) -> Any:
+        # In Python, 0 == False and 1 == True. In JSON, they differ.
+        if any(value == only and isinstance(value, bool) == isinstance(only, bool) for only in self._values):
+            return value
+        raise _wrong(f"must be {' or '.join(map(json.dumps, self._values))}: other values are not supported")
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    """What is wrong with a field, without its name."""
+    return PydanticCustomError("invalid_value", "{message}", {"message": message})
+
+
+_OnlyFalse = Annotated[Any, _Only(False)]
+_OnlyZero = Annotated[Any, _Only(0)]
+_OnlyOne = Annotated[Any, _Only(1)]
+_OnlyNoText = Annotated[Any, _Only("")]
+_OnlyNoItems = Annotated[Any, _Only([])]
+_OnlyNoFields = Annotated[Any, _Only({})]
+_AnySwitch = Annotated[Any, _Only(True, False)]
+_Choice = Annotated[Any, _Only("none", "auto")]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        json_schema_extra={"additionalProperties": {"type": "null"}},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class StreamOptions(_Strict):
     """Options of a streamed answer."""
 
-    include_usage: bool = Field(False, description="Send one more chunk at the end, with the token counts.")
+    include_usage: bool | None = Field(None, description="Send one more chunk at the end, with the token counts.")
+    include_obfuscation: _OnlyFalse = None
+
+
+def _stops(value: Any) -> list[str]:
+    stops = value if isinstance(value, list) else [value]
+    if not all(isinstance(stop, str) for stop in stops):
+        raise _wrong("must be a string or a list of strings")
+    if len(stops) > _MOST_STOPS:
+        raise _wrong(f"must have at most {_MOST_STOPS} strings")
+    if not all(1 <= len(stop) <= _LONGEST_STOP for stop in stops):
+        raise _wrong(f"must have strings of 1 to {_LONGEST_STOP} characters")
+    return stops
+
+
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
+_Stops = Annotated[
+    list[str],
+    PlainValidator(_stops),
+    WithJsonSchema(
+        {"anyOf": [_STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": _MOST_STOPS}, {"type": "null"}]}
+    ),
+]
 
 
 class _Generation(_Strict):
@@ -60,68 +115,148 @@ class _Generation(_Strict):
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="With the same seed, the same logits give the same tokens."
     )
-    stop: _StopString | Annotated[list[_StopString], Field(max_length=4)] | None = Field(
-        None, description="Strings that end the answer. They are not part of it."
+    stop: _Stops = Field(
+        [],
+        description="Strings that end the answer. They are not part of it. A special token, for instance "
+        "`<|im_end|>`, ends it, too.",
     )
     stream: bool | None = Field(None, description="Send the answer while it is generated, as server-sent events.")
     stream_options: StreamOptions | None = None
-    n: _One = None
-    presence_penalty: _Zero = None
-    frequency_penalty: _Zero = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = Field(None, description="Accepted and ignored; not stored.")
-
-    @property
-    def stops(self) -> list[str]:
-        """`stop` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    n: _OnlyOne = None
+    presence_penalty: _OnlyZero = None
+    frequency_penalty: _OnlyZero = None
+    logit_bias: _OnlyNoFields = None
+    # Not in OpenAI's API, but sent by clients of other servers.
+    top_k: Annotated[Any, _Only(-1, 0)] = None
+    min_p: _OnlyZero = None
+    repetition_penalty: _OnlyOne = None
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    if isinstance(value, str) or _are_token_ids(value):
+        return [value]
+    if isinstance(value, list) and (
+        all(isinstance(entry, str) for entry in value) or all(_are_token_ids(entry) for entry in value)
+    ):
+        return value
+    raise _wrong("must be a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int and entry >= 0 for entry in value)
+
+
+_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        _TOKEN_IDS_SCHEMA,
+        {"type": "array", "items": _TOKEN_IDS_SCHEMA},
+    ]
+}
 
 
 class CompletionRequest(_Generation):
-    """Continue a prompt."""
+    """Continue a prompt, or several."""
 
-    prompt: _Text | list[_TokenId] = Field(description="A text, or its token ids.")
-    best_of: _One = None
-    echo: _No = None
-    logprobs: _No = None
-    suffix: Literal[""] | None = None
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)] = Field(
+        description="A text, or its token ids; or a list of several. Each gets an answer, in the order of the list."
+    )
+    best_of: _OnlyOne = None
+    echo: _OnlyFalse = None
+    logprobs: _OnlyFalse = None
+    suffix: _OnlyNoText = None
 
 
-class TextPart(_Strict):
-    """A part of a message."""
+def _message_text(value: Any) -> str:
+    """The text of a message. Parts are joined, since chat templates read one text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(_is_text_part(part) for part in value):
+        return "".join(part["text"] for part in value)
+    raise _wrong('must be a text, or a list of {"type": "text", "text": ...}: other parts are not supported')
 
-    type: Literal["text"]
-    text: _Text
+
+def _is_text_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    fields = {name: value for name, value in part.items() if value is not None}
+    return fields.keys() == {"type", "text"} and fields["type"] == "text" and isinstance(fields["text"], str)
+
+
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+                "additionalProperties": {"type": "null"},
+            },
+        },
+        {"type": "null"},
+    ]
+}
 
 
 class Message(_Strict):
-    """One message of a conversation."""
+    """One message of a conversation. An assistant's message may have no content."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | list[TextPart]
+    content: Annotated[str | None, PlainValidator(_message_text), WithJsonSchema(_CONTENT_SCHEMA)] = None
     name: str | None = None
+    # Fields of an earlier answer that a client sends back.
+    refusal: _OnlyNoText = None
+    tool_calls: _OnlyNoItems = None
+    annotations: _OnlyNoItems = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise _wrong("has no content")
+        return self
 
     def plain(self) -> dict[str, str]:
-        """Role and content, with the parts of the content joined: the form that chat templates read."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        """Role and content: the form that chat templates read."""
+        return {"role": self.role, "content": self.content or ""}
+
+
+class ResponseFormat(_Strict):
+    """The form of the answer. There is only one."""
+
+    type: Literal["text"]
 
 
 class ChatRequest(_Generation):
     """Answer a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
-    logprobs: _No = None
-    top_logprobs: _Zero = None
-    tools: Annotated[list[dict], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
+    prompt_cache_key: str | None = Field(None, description="Accepted and ignored; not stored.")
+    safety_identifier: str | None = Field(None, description="Accepted and ignored; not stored.")
+    logprobs: _OnlyFalse = None
+    top_logprobs: _OnlyZero = None
+    tools: _OnlyNoItems = None
+    functions: _OnlyNoItems = None
+    tool_choice: _Choice = None
+    function_call: _Choice = None
+    parallel_tool_calls: _AnySwitch = None
+    store: _OnlyFalse = None
+    metadata: _OnlyNoFields = None
+    service_tier: Annotated[Any, _Only("auto", "default")] = None
+    modalities: Annotated[Any, _Only(["text"])] = None
+    reasoning_effort: Annotated[Any, _Only("none")] = None
+    verbosity: Annotated[Any, _Only("medium")] = None
 
 
 class Usage(BaseModel):

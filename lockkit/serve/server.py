@@ -30,7 +30,7 @@ from lockkit.serve.app import make_app
 from lockkit.serve.batch import open_rows
 from lockkit.serve.config import ServeConfig
 from lockkit.serve.engine import Engine
-from lockkit.serve.model import open_served_model
+from lockkit.serve.model import open_served_model, warn_about_chat
 from lockkit.serve.prometheus import Metrics
 from lockkit.serve.protocol import error_body
 
@@ -80,6 +80,7 @@ def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
     config = config or ServeConfig()
     api_key = config.read_api_key()
     model = open_served_model(Path(folder))
+    warn_about_chat(model)
     capacity = config.max_prompt_tokens + config.max_output_tokens
     rows = open_rows(
         model,

@@ -1,5 +1,7 @@
 """Locked folders and exports without lockkit: transformers 4.57, optimum, lm-evaluation-harness, CPU wheels.
 
+LangChain's clients talk to `lockkit serve`, which runs in this environment.
+
 The environment is `.venv-consumers` in the repository. The first test builds it from `requirements.txt`.
 The scripts beside this file run in it.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK
+from serving import running_server, tiny_chat_model
 from tiny import save_tiny
 
 from lockkit.export import ExportConfig, export_model
@@ -138,6 +141,22 @@ def test_lm_evaluation_harness_gives_the_export_the_score_of_the_pytorch_model(q
         assert found[backend]["accuracy"] == found["hf"]["accuracy"]
         likelihoods = torch.tensor([float(likelihood) for likelihood, _ in found[backend]["choices"]])
         torch.testing.assert_close(likelihoods, wanted, rtol=0, atol=1e-3)
+
+
+def test_langchain_talks_to_the_server(run_there, tmp_path):
+    export_model(str(tiny_chat_model(tmp_path / "original")), tmp_path / "tiny-onnx", ExportConfig())
+    with running_server(tmp_path / "tiny-onnx") as server:
+        found = run_there("talk_with_langchain.py", f"{server.url}/v1", "tiny-onnx", PROMPT)
+        settings = {"model": "tiny-onnx", "max_tokens": NEW_TOKENS, "temperature": 0}
+        wanted = server.client().completions.create(prompt=[PROMPT, "x"], **settings)
+        texts = [choice.text for choice in wanted.choices]
+        assert found["text"] == found["text_streamed"] == texts[0]
+        assert found["texts"] == found["generations"] == texts
+        assert found["text_stopped"] == texts[0].partition(found["stop"])[0]
+        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": PROMPT}]
+        chat = server.client().chat.completions.create(messages=messages, **settings)
+        assert found["chat"] == found["chat_streamed"] == chat.choices[0].message.content
+        assert found["chat_tokens"] == NEW_TOKENS and found["history_tokens"] > NEW_TOKENS
 
 
 @pytest.mark.skipif(not (shutil.which("npm") and shutil.which("node")), reason="needs Node and npm")
