@@ -109,7 +109,7 @@ class LockConfig(BaseModel):
     work: str | None = Field(
         None,
         description="Folder for finished layers and activations, from which an interrupted run resumes. Default: a "
-        "hidden folder beside OUT, deleted at the end.",
+        "hidden folder beside OUT (inside OUT if that is a mount point), deleted at the end.",
     )
 
     @property

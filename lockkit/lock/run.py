@@ -123,7 +123,9 @@ class _Lock:
         self.tokenizer = load_tokenizer(self.original)
         self.dtype = _stored_dtype(self.raw_config, config)
         self.work = Work(work_folder(self.out, config.work), self.workers.first)
-        check_apart(self.work.folder, self.original)
+        check_apart(self.work.folder, self.original, option="--work")
+        if config.work:  # the default is apart from OUT, and it is deleted at the end
+            check_apart(self.work.folder, self.out, "OUT", "--work")
 
     def run(self) -> LockResult | None:
         """Open the work folder, lock, and close it again, whether or not the lock succeeded."""
