@@ -60,6 +60,7 @@ def check_output_folder(out: Path, overwrite: bool, option: str = "OUT") -> None
 
 def _check_folder(out: Path, overwrite: bool, option: str) -> None:
     folder = real_path(out)
+    check_name(folder, option)
     if out.is_symlink() and not folder.exists():
         raise UsageError(f"{out} is a link to {folder}, which does not exist: change {option}")
     if folder.exists() and not folder.is_dir():
@@ -117,6 +118,18 @@ def check_output_file(path: Path, option: str, suffixes: Collection[str] = ()) -
         target = real_path(path)
         if not _is_special(path) and not (target.is_file() and os.access(target, os.W_OK)):
             _check_writable(target.parent, option)
+
+
+def check_name(path: Path, option: str) -> None:
+    """Check that a name is valid Unicode, which safetensors, onnx and onnxruntime need.
+
+    Raises:
+        UsageError: it is not. In an ASCII locale, this is the case for every name outside ASCII.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise UsageError(
+            f"{path} is not a valid name in this locale: change {option}, or set the environment variable PYTHONUTF8=1"
+        )
 
 
 def check_results_folder(folder: Path, option: str) -> None:

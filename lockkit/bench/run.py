@@ -126,7 +126,8 @@ class _Running:
 
     def time(self, shape: Shape) -> Timing:
         """Run one prompt and its continuation."""
-        self.pipe.send(shape)
+        with contextlib.suppress(BrokenPipeError):  # the process has died, which `receive` reports
+            self.pipe.send(shape)
         timing = self.receive()
         assert isinstance(timing, Timing)
         return timing
@@ -283,7 +284,7 @@ def _measurement(model: _Running, shape: Shape) -> Measurement:
 def _loaded(model: _Running) -> Loaded:
     folder = model.target.folder
     manifest = folder / EXPORT_MANIFEST
-    record = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    record = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".onnx") or "onnx" in path.name]
     return Loaded(
         model=model.target.name,

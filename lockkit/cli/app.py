@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 
 from lockkit.cli.attack import attack
 from lockkit.cli.bench import bench
+from lockkit.cli.console import lost_output, tolerant_output
 from lockkit.cli.env import env
 from lockkit.cli.export import export
 from lockkit.cli.generate import generate
@@ -96,9 +97,19 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    """Run the program. Only this function turns errors into exit codes."""
+    """Run the program. Only this module turns errors into exit codes."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    with tolerant_output():
+        code = _run()
+        lost = lost_output()
+        if lost is not None and not isinstance(lost, BrokenPipeError):  # whoever closes a pipe has read enough
+            _fail(f"cannot print to standard output ({lost.strerror}): redirect it elsewhere", 2)
+        sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command. Returns its exit code, or exits with an error."""
     try:
         code = make_app()(standalone_mode=False)
     except GateFailed as error:
@@ -117,7 +128,7 @@ def main() -> None:
             _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more memory", 2)
         reason = " ".join(str(error).split())[:300]
         _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _bad_use(error: TyperException) -> NoReturn:
@@ -135,5 +146,6 @@ def _fail(message: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    print(f"lockkit: {message}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)  # in a file's name
+    print(f"lockkit: {line}", file=sys.stderr)
     sys.exit(code)

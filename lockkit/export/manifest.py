@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lockkit.errors import UsageError
-from lockkit.files import EXPORT_MANIFEST, read_json, sha256_of_file, write_json
+from lockkit.files import EXPORT_MANIFEST, check_name, read_json, sha256_of_file, write_json
 from lockkit.settings import shown
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
     Raises:
         UsageError: there is no manifest, or it is not valid.
     """
+    check_name(folder, option)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}: change {option}")
     path = folder / EXPORT_MANIFEST
