@@ -87,7 +87,12 @@ def run_audit(
     with readable_disk_errors(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
         audit = Audit(bench, out, controls or [], progress or NoProgress())
-        audit.run(chosen)
+        try:
+            audit.run(chosen)
+        except BaseException as error:
+            if not isinstance(error, Exception) and (out / ROWS).is_file():  # Ctrl-C or SIGTERM
+                error.add_note(f"finished runs are kept in {out}: run the same command again to resume")
+            raise
         summary = finite(summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps))
         write_json(out / SUMMARY, summary)
     return summary

@@ -160,7 +160,11 @@ def bench(
     targets = _targets(export, against or [], config)
     if config.kernel and not has_kernel_form(export / MODEL_FILE):
         raise UsageError(f"{export} has no chains that the kernel computes: do without --kernel, or export again")
-    shapes = [(batch, length) for batch in config.batch_sizes for length in config.prompt_lengths]
+    shapes = [
+        (batch, length)
+        for batch in dict.fromkeys(config.batch_sizes)
+        for length in dict.fromkeys(config.prompt_lengths)
+    ]
     with contextlib.ExitStack() as stack:
         models = [
             stack.enter_context(_running(target, config, kernel if target.is_export else None)) for target in targets
@@ -187,19 +191,25 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
     runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime is not Runtime.pytorch]
     if not runtimes:
         raise UsageError("an export runs in onnxruntime or onnxruntime-genai: change --runtime")
-    targets = [_Target(export, export.name, runtime, True) for runtime in runtimes]
-    for other in against:
-        folder = Path(other)
+    names = _names([export, *map(Path, against)])
+    targets = [_Target(export, names[export], runtime, True) for runtime in runtimes]
+    for folder, other in {Path(other): other for other in against}.items():
         if (folder / MODEL_FILE).is_file():
             known = [
                 runtime
                 for runtime in runtimes
                 if runtime is not Runtime.genai or (folder / "genai_config.json").is_file()
             ]
-            targets += [_Target(folder, folder.name, runtime, False) for runtime in known or [Runtime.onnxruntime]]
+            targets += [_Target(folder, names[folder], runtime, False) for runtime in known or [Runtime.onnxruntime]]
         else:
-            targets.append(_Target(resolve_model(other), folder.name, Runtime.pytorch, False))
+            targets.append(_Target(resolve_model(other), names[folder], Runtime.pytorch, False))
     return targets
+
+
+def _names(folders: list[Path]) -> dict[Path, str]:
+    """The last part of each path, or the whole path if another folder has the same last part."""
+    last = {folder: folder.name or folder.resolve().name for folder in folders}
+    return {folder: name if list(last.values()).count(name) == 1 else str(folder) for folder, name in last.items()}
 
 
 @contextlib.contextmanager
@@ -285,7 +295,8 @@ def _loaded(model: _Running) -> Loaded:
     folder = model.target.folder
     manifest = folder / EXPORT_MANIFEST
     record = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".onnx") or "onnx" in path.name]
+    files = [folder / name for name in record["files"]] if record else folder.iterdir()
+    weights = [path for path in files if path.suffix in (".safetensors", ".onnx") or "onnx" in path.name]
     return Loaded(
         model=model.target.name,
         runtime=model.target.runtime.value,

@@ -12,6 +12,7 @@ import sys
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from lockkit.cli.attack import attack
@@ -28,6 +29,7 @@ from lockkit.cli.report import report
 from lockkit.cli.serve import serve
 from lockkit.cli.verify import verify
 from lockkit.errors import GateFailed, LockkitError
+from lockkit.settings import plain_words
 
 # All commands, in the order in which `lockkit --help` lists them. A command has the name of its function.
 COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, env)
@@ -115,9 +117,9 @@ def _run() -> int:
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
-        _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), 2)
+        _fail(_with_notes(str(error), error), 2)
     except _Interrupted as error:
-        _fail(f"{error}: nothing half-written is left; run the same command again to resume", 2)
+        _fail(_with_notes(f"{error}: nothing half-written is left", error), 2)
     except TyperException as error:  # an unknown option, a value of the wrong type, ...
         _bad_use(error)
     except Exception as error:
@@ -131,14 +133,24 @@ def _run() -> int:
     return code or 0
 
 
+def _with_notes(message: str, error: BaseException) -> str:
+    """A message with what a command has added to its error, such as how to resume."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
+
+
 def _bad_use(error: TyperException) -> NoReturn:
     """Print Typer's message in one line. For a program without arguments, that message is the help."""
     if type(error).__name__ == "NoArgsIsHelpError":  # a private class of Typer
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
     context = getattr(error, "ctx", None)
-    program = context.command_path if context else "lockkit"
-    _fail(f"{error.format_message().rstrip('.')} (see `{program} --help`)", 2)
+    # Some errors do not know their command, but then the command's name was right.
+    command = next((f" {name}" for name in sys.argv if name in {command.__name__ for command in COMMANDS}), "")
+    program = context.command_path if context else f"lockkit{command}"
+    message = error.format_message().rstrip(".")
+    if isinstance(error.__cause__, ValidationError):
+        message = message.replace(getattr(error, "message", message), plain_words(error.__cause__.errors()))
+    _fail(f"{message} (see `{program} --help`)", 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:
