@@ -320,6 +320,26 @@ assert "change --json" in refused(check_output_file, top / "parent" / "b.json", 
     with_mounts(tmp_path, mounts, code)
 
 
+def test_a_lock_and_its_export_fill_mount_points(originals, tmp_path):
+    mounts = """
+    mkdir -p parent/locked parent/onnx
+    mount --bind parent parent
+    for name in locked onnx; do mount -t tmpfs none parent/$name; done
+    mount -o remount,ro,bind parent
+    """
+    code = f"""
+from conftest import QUICK
+from lockkit import LockConfig, export_model, lock_model
+quick = LockConfig(**(QUICK | {{"tokens": 512, "end_to_end_tokens": 0}}))
+for overwrite in (False, True):
+    lock_model({str(originals("qwen3"))!r}, top / "parent" / "locked", quick, overwrite=overwrite)
+    export_model(str(top / "parent" / "locked"), top / "parent" / "onnx", overwrite=overwrite)
+assert (top / "parent" / "onnx" / "model.onnx").is_file()
+assert not list(top.rglob(".*"))
+"""
+    with_mounts(tmp_path, mounts, code)
+
+
 def test_a_disk_that_becomes_full_loses_nothing(tmp_path):
     code = """
 out = top / "out"

@@ -182,8 +182,6 @@ def bench(
 
 
 def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Target]:
-    if not (export / EXPORT_MANIFEST).is_file():
-        raise UsageError(f"{export} is not an export that lockkit wrote: change EXPORT")
     from lockkit.export.manifest import check_manifest
     from lockkit.models.load import resolve_model
 
@@ -191,8 +189,7 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
     runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime is not Runtime.pytorch]
     if not runtimes:
         raise UsageError("an export runs in onnxruntime or onnxruntime-genai: change --runtime")
-    names = _names([export, *map(Path, against)])
-    targets = [_Target(export, names[export], runtime, True) for runtime in runtimes]
+    targets = [_Target(export, _name(export), runtime, True) for runtime in runtimes]
     for folder, other in {Path(other): other for other in against}.items():
         if (folder / MODEL_FILE).is_file():
             known = [
@@ -200,16 +197,14 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
                 for runtime in runtimes
                 if runtime is not Runtime.genai or (folder / "genai_config.json").is_file()
             ]
-            targets += [_Target(folder, names[folder], runtime, False) for runtime in known or [Runtime.onnxruntime]]
+            targets += [_Target(folder, _name(folder), runtime, False) for runtime in known or [Runtime.onnxruntime]]
         else:
-            targets.append(_Target(resolve_model(other), names[folder], Runtime.pytorch, False))
+            targets.append(_Target(resolve_model(other), _name(folder), Runtime.pytorch, False))
     return targets
 
 
-def _names(folders: list[Path]) -> dict[Path, str]:
-    """The last part of each path, or the whole path if another folder has the same last part."""
-    last = {folder: folder.name or folder.resolve().name for folder in folders}
-    return {folder: name if list(last.values()).count(name) == 1 else str(folder) for folder, name in last.items()}
+def _name(folder: Path) -> str:
+    return folder.name or folder.resolve().name
 
 
 @contextlib.contextmanager
