@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -21,28 +22,77 @@ if TYPE_CHECKING:
 
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
-_OUR_FILES = (LOCK_RECORD, EXPORT_MANIFEST)
+_RECORDS = (LOCK_RECORD, EXPORT_MANIFEST)
+# The names of the files of a lock. Those of an export are in its manifest.
+_LOCK_FILES = (
+    *("lockkit.json", "README.md", "config.json", "generation_config.json", "modeling_dlr_lock.py"),
+    *("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
+)
+_HIDDEN = ".lockkit-"  # begins the name of everything temporary inside an output folder
+_NOT_CONTENT = ("lost+found", ".DS_Store")  # what the system puts into an otherwise empty folder
 # No space left, quota exceeded, file larger than this process may write.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENAMETOOLONG, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENOTEMPTY, errno.ESTALE, errno.EIO),
+)
 
 
-def check_output_folder(out: Path, overwrite: bool) -> None:
+def check_output_folder(out: Path, overwrite: bool, option: str = "OUT") -> None:
     """Check an output folder before any work is done.
 
+    If a process was killed while it wrote `out`, what it left is completed or removed first.
+
+    Args:
+        out: the folder to write.
+        overwrite: whether its content may be replaced.
+        option: the option that names it, for the error.
+
     Raises:
-        UsageError: `out` exists and `overwrite` is off, lockkit did not write it, or its parent cannot be written to.
+        UsageError: `out` exists and `overwrite` is off, it contains a file that lockkit did not write, another process
+            writes it, or it cannot be written to.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise UsageError(f"{out} exists and is not a folder: change OUT")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(f"{out} exists: change OUT, or add --overwrite")
-        if not any((out / name).is_file() for name in _OUR_FILES):
-            raise UsageError(f"{out} was not written by lockkit, so --overwrite does not replace it: change OUT")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    _check_writable(parent, "OUT")
+    with readable_disk_errors(out, option):
+        _recover(real_path(out), out, option)
+        _check_folder(out, overwrite, option)
+
+
+def _check_folder(out: Path, overwrite: bool, option: str) -> None:
+    folder = real_path(out)
+    check_name(folder, option)
+    if out.is_symlink() and not folder.exists():
+        raise UsageError(f"{out} is a link to {folder}, which does not exist: change {option}")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{out} exists and is not a folder: change {option}")
+    if folder.is_dir() and content(folder):
+        _check_replaceable(folder, out, overwrite, option)
+    check_results_folder(out, option)
+
+
+def _check_replaceable(folder: Path, out: Path, overwrite: bool, option: str) -> None:
+    """Raise a UsageError unless `overwrite` is on and lockkit wrote everything in a folder that is not empty."""
+    if not overwrite:
+        raise UsageError(f"{out} exists: change {option}, or add --overwrite")
+    if not any((folder / name).is_file() for name in _RECORDS):
+        raise UsageError(f"{out} was not written by lockkit, so --overwrite does not replace it: change {option}")
+    ours = [*_RECORDS, *(_LOCK_FILES if (folder / LOCK_RECORD).is_file() else _exported(folder / EXPORT_MANIFEST))]
+    for entry in content(folder):
+        for path in [entry] if not entry.is_dir() else sorted(entry.rglob("*")) or [entry]:
+            name = path.relative_to(folder).as_posix()
+            if not path.is_dir() and not any(fnmatch.fnmatchcase(name, known) for known in ours):
+                raise UsageError(
+                    f"{out} contains {name}, which is not a file of the result there, so --overwrite does not delete "
+                    f"it: move it, or change {option}"
+                )
+
+
+def _exported(manifest: Path) -> list[str]:
+    """The names of the files in a manifest; none if it cannot be read."""
+    try:
+        return [name.replace("[", "[[]") for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def check_output_file(path: Path, option: str, suffixes: Collection[str] = ()) -> None:
@@ -56,18 +106,50 @@ def check_output_file(path: Path, option: str, suffixes: Collection[str] = ()) -
     Raises:
         UsageError: `path` is a folder, its folder does not exist or cannot be written to, or its suffix is not allowed.
     """
-    parent = path.absolute().parent
-    if path.is_dir() or not parent.is_dir():
-        raise UsageError(f"{path} is a folder, or its folder does not exist: change {option}")
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"{path} does not end in one of {', '.join(suffixes)}: change {option}")
-    if not _is_special(path):
-        _check_writable(path.resolve().parent, option)
+    with readable_disk_errors(path, option):
+        parent = path.absolute().parent
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder, not a file: change {option}")
+        if not parent.is_dir():
+            what = "is a file" if os.path.lexists(parent) else "does not exist"
+            raise UsageError(f"{path} cannot be written, because {parent} {what}: change {option}")
+        if suffixes and path.suffix.lower() not in suffixes:
+            raise UsageError(f"{path} does not end in one of {', '.join(suffixes)}: change {option}")
+        target = real_path(path)
+        if not _is_special(path) and not (target.is_file() and os.access(target, os.W_OK)):
+            _check_writable(target.parent, option)
+
+
+def check_name(path: Path, option: str) -> None:
+    """Check that a name is valid Unicode, which safetensors, onnx and onnxruntime need.
+
+    Raises:
+        UsageError: it is not. In an ASCII locale, this is the case for every name outside ASCII.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise UsageError(
+            f"{path} is not a valid name in this locale: change {option}, or set the environment variable PYTHONUTF8=1"
+        )
+
+
+def check_results_folder(folder: Path, option: str) -> None:
+    """Check a folder in which files are added, before any work is done. It need not exist.
+
+    Raises:
+        UsageError: it cannot be created or written to.
+    """
+    with readable_disk_errors(folder, option):
+        existing = real_path(folder)
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UsageError(f"{folder} cannot be a folder, because {existing} is a file: change {option}")
+        _check_writable(existing, option)
 
 
 def _check_writable(folder: Path, option: str) -> None:
     try:
-        Path(tempfile.mkdtemp(prefix=".lockkit-", dir=folder)).rmdir()
+        Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=folder)).rmdir()
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): change {option}") from error
 
@@ -77,43 +159,174 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def check_apart(out: Path, source: Path) -> None:
+def real_path(path: Path) -> Path:
+    """The absolute path without links."""
+    return Path(os.path.realpath(path))
+
+
+def check_apart(out: Path, source: Path, of: str = "MODEL", option: str = "OUT") -> None:
     """Check that an output folder is not the folder that is read, inside it, or around it.
+
+    Args:
+        out: the output folder.
+        source: the folder that is read.
+        of: what `source` is, for the error.
+        option: the option that names `out`, for the error.
 
     Raises:
         UsageError: it is.
     """
-    out, source = out.resolve(), source.resolve()
-    if out == source or out in source.parents or source in out.parents:
-        raise UsageError(f"{out} is MODEL's own folder, or one contains the other: change OUT")
+    ours, theirs = real_path(out), real_path(source)
+    if _is_or_contains(ours, theirs) or _is_or_contains(theirs, ours):
+        raise UsageError(f"{out} is {of}'s own folder, or one contains the other: change {option}")
+
+
+def _is_or_contains(folder: Path, path: Path) -> bool:
+    """Whether two paths are one folder, or the first contains the second, also under another name (a bind mount)."""
+    if not folder.exists():
+        return folder == path or folder in path.parents
+    return any(parent.exists() and parent.samefile(folder) for parent in (path, *path.parents))
+
+
+# --- folders
+
+
+def scratch_folder(out: Path, name: str) -> Path:
+    """The path of a hidden folder for temporary data of `out`.
+
+    It is beside `out`. It is inside `out` if that is a folder on another file system than its parent (a mount point),
+    or if its parent cannot be written to.
+    """
+    out = real_path(out)
+    if out.is_dir() and (out.stat().st_dev != out.parent.stat().st_dev or not os.access(out.parent, os.W_OK | os.X_OK)):
+        return out / f"{_HIDDEN}{name}"
+    return out.parent / f".{_short(out.name)}{_HIDDEN}{name}"
+
+
+def _short(name: str) -> str:
+    """A file name, cut if a longer one made from it could exceed the limit of file systems (255 bytes)."""
+    return name if len(os.fsencode(name)) <= 200 else name[:40]
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` at the end of the `with` block.
+def new_folder(out: Path, overwrite: bool = False, option: str = "OUT") -> Iterator[Path]:
+    """A temporary folder that becomes `out` at the end of the `with` block.
 
-    After a failure (including a full disk and Ctrl-C) the temporary folder is removed and a previous `out` is unchanged.
+    A new `out` appears as a whole. In an `out` that exists, the content is replaced entry by entry, the record of the
+    result last: so `out` may be a mount point, and keeps its owner and permissions. After a failure (including a full
+    disk and Ctrl-C) the temporary folder is removed and a previous `out` is unchanged. If the process is killed, the
+    next call for `out` completes the replacement or removes what is left.
 
     Raises:
         UsageError: `check_output_folder` refuses `out`, or the disk is full.
     """
-    check_output_folder(out, overwrite)
-    out = out.absolute()
-    temporary = out.parent / f".{out.name}.partial-{os.getpid()}"
+    from filelock import FileLock
+
+    check_output_folder(out, overwrite, option)
+    folder = real_path(out)
+    with readable_disk_errors(out, option):
+        prefix = _inside(folder) if folder.is_dir() else _beside(folder)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent))
+        try:
+            with FileLock(staging / "in-use"):
+                new = staging / "new"
+                new.mkdir()
+                yield new
+                _permissions_as_the_umask_says(new)
+                _check_folder(out, overwrite, option)  # another process may have written it in the meantime
+                if folder.exists():
+                    _replace_content(folder, staging)
+                else:
+                    new.rename(folder)
+        finally:
+            if not _unfinished(staging):
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _inside(folder: Path) -> Path:
+    """The beginning of the path of a temporary folder inside `folder`."""
+    return folder / f"{_HIDDEN}partial-"
+
+
+def _beside(folder: Path) -> Path:
+    """The beginning of the path of a temporary folder beside `folder`."""
+    return folder.parent / f".{_short(folder.name)}.partial-"
+
+
+def content(folder: Path) -> list[Path]:
+    """The entries of a folder, except temporary ones and those of the system. The record of the result is last."""
+    entries = [p for p in folder.iterdir() if not p.name.startswith(_HIDDEN) and p.name not in _NOT_CONTENT]
+    return sorted(entries, key=lambda path: (path.name in _RECORDS, path.name))
+
+
+def _replace_content(folder: Path, staging: Path) -> None:
+    """Replace the content of `folder` by that of `staging`/new.
+
+    The old content moves to `staging`/old, whose name becomes `replaced` when all of it is there. So the state of the
+    folder is known at any moment. The record is absent as long as the folder is incomplete.
+    """
+    (staging / "old").mkdir()
     try:
-        with readable_disk_errors(out):
-            temporary.mkdir(parents=True)
-            yield temporary
-            check_output_folder(out, overwrite)  # another process may have written it in the meantime
-            if out.exists():
-                old = out.parent / f".{out.name}.old-{os.getpid()}"
-                out.rename(old)
-                temporary.rename(out)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for entry in reversed(content(folder)):
+            entry.rename(staging / "old" / entry.name)
+        (staging / "old").rename(staging / "replaced")
+        _move_content(staging / "new", folder)
+    except BaseException:
+        _finish(staging, folder)
+        raise
+
+
+def _move_content(source: Path, target: Path) -> None:
+    for entry in content(source):
+        entry.rename(target / entry.name)
+
+
+def _unfinished(staging: Path) -> bool:
+    """Whether a replacement was begun and neither completed nor undone."""
+    return any(
+        (staging / marker).is_dir() and content(staging / source)
+        for marker, source in (("old", "old"), ("replaced", "new"))
+    )
+
+
+def _finish(staging: Path, folder: Path) -> None:
+    """Undo a replacement whose old content has not moved completely; complete any other."""
+    if (staging / "old").is_dir():
+        _move_content(staging / "old", folder)
+    elif (staging / "replaced").is_dir():
+        _move_content(staging / "new", folder)
+
+
+def _recover(folder: Path, out: Path, option: str) -> None:
+    """Complete or remove what killed processes left of `folder`.
+
+    Raises:
+        UsageError: a process that runs writes into it.
+    """
+    from filelock import FileLock, Timeout
+
+    found: list[Path] = []
+    for prefix in (_inside(folder), _beside(folder)):
+        with contextlib.suppress(OSError):  # the folder does not exist, or may not be listed
+            found += [path for path in prefix.parent.iterdir() if path.name.startswith(prefix.name)]
+    for staging in found:
+        if not (staging / "in-use").is_file():
+            continue
+        try:
+            with FileLock(staging / "in-use", timeout=0):
+                _finish(staging, folder)
+                shutil.rmtree(staging, ignore_errors=True)
+        except Timeout as error:
+            raise UsageError(f"another process writes {out}: wait for it, or change {option}") from error
+
+
+def _permissions_as_the_umask_says(new: Path) -> None:
+    """Give the files of a new folder the permissions that ordinary files get. Some libraries write private ones."""
+    mode = new.stat().st_mode & 0o666
+    for path in new.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -136,7 +349,7 @@ def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
             or any(f"os error {number}" in str(error) for number in FULL)
         ):
             raise UsageError(f"the disk is full while writing {out}: free some space, or change {option}") from error
-        if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        if isinstance(error, OSError) and error.errno in _REFUSED:
             raise UsageError(f"cannot write {out} ({error.strerror}): change {option}") from error
         raise
 
@@ -156,26 +369,36 @@ def sha256_of_file(path: Path) -> str:
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. The file written there replaces `path` at the end of the `with` block.
 
-    After a failure the temporary file is removed and a previous `path` is unchanged.
+    A file that exists keeps its permissions. After a failure the temporary file is removed and a previous `path` is
+    unchanged.
     """
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary = path.with_name(f".{_short(path.name)}.partial-{os.getpid()}")
     try:
         yield temporary
+        if path.is_file():
+            shutil.copymode(path, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: `path` is either complete or as it was before.
 
-    If `path` is a link, the file it points to is replaced. A device or a pipe is written to directly.
+    If `path` is a link, the file it points to is replaced. A device or a pipe is written to directly, and so is a file
+    that cannot be replaced: a mount point, or a file in a read-only folder.
     """
+    target = real_path(path)
     if _is_special(path):
-        path.write_bytes(content)
+        path.write_bytes(data)
         return
-    with replaced(path.resolve()) as temporary:
-        temporary.write_bytes(content)
+    try:
+        with replaced(target) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        if error.errno in FULL or not target.is_file() or not os.access(target, os.W_OK):
+            raise
+        target.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -184,12 +407,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON as `write_text` does.
+    """Write JSON as `write_text` does. A file name that is not valid Unicode is written with JSON's escapes.
 
     Raises:
         ValueError: a figure is not finite. Nothing is written.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def schema_record(value: DataclassInstance) -> dict[str, Any]:

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lockkit.errors import DistillationError, LockkitError
+from lockkit.errors import DistillationError, LockkitError, UsageError, first_line
+from lockkit.settings import shown
 
 # Workers wait while another one trains its last layers. A worker that dies is detected at once, not by this timeout.
 TIMEOUT = datetime.timedelta(hours=24)
-_TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+START_TIMEOUT = datetime.timedelta(minutes=10)  # for all workers to start
+# What torchrun sets for each worker.
+_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Workers:
@@ -37,9 +40,25 @@ class Workers:
 
     @classmethod
     def from_environment(cls) -> Workers:
-        """The workers that torchrun started; a single worker without torchrun."""
-        count, rank, local_rank = (int(os.environ.get(n, d)) for n, d in _TORCHRUN)
-        return cls(count, rank, local_rank) if "RANK" in os.environ else cls()
+        """The workers that torchrun started; a single worker without torchrun, or if WORLD_SIZE is 1.
+
+        Raises:
+            UsageError: the variables that torchrun sets are incomplete, or their values contradict each other.
+        """
+        given = {name: value for name in _TORCHRUN if (value := os.environ.get(name, "").strip())}
+        remedy = f"start lockkit with torchrun, or unset {', '.join(given)}"
+        if given.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        if missing := [name for name in _TORCHRUN if name not in given]:
+            raise UsageError(f"WORLD_SIZE={given['WORLD_SIZE']} is set, but not {', '.join(missing)}: {remedy}")
+        try:
+            count, rank, local_rank, port = (int(given[name]) for name in _TORCHRUN if name != "MASTER_ADDR")
+        except ValueError:
+            count = rank = local_rank = port = -1
+        if not 0 <= local_rank <= rank < count or not 0 <= port < 2**16:
+            values = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
+            raise UsageError(f"the variables of torchrun contradict each other ({values}): {remedy}")
+        return cls(count, rank, local_rank)
 
     @property
     def first(self) -> bool:
@@ -47,10 +66,22 @@ class Workers:
         return self.rank == 0
 
     def join(self, device: str) -> None:
-        """Connect to the other workers, with gloo between CPUs and NCCL between GPUs."""
+        """Connect to the other workers, with gloo between CPUs and NCCL between GPUs.
+
+        Raises:
+            UsageError: they cannot be reached.
+        """
         if self.count > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            try:
+                store, rank, count = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+                store.set_timeout(TIMEOUT)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+            except (RuntimeError, ValueError) as error:
+                raise UsageError(
+                    f"cannot connect to the other workers at {os.environ.get('MASTER_ADDR')}:"
+                    f"{os.environ.get('MASTER_PORT')} ({first_line(error)}): start all of them with torchrun"
+                ) from error
 
     def leave(self) -> None:
         """Disconnect from the other workers."""

@@ -73,6 +73,18 @@ def test_bad_use_names_the_option(models, exports, tmp_path):  # noqa: F811
         bench(export, config=BenchConfig(runtimes=[Runtime.onnxruntime], prompt_lengths=[250], new_tokens=10))
 
 
+def test_a_model_and_a_shape_given_twice_are_measured_once(models, exports, tmp_path):  # noqa: F811
+    export = tmp_path / "export"
+    shutil.copytree(exports("llama", True), export)
+    size = sum((export / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
+    (export / "old.onnx").write_bytes(b"mine" * 1000)  # not in the manifest
+    other = str(exports("llama", False))
+    settings = {"runtimes": [Runtime.onnxruntime] * 2, "batch_sizes": [1, 1], "prompt_lengths": [8, 8], "rounds": 1}
+    result = bench(export, [other, f"{other}/"], BenchConfig(new_tokens=2, threads=1, **settings))
+    assert [found.model for found in result.measurements] == ["export", "llama"]
+    assert len(result.ratios) == 1 and result.models[0].size_bytes == size
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_work_is_on_the_gpu(models, tmp_path):  # noqa: F811
     from lockkit.export import ExportConfig, ExportSession, export_model

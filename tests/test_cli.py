@@ -19,7 +19,7 @@ from lockkit.cli.console import TerminalProgress, console
 from lockkit.environment import describe_environment
 from lockkit.errors import UsageError
 from lockkit.export.manifest import Manifest
-from lockkit.files import LOCK_RECORD, check_output_file, new_folder, write_json, write_text
+from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, check_output_file, new_folder, write_json, write_text
 from lockkit.lock.plan import plan_model
 from lockkit.models.families import FAMILIES, decoder_layers
 from lockkit.models.load import DEMO, load_model
@@ -81,6 +81,9 @@ def test_importing_lockkit_loads_no_library():
         (["lock"], "MODEL"),
         (["lokc"], "lokc"),
         (["env", "--x"], "--x"),
+        (["lock", "demo", "x", "--depth", "1.5"], "'--depth': must be a whole number"),
+        (["lock", "demo", "x", "--overwrite=yes"], "`lockkit lock --help`"),
+        (["plan", "demo", "--depth"], "`lockkit plan --help`"),
     ],
 )
 def test_bad_use_is_one_line_that_points_to_the_help(cli, arguments, named):
@@ -121,10 +124,11 @@ def test_plan_reads_no_weights(cli, tmp_path):
     assert "3.4x" in done.out and max(len(line) for line in done.out.splitlines()) <= 80
 
 
-def test_plan_refuses_a_depth_beyond_the_width(cli):
-    done = cli("plan", "demo", "--depth", 769)
-    assert (done.code, len(done.err.splitlines())) == (2, 1)
-    assert "--depth 769" in done.err
+@pytest.mark.parametrize("depth", [0, 1, 769])
+def test_plan_refuses_a_depth_that_lock_refuses(cli, tmp_path, depth):
+    plan, lock = cli("plan", "demo", "--depth", depth), cli("lock", "demo", tmp_path / "out", "--depth", depth)
+    assert (plan.code, plan.err.count("\n")) == (2, 1)
+    assert plan.err == lock.err and f"{depth}" in plan.err
 
 
 def test_env_sees_wheels_that_shadow_each_other(tmp_path):
@@ -181,6 +185,28 @@ def test_an_output_folder_must_be_ours_to_replace(tmp_path):
     for out in (file, link, Path(tmp_path)):
         with pytest.raises(UsageError, match="change OUT"), new_folder(out, overwrite=True):
             pytest.fail("the block must not run")
+
+
+def test_a_damaged_description_of_the_chains_is_named(cli, locks, tmp_path):
+    broken = tmp_path / "locked"
+    shutil.copytree(locks("llama"), broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"dlr": config["dlr"] | {"depth": "many"}}))
+    for command in (("export", broken, tmp_path / "out"), ("generate", broken)):
+        done = cli(*command)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert "config.json" in done.err and "tokenizer" not in done.err and done.err.count("change MODEL") == 1
+
+
+def test_an_export_without_its_manifest_is_one_plain_line(cli, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(DEMO / name, tmp_path)
+    (tmp_path / "model.onnx").touch()
+    for command, option in (("verify", "EXPORT"), ("serve", "EXPORT"), ("generate", "MODEL"), ("bench", "EXPORT")):
+        done = cli(command, tmp_path)
+        assert done.code == 2 and done.err.endswith(
+            f"{tmp_path} has no {EXPORT_MANIFEST}, so it is not an export of lockkit: change {option}\n"
+        )
 
 
 def test_a_model_is_never_replaced_by_its_own_export(cli, locks):

@@ -406,8 +406,12 @@ def test_a_token_beyond_the_embeddings_is_named(tmp_path, originals):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("depht: 8", "'depht' in --config"),
-        ("depth: many", "--depth"),
+        ("depht: 8", r"unknown setting 'depht' in .*recipe.yaml: did you mean depth\?"),
+        ("depth: many", r"--depth: must be a whole number, not 'many' in .*recipe.yaml"),
+        ("depth: yes", "--depth: must be a whole number, not True"),
+        ("gain: on", "--gain: must be a number, not True"),
+        ("data: 5", "--data: must be text, not 5"),
+        ("block-tokens: 64\nblock_tokens: 32", "twice"),
         ("depth: [", "not valid YAML"),
         ("- depth", "must be a list of `setting: value` lines"),
         ("tokens: -1", "--tokens"),
@@ -532,7 +536,7 @@ def test_ctrl_c_leaves_no_files(originals, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 2
-    assert "interrupted: nothing half-written is left" in rest and "Traceback" not in rest
+    assert rest.endswith("interrupted: nothing half-written is left\n") and "Traceback" not in rest  # nothing to resume
     assert list(tmp_path.iterdir()) == []
 
 

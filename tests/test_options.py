@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args, get_type_hints
 
 import pytest
 import typer
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
@@ -20,7 +20,7 @@ from lockkit.cli.app import COMMANDS, make_app
 from lockkit.cli.options import Given, config_class_of, typer_command
 from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
-from lockkit.settings import option_of, validated
+from lockkit.settings import option_of, plain_words, validated
 
 
 class Colour(StrEnum):
@@ -150,3 +150,46 @@ def test_help_answers_without_the_heavy_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_a_truth_value_is_no_number():
+    """YAML reads `yes`, `on` and `true` as True, which pydantic takes for 1."""
+    for wrong, option in (
+        ({"max_steps": True}, "--max-steps"),
+        ({"rates": [0.5, True]}, "--rate"),
+        ({"size": True}, "--size"),
+    ):
+        with pytest.raises(UsageError, match=f"^{option}: must be .*, not "):
+            validated(Toy, wrong)
+    assert validated(Toy, {"careful": True}).careful
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"max_steps": 0}, "--max-steps: must be at least 1, not 0"),
+        ({"max_steps": 1.5}, "--max-steps: must be a whole number, not 1.5"),
+        ({"rates": [0.5, 0]}, "--rate: must be more than 0, not 0"),
+        ({"rates": ["x"]}, "--rate: must be a number, not 'x'"),
+        ({"rates": []}, "--rate: must have at least 1 value, not []"),
+        ({"rates": 3}, "--rate: must be a list, not 3"),
+        ({"mode": "off"}, "--mode: must be 'slow' or 'fast', not 'off'"),
+        ({"careful": "maybe"}, "--careful: must be true or false, not 'maybe'"),
+        ({"folder": 3}, "--folder: must be a path, not 3"),
+        ({"max_step": 3}, "unknown setting 'max_step' in the configuration: did you mean max_steps?"),
+        ({"zzz": 3}, "unknown setting 'zzz' in the configuration"),
+    ],
+)
+def test_errors_are_in_plain_words(values, expected):
+    with pytest.raises(UsageError) as error:
+        validated(Toy, values)
+    assert str(error.value) == expected
+
+
+def test_a_value_of_several_types_gets_one_message():
+    class Either(BaseModel):
+        stop: int | list[str] | None = None
+
+    with pytest.raises(ValidationError) as error:
+        Either(stop={})
+    assert plain_words(error.value.errors()) == "must be a whole number or a list"

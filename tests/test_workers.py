@@ -11,8 +11,11 @@ import pytest
 from conftest import QUICK
 from tiny import save_tiny
 
+from lockkit.errors import UsageError
 from lockkit.files import LOCK_RECORD, read_json
+from lockkit.workers import Workers
 
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
 
 
@@ -90,6 +93,50 @@ def test_a_worker_that_fails_stops_all_and_keeps_finished_layers(original, tmp_p
     assert (tmp_path / ".out.lockkit-work" / "layer-0000.safetensors").is_file()
     done = lock(2, original, tmp_path / "out")
     assert done.returncode == 0 and "layer 0" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"WORLD_SIZE": "1"}, None),
+        ({"WORLD_SIZE": "1", "RANK": "3", "LOCAL_RANK": "x"}, None),  # left over: nothing else can be meant
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, None),
+        ({"WORLD_SIZE": ""}, None),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set, but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "not MASTER_ADDR, MASTER_PORT"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        (TORCHRUN | {"RANK": "2"}, "contradict"),
+        (TORCHRUN | {"RANK": "-1"}, "contradict"),
+        (TORCHRUN | {"LOCAL_RANK": "1"}, "contradict"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+    ],
+)
+def test_variables_of_torchrun_that_were_left_in_the_environment(monkeypatch, variables, expected):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if expected is None:
+        workers = Workers.from_environment()
+        assert (workers.count, workers.rank, workers.local_rank) == (1, 0, 0)
+        return
+    with pytest.raises(UsageError, match=expected) as error:
+        Workers.from_environment()
+    assert "start lockkit with torchrun, or unset WORLD_SIZE" in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_that_never_start_are_one_plain_line(rank):
+    """For example, because the variables of another job were left in the environment."""
+    code = (
+        "import datetime\nfrom lockkit import workers\nworkers.START_TIMEOUT = datetime.timedelta(seconds=1)\n"
+        "from lockkit.errors import UsageError\ntry:\n    workers.Workers.from_environment().join('cpu')\n"
+        "except UsageError as error:\n    print(error)"
+    )
+    environment = os.environ | TORCHRUN | {"RANK": str(rank)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert "cannot connect to the other workers at 127.0.0.1:29511" in done.stdout, done.stderr
+    assert done.stdout.count("\n") == 1
 
 
 RECIPE = "sys.argv += ['--config', 'RECIPE']"

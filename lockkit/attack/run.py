@@ -47,7 +47,7 @@ from lockkit.attack.sweep import Sweep
 from lockkit.attack.target import NOT_FINITE, Target, reference_target, run_name
 from lockkit.attack.unlocking import control, unlock
 from lockkit.errors import UsageError
-from lockkit.files import readable_disk_errors, write_json
+from lockkit.files import check_results_folder, content, readable_disk_errors, write_json
 from lockkit.progress import NoProgress, Progress
 
 SUMMARY = "summary.json"
@@ -80,16 +80,19 @@ def run_audit(
     chosen = [attack_class(name) for name in attacks] if attacks else _of_suite(config)
     chosen.sort(key=lambda attack: attack.name != BASELINE)  # first, because others depend on its best learning rate
     check_controls(controls or [])
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / ROWS).is_file())):
+    check_results_folder(out, "--out")
+    if out.exists() and content(out) and not (out / ROWS).is_file():
         raise UsageError(f"{out} exists and is not an audit that can be resumed: change --out")
     bench = Bench(locked, original, config)
-    with readable_disk_errors(out):
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot make the folder {out} ({error.strerror}): change --out") from error
+    with readable_disk_errors(out, "--out"):
+        out.mkdir(parents=True, exist_ok=True)
         audit = Audit(bench, out, controls or [], progress or NoProgress())
-        audit.run(chosen)
+        try:
+            audit.run(chosen)
+        except BaseException as error:
+            if not isinstance(error, Exception) and (out / ROWS).is_file():  # Ctrl-C or SIGTERM
+                error.add_note(f"finished runs are kept in {out}: run the same command again to resume")
+            raise
         summary = finite(summarise(bench, list(audit.rows.used.values()), chosen, audit.sweeps))
         write_json(out / SUMMARY, summary)
     return summary

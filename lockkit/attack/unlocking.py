@@ -91,7 +91,7 @@ def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Pat
                 "cost": made.cost.record(),
                 "notes": made.notes,
             }
-            with new_folder(folder) as temporary:
+            with new_folder(folder, option="--out") as temporary:
                 with no_progress_bars():
                     made.model.save_pretrained(temporary)
                 copy_tokenizer(bench.folders["original"], temporary)

@@ -127,7 +127,8 @@ class _Running:
 
     def time(self, shape: Shape) -> Timing:
         """Run one prompt and its continuation."""
-        self.pipe.send(shape)
+        with contextlib.suppress(BrokenPipeError):  # the process has died, which `receive` reports
+            self.pipe.send(shape)
         timing = self.receive()
         assert isinstance(timing, Timing)
         return timing
@@ -160,7 +161,11 @@ def bench(
     targets = _targets(export, against or [], config)
     if config.kernel and not has_kernel_form(export / MODEL_FILE):
         raise UsageError(f"{export} has no chains that the kernel computes: do without --kernel, or export again")
-    shapes = [(batch, length) for batch in config.batch_sizes for length in config.prompt_lengths]
+    shapes = [
+        (batch, length)
+        for batch in dict.fromkeys(config.batch_sizes)
+        for length in dict.fromkeys(config.prompt_lengths)
+    ]
     with contextlib.ExitStack() as stack:
         models = [
             stack.enter_context(_running(target, config, kernel if target.is_export else None)) for target in targets
@@ -178,8 +183,6 @@ def bench(
 
 
 def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Target]:
-    if not (export / EXPORT_MANIFEST).is_file():
-        raise UsageError(f"{export} is not an export that lockkit wrote: change EXPORT")
     from lockkit.export.manifest import check_manifest
     from lockkit.models.load import resolve_model
 
@@ -187,19 +190,22 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
     runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime is not Runtime.pytorch]
     if not runtimes:
         raise UsageError("an export runs in onnxruntime or onnxruntime-genai: change --runtime")
-    targets = [_Target(export, export.name, runtime, True) for runtime in runtimes]
-    for other in against:
-        folder = Path(other)
+    targets = [_Target(export, _name(export), runtime, True) for runtime in runtimes]
+    for folder, other in {Path(other): other for other in against}.items():
         if (folder / MODEL_FILE).is_file():
             known = [
                 runtime
                 for runtime in runtimes
                 if runtime is not Runtime.genai or (folder / "genai_config.json").is_file()
             ]
-            targets += [_Target(folder, folder.name, runtime, False) for runtime in known or [Runtime.onnxruntime]]
+            targets += [_Target(folder, _name(folder), runtime, False) for runtime in known or [Runtime.onnxruntime]]
         else:
-            targets.append(_Target(resolve_model(other), folder.name, Runtime.pytorch, False))
+            targets.append(_Target(resolve_model(other), _name(folder), Runtime.pytorch, False))
     return targets
+
+
+def _name(folder: Path) -> str:
+    return folder.name or folder.resolve().name
 
 
 @contextlib.contextmanager
@@ -284,8 +290,9 @@ def _measurement(model: _Running, shape: Shape) -> Measurement:
 def _loaded(model: _Running) -> Loaded:
     folder = model.target.folder
     manifest = folder / EXPORT_MANIFEST
-    record = json.loads(manifest.read_text()) if manifest.is_file() else {}
-    graph = [path for path in folder.iterdir() if "onnx" in path.name]
+    record = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    files = [folder / name for name in record["files"]] if record else folder.iterdir()
+    graph = [path for path in files if "onnx" in path.name]
     weights = weight_files(folder) if model.target.runtime == Runtime.pytorch else graph
     return Loaded(
         model=model.target.name,

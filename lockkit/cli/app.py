@@ -12,10 +12,12 @@ import sys
 from typing import Annotated, NoReturn
 
 import typer
+from pydantic import ValidationError
 from typer.exceptions import TyperException
 
 from lockkit.cli.attack import attack
 from lockkit.cli.bench import bench
+from lockkit.cli.console import lost_output, tolerant_output
 from lockkit.cli.env import env
 from lockkit.cli.export import export
 from lockkit.cli.generate import generate
@@ -27,6 +29,7 @@ from lockkit.cli.report import report
 from lockkit.cli.serve import serve
 from lockkit.cli.verify import verify
 from lockkit.errors import GateFailed, LockkitError
+from lockkit.settings import plain_words
 
 # All commands, in the order in which `lockkit --help` lists them. A command has the name of its function.
 COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, env)
@@ -96,17 +99,27 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 def main() -> None:
-    """Run the program. Only this function turns errors into exit codes."""
+    """Run the program. Only this module turns errors into exit codes."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    with tolerant_output():
+        code = _run()
+        lost = lost_output()
+        if lost is not None and not isinstance(lost, BrokenPipeError):  # whoever closes a pipe has read enough
+            _fail(f"cannot print to standard output ({lost.strerror}): redirect it elsewhere", 2)
+        sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command. Returns its exit code, or exits with an error."""
     try:
         code = make_app()(standalone_mode=False)
     except GateFailed as error:
         _fail(str(error), 1)
     except LockkitError as error:
-        _fail("; ".join([str(error), *getattr(error, "__notes__", [])]), 2)
+        _fail(_with_notes(str(error), error), 2)
     except _Interrupted as error:
-        _fail(f"{error}: nothing half-written is left; run the same command again to resume", 2)
+        _fail(_with_notes(f"{error}: nothing half-written is left", error), 2)
     except TyperException as error:  # an unknown option, a value of the wrong type, ...
         _bad_use(error)
     except Exception as error:
@@ -117,7 +130,12 @@ def main() -> None:
             _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more memory", 2)
         reason = " ".join(str(error).split())[:300]
         _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
-    sys.exit(code or 0)
+    return code or 0
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """A message with what a command has added to its error, such as how to resume."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _bad_use(error: TyperException) -> NoReturn:
@@ -126,8 +144,13 @@ def _bad_use(error: TyperException) -> NoReturn:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
     context = getattr(error, "ctx", None)
-    program = context.command_path if context else "lockkit"
-    _fail(f"{error.format_message().rstrip('.')} (see `{program} --help`)", 2)
+    # Some errors do not know their command, but then the command's name was right.
+    command = next((f" {name}" for name in sys.argv if name in {command.__name__ for command in COMMANDS}), "")
+    program = context.command_path if context else f"lockkit{command}"
+    message = error.format_message().rstrip(".")
+    if isinstance(error.__cause__, ValidationError):
+        message = message.replace(getattr(error, "message", message), plain_words(error.__cause__.errors()))
+    _fail(f"{message} (see `{program} --help`)", 2)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -135,5 +158,6 @@ def _fail(message: str, code: int) -> NoReturn:
         import traceback
 
         traceback.print_exc()
-    print(f"lockkit: {message}", file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)  # in a file's name
+    print(f"lockkit: {line}", file=sys.stderr)
     sys.exit(code)

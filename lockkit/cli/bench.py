@@ -66,12 +66,12 @@ def bench(
         if json is not None:
             with readable_disk_errors(json, "--json"):
                 write_json(json, result.model_dump(mode="json", by_alias=True))
+        if plot is not None:
+            from lockkit.bench.plot import plot as draw
+
+            draw(result, plot)
     finally:
         _show(result)
-    if plot is not None:
-        from lockkit.bench.plot import plot as draw
-
-        draw(result, plot)
 
 
 def _check_plot(path: Path, against: list[str] | None) -> None:

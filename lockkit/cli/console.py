@@ -1,10 +1,18 @@
-"""The terminal: the two consoles of all commands, and progress bars.
+"""The terminal: the two consoles of all commands, progress bars, and output that never stops a command.
 
 Text from a user or an exception may contain brackets and colons (`lockkit[attack]`, `my[bold]corpus.txt`). So the
 consoles interpret neither markup nor emoji codes; styled text is a `rich.text.Text`.
 """
 
 from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 import rich.progress
 from rich.console import Console
@@ -14,6 +22,79 @@ from lockkit.progress import Progress
 
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+
+# Characters of lockkit's own texts, for terminals that do not have them. All others become a question mark.
+_PLAIN = {"≤": "<=", "≥": ">=", "–": "-", "…": "..."}
+_PLAIN_ERRORS = "lockkit-plain"
+
+
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error(_PLAIN_ERRORS, _in_plain_characters)
+
+
+class _TolerantStream:
+    """Standard output or error. What it cannot write is lost: the first error is kept, and nothing is raised.
+
+    Attributes:
+        error: why text was lost; None so far.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.error: OSError | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_PLAIN_ERRORS)
+
+    def write(self, text: str) -> int:
+        with self._tolerant():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._tolerant():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            # Otherwise Python writes what is in its buffer once more at the end, and fails again.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            with contextlib.suppress(OSError):
+                os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def tolerant_output() -> Iterator[None]:
+    """Inside the `with` block, printing raises no error: neither for a character that the terminal's encoding lacks, nor
+    for a closed pipe or a full disk. See `lost_output`.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, stream and _TolerantStream(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def lost_output() -> OSError | None:
+    """Why standard output could not be written; None if everything was written. Only inside `tolerant_output`."""
+    if not isinstance(sys.stdout, _TolerantStream):
+        return None
+    sys.stdout.flush()
+    return sys.stdout.error
 
 
 class TerminalProgress(Progress):

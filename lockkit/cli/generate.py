@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockkit.cli.console import console
+from lockkit.cli.console import console, lost_output
+from lockkit.errors import UsageError
 from lockkit.generate import GenerateConfig, Generation, TextModel, first_difference, open_model
 from lockkit.generate import generate as generate_text
 from lockkit.text import decoded
@@ -38,7 +40,7 @@ def generate(
         lockkit generate demo locked-onnx --prompt "import os"
         lockkit generate locked-onnx --prompt - --temperature 0.8 < prompt.txt
     """
-    text = _standard_input() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else _argument(prompt)
     first = open_model(model, config.provider, "MODEL")
     if second is None:
         generate_text(first, text, config, _stream)
@@ -54,8 +56,18 @@ def _standard_input() -> str:
     return decoded(sys.stdin.buffer.read(), "standard input", "--prompt")
 
 
+def _argument(text: str) -> str:
+    """The text of an argument. Where Python takes arguments for ASCII, it is read as UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any("\ud800" <= letter <= "\udfff" for letter in text) else text
+    except UnicodeError as error:
+        raise UsageError("the prompt is not valid UTF-8: change --prompt") from error
+
+
 def _stream(text: str) -> None:
     print(text, end="", flush=True)
+    if lost_output() is not None:  # nobody reads the rest
+        raise typer.Exit
 
 
 def _side_by_side(model: TextModel, other: TextModel, first: Generation, second: Generation) -> Table:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lockkit.errors import UsageError
-from lockkit.files import EXPORT_MANIFEST, read_json, sha256_of_file, write_json
-from lockkit.settings import shown
+from lockkit.files import EXPORT_MANIFEST, check_name, read_json, sha256_of_file, write_json
+from lockkit.settings import plain_words, shown
 
 if TYPE_CHECKING:
     import onnx
@@ -106,6 +106,7 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
     Raises:
         UsageError: there is no manifest, or it is not valid.
     """
+    check_name(folder, option)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}: change {option}")
     path = folder / EXPORT_MANIFEST
@@ -125,7 +126,7 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "[key]")
         raise UsageError(
-            f"{path} is broken at {shown(where)} ({first['msg']}): export again, or change {option}"
+            f"{path} is broken at {shown(where)} ({plain_words([first])}): export again, or change {option}"
         ) from error
 
 
@@ -157,6 +158,12 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
             raise UsageError(f"{path} is not the file that was exported (SHA-256): export again, or change {option}")
     _require_everything_listed(folder, manifest, option)
     return manifest
+
+
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """The names of the files in an export that its manifest does not list. Nothing reads them."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    return [name for name in names if name != EXPORT_MANIFEST and name not in manifest.files]
 
 
 def _require_everything_listed(folder: Path, manifest: Manifest, option: str) -> None:

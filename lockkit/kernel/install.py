@@ -15,7 +15,14 @@ from lockkit.errors import UsageError
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.manifest import FileRecord, check_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import EXPORT_MANIFEST, read_json, readable_disk_errors, sha256_of_file, write_json
+from lockkit.files import (
+    EXPORT_MANIFEST,
+    check_results_folder,
+    read_json,
+    readable_disk_errors,
+    sha256_of_file,
+    write_json,
+)
 from lockkit.kernel.build import build_kernel
 from lockkit.targets import Provider
 
@@ -47,6 +54,7 @@ def install_kernel(export: Path | str) -> Path:
             f"{folder} has no chains that the kernel computes (it needs a locked model, exported for the CPU "
             "in the form that this version writes): change EXPORT, or export again"
         )
+    check_results_folder(folder, "EXPORT")
     settings = read_json(folder / "genai_config.json", "EXPORT")
     settings["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
     kernel = build_kernel()

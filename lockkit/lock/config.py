@@ -112,7 +112,7 @@ class LockConfig(BaseModel):
     work: UserPath | None = Field(
         None,
         description="Folder for finished layers and activations, from which an interrupted run resumes. Default: a "
-        "hidden folder beside OUT, deleted at the end.",
+        "hidden folder beside OUT (inside OUT if that is a mount point), deleted at the end.",
     )
 
     @property
@@ -121,6 +121,15 @@ class LockConfig(BaseModel):
         import torch
 
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.compute_dtype]
+
+    def check_depth(self, width: int) -> None:
+        """Check that an MLP of `width` hidden units can be divided into `depth` blocks.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        if self.depth > width:
+            raise UsageError(f"--depth {self.depth} is larger than the MLP's width {width}: lower it")
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that the locked weights depend on: all but device, memory and work folder."""
@@ -135,9 +144,9 @@ def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:
     Raises:
         UsageError: the recipe cannot be read, or a setting is unknown or out of range; the message names the option.
     """
+    given = {name: value for name, value in overrides.items() if value is not None}
     values = _read_recipe(recipe) if recipe else {}
-    values.update({name: value for name, value in overrides.items() if value is not None})
-    return validated(LockConfig, values)
+    return validated(LockConfig, values | given, recipe, values.keys() - given.keys())
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -153,4 +162,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"{path} must be a list of `setting: value` lines: change --config")
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    named = {key.replace("-", "_"): value for key, value in values.items()}
+    if len(named) < len(values):
+        raise UsageError(f"{path} has a setting twice, once with - and once with _: change --config")
+    return named

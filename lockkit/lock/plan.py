@@ -17,11 +17,11 @@ from lockkit.dlr.cost import (
     mlp_saved_values,
 )
 from lockkit.dlr.net import block_ranks
-from lockkit.errors import UsageError
 from lockkit.files import schema_record
 from lockkit.lock.config import LockConfig
 from lockkit.models.families import decoder_layers, mlp_weights, require_unlocked
 from lockkit.models.load import load_config, resolve_model
+from lockkit.settings import validated
 
 SCHEMA = "lockkit-plan/1"
 DEPTHS = (8, 16, 32, 64, 96, 128)
@@ -88,8 +88,8 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     """Tabulate the costs of locking `model` at each of `depths`.
 
     Raises:
-        UsageError: there is no such model, its weights are not those of its configuration, or a depth is larger than
-            the MLP's width.
+        UsageError: there is no such model, its weights are not those of its configuration, or a lock cannot have one
+            of the depths.
         UnsupportedModelError: the model cannot be locked.
     """
     folder = resolve_model(model)
@@ -107,8 +107,7 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     parameters = sum(p.numel() for p in network.parameters())
     layer_parameters = sum(p.numel() for p in decoder_layers(network)[0].parameters())
     for depth in depths or []:
-        if not 1 <= depth <= width:
-            raise UsageError(f"--depth {depth} is not between 1 and the MLP's width {width}: change it")
+        validated(LockConfig, {"depth": depth}).check_depth(width)
     rows = []
     recipe = LockConfig()
 

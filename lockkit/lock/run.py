@@ -25,7 +25,7 @@ import torch
 
 from lockkit.devices import PeakMemory, choose_device
 from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
-from lockkit.errors import DistillationError, LockkitError, UsageError
+from lockkit.errors import DistillationError
 from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
@@ -118,15 +118,14 @@ class _Lock:
         import_model_class(self.family)
         self.device = choose_device(config.device, self.workers)
         self.memory = PeakMemory(self.device)
-        if config.depth > self.raw_config.intermediate_size:
-            raise UsageError(
-                f"--depth {config.depth} is larger than the MLP's width {self.raw_config.intermediate_size}: lower it"
-            )
+        config.check_depth(self.raw_config.intermediate_size)
         self.tokenizer = load_tokenizer(self.original)
         named = config.dtype
         self.dtype = stored_dtype(self.original, self.raw_config) if named == "auto" else getattr(torch, named)
         self.work = Work(work_folder(self.out, config.work), self.workers.first)
-        check_apart(self.work.folder, self.original)
+        check_apart(self.work.folder, self.original, option="--work")
+        if config.work:  # the default is apart from OUT, and it is deleted at the end
+            check_apart(self.work.folder, self.out, "OUT", "--work")
 
     def run(self) -> LockResult | None:
         """Open the work folder, lock, and close it again, whether or not the lock succeeded."""
@@ -142,7 +141,7 @@ class _Lock:
             result = self._lock()
             finished = True
             return result
-        except LockkitError as error:
+        except BaseException as error:  # also Ctrl-C
             if self.resumable and self.work.claimed and self.work.has_any_layer():
                 error.add_note(f"finished layers are kept in {self.work.folder}: run the same command again to resume")
             raise

@@ -27,14 +27,14 @@ from safetensors.torch import load_file, save_file
 
 from lockkit.dlr.net import DLRNet
 from lockkit.errors import UsageError
-from lockkit.files import readable_disk_errors, replaced, write_json
+from lockkit.files import content, readable_disk_errors, replaced, scratch_folder, write_json
 
 SCHEMA = "lockkit-work/1"
 
 
 def work_folder(out: Path, work: str | None) -> Path:
-    """The work folder of a lock that writes `out`: `work` if given, otherwise a hidden folder beside `out`."""
-    return Path(work) if work else out.absolute().parent / f".{out.absolute().name}.lockkit-work"
+    """The work folder of a lock that writes `out`: `work` if given, otherwise a hidden folder beside or inside `out`."""
+    return Path(work) if work else scratch_folder(out, "work")
 
 
 class Work:
@@ -69,7 +69,7 @@ class Work:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
                 raise UsageError(f"cannot create the folder {self.folder} ({error.strerror}): change --work") from error
-            if any(self.folder.iterdir()) and not (self.folder / "in-use").exists():
+            if content(self.folder) and not (self.folder / "in-use").exists():
                 raise UsageError(f"{self.folder} is not a work folder of lockkit: change --work")
             try:
                 self._in_use.acquire()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from lockkit.files import sha256_of_file
@@ -10,8 +11,11 @@ from lockkit.models.checkpoint import weight_files
 
 
 def public_name(name: str) -> str:
-    """A name without local folders: `demo`, a Hub id, or the last part of a local path."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    """A name without local folders: `demo`, a Hub id, or the last part of a local path. It is valid Unicode."""
+    public = Path(name).resolve().name if Path(name).exists() else name
+    return os.fsencode(public).decode(
+        "utf-8", "replace"
+    )  # in an ASCII locale, Python decodes file names in another way
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

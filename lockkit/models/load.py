@@ -54,6 +54,8 @@ def resolve_model(model: str, option: str = "MODEL") -> Path:
             raise UsageError(
                 f"{path} is an adapter, not a model: merge it into its model (merge_and_unload in peft), or change {option}"
             )
+        if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+            raise UsageError(f"{path} has no {EXPORT_MANIFEST}, so it is not an export of lockkit: change {option}")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} has no config.json, so it is not a model folder: change {option}")
         return path
@@ -166,11 +168,10 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
+    config = _tokenizer_config(folder)
     try:
         # Without trust_remote_code=False, transformers asks the user a question on a locked folder.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=_tokenizer_config(folder), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UsageError(f"{_tokenizer_problem(folder, error)}, or change {option}") from error
     # lockkit tokenizes whole documents and cuts them into blocks later: turn off the warning about their length.
