@@ -31,7 +31,7 @@ from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.session import MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST
-from lockkit.models.checkpoint import weight_files
+from lockkit.models.weight_files import weight_files
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import git_hash, versions
 

@@ -1,10 +1,8 @@
-"""The weights in a model folder: which files are read, what they hold, and whether that is the model of config.json.
+"""What the weight files of a folder hold, and whether that is the model of its config.json.
 
-There is one rule for the files, that of transformers' `from_pretrained(folder, use_safetensors=True)`:
-`model.safetensors`, or else all files that `model.safetensors.index.json` names. Everything that reads, hashes or
-checks weights uses it. What transformers ignores is ignored, and one line says so. A folder from which transformers
-would load something else besides (an adapter, pickles), or from which the order of files would choose a tensor, is
-refused.
+The names, sizes and dtypes of tensors are compared with the model before anything else is read. So loading a model as a
+whole and layer by layer refuse the same folders. As in transformers, tensors that the model does not have are ignored;
+one line says so. weight_files.py says which files are read.
 """
 
 from __future__ import annotations
@@ -21,17 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from lockkit.errors import UnsupportedModelError, UsageError, first_line
 from lockkit.files import read_json
+from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, ignored_files, listed, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-ADAPTER_FILE = "adapter_config.json"
-# transformers reads files of such names with PyTorch's distributed checkpoints, before all others.
-_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a file really is that is not safetensors, by its first bytes.
 _IMPOSTORS = {
@@ -41,96 +35,6 @@ _IMPOSTORS = {
     b"\x80": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
     b"GGUF": "is a GGUF file: use the model in safetensors that it was made from",
 }
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in the order in which transformers reads them. None is opened.
-
-    Raises:
-        UsageError: there are none, the index is broken, or transformers would read something else besides.
-    """
-    if (folder / ADAPTER_FILE).is_file():
-        raise UsageError(
-            f"{folder} has an adapter ({ADAPTER_FILE}), which transformers would add to the model: merge it "
-            "(merge_and_unload in peft) or move it to another folder, or change MODEL"
-        )
-    if any(_DISTRIBUTED.fullmatch(file.name) for file in folder.glob("shard-*")):
-        raise UsageError(f"{folder} has a distributed checkpoint: save the model in one process, or change MODEL")
-    _refuse_other_name(folder)
-    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    for file in (single, index):
-        if file.is_symlink() and not file.exists():
-            raise UsageError(f"{file} is a link to a file that does not exist: change MODEL")
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _shards(index)
-    others = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".safetensors" and file.is_file())
-    if others:
-        raise UsageError(
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}, and {_listed(others)} is not read under that name: "
-            "rename it, or change MODEL"
-        )
-    raise UsageError(f"{folder} has no safetensors (pickled weights are never loaded): change MODEL")
-
-
-def _refuse_other_name(folder: Path) -> None:
-    """Refuse a configuration that names the weight file itself."""
-    config = folder / "config.json"
-    named = read_json(config, "MODEL").get("transformers_weights") if config.is_file() else None
-    if named is not None:
-        raise UsageError(
-            f"{config} names its own weight file (transformers_weights): remove that entry and call the file "
-            f"{SINGLE_FILE}, or change MODEL"
-        )
-
-
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names.
-
-    Raises:
-        UsageError: the index is broken, or it names a file outside of its folder or one that is not safetensors.
-    """
-    content = read_json(index, "MODEL")
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
-        raise UsageError(f"{index} is broken (it must have weight_map and metadata): change MODEL")
-    names = set(weight_map.values())
-    for name in names:
-        if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise UsageError(f"{index} names '{name}', and only safetensors are loaded: change MODEL")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UsageError(f"{index} names '{name}', which is not a file in its folder: change MODEL")
-        if not (index.parent / name).is_file():
-            raise UsageError(f"{index} names '{name}', which does not exist: add it, or change MODEL")
-    return [index.parent / name for name in sorted(names)]
-
-
-def ignored_files(folder: Path) -> list[str]:
-    """Names of weight files in the folder that are not read: other safetensors, or an index beside a single file."""
-    read = weight_files(folder)
-    unused = [file for file in sorted(folder.glob("*.safetensors")) if file not in read]
-    if read == [folder / SINGLE_FILE] and (folder / INDEX_FILE).is_file():
-        unused.append(folder / INDEX_FILE)
-    return [file.name for file in unused]
-
-
-def _listed(names: list[str]) -> str:
-    """Up to three names, and the number of the others."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    """Log a line once in a process, because a command opens the same folder several times."""
-    log.warning("%s", line)
-
-
-# --- tensors -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,8 +133,8 @@ class Checkpoint:
         self.folder = folder
         tensors = stored_tensors(folder)
         if unused := ignored_files(folder):
-            read = _listed([file.name for file in weight_files(folder)])
-            _say_once(f"{folder}: the weights are read from {read}; ignored, as in transformers: {_listed(unused)}")
+            read = listed([file.name for file in weight_files(folder)])
+            _say_once(f"{folder}: the weights are read from {read}; ignored, as in transformers: {listed(unused)}")
         expected = model.state_dict()
         self.stored: dict[str, StoredTensor] = {}
         unexpected = []
@@ -252,7 +156,7 @@ class Checkpoint:
         # Old checkpoints have the rotary frequencies of each layer. The model computes them.
         if unexpected := [name for name in unexpected if "rotary_emb.inv_freq" not in name]:
             _say_once(
-                f"{folder}: ignored, as in transformers, because config.json has no such part: {_listed(unexpected)}"
+                f"{folder}: ignored, as in transformers, because config.json has no such part: {listed(unexpected)}"
             )
 
     def _require_layers(self, layers: int, names: list[str]) -> None:
@@ -326,3 +230,9 @@ def note_untied_head(model: PreTrainedModel, folder: Path) -> None:
             f"{folder}: the weights have a head (lm_head.weight) that differs from the embeddings, so "
             "tie_word_embeddings is taken as false"
         )
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Log a line once in a process, because a command opens the same folder several times."""
+    log.warning("%s", line)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lockkit.files import sha256_of_file
-from lockkit.models.checkpoint import weight_files
+from lockkit.models.weight_files import weight_files
 
 
 def public_name(name: str) -> str:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
-from lockkit.models.checkpoint import ADAPTER_FILE
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
 from lockkit.models.quiet import no_progress_bars
+from lockkit.models.weight_files import ADAPTER_FILE
 
 if TYPE_CHECKING:
     import torch
