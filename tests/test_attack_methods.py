@@ -345,7 +345,7 @@ def test_a_folder_that_cannot_be_made_is_refused(cli, originals, locks, tmp_path
     (tmp_path / "file").write_text("")
     outcome = cli("attack", locks("qwen3"), "--original", originals("qwen3"), "--out", tmp_path / "file" / "audit")
     assert outcome.code == 2
-    assert "cannot make the folder" in outcome.err
+    assert "file is a file" in outcome.err
     assert "change --out" in outcome.err
 
 

@@ -11,6 +11,7 @@ from test_export import exports, models  # noqa: F401 (fixtures)
 
 from lockkit.bench import BenchConfig, BenchResult, Runtime, bench
 from lockkit.errors import UsageError
+from lockkit.export.manifest import read_manifest, unlisted_files
 
 QUICK = ["--prompt-length", "20", "--new-tokens", "6", "--rounds", "2", "--threads", "1"]
 
@@ -78,6 +79,7 @@ def test_a_model_and_a_shape_given_twice_are_measured_once(models, exports, tmp_
     shutil.copytree(exports("llama", True), export)
     size = sum((export / name).stat().st_size for name in ("model.onnx", "model.onnx_data"))
     (export / "old.onnx").write_bytes(b"mine" * 1000)  # not in the manifest
+    assert unlisted_files(export, read_manifest(export)) == ["old.onnx"]
     other = str(exports("llama", False))
     settings = {"runtimes": [Runtime.onnxruntime] * 2, "batch_sizes": [1, 1], "prompt_lengths": [8, 8], "rounds": 1}
     result = bench(export, [other, f"{other}/"], BenchConfig(new_tokens=2, threads=1, **settings))

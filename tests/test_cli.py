@@ -202,8 +202,11 @@ def test_an_export_without_its_manifest_is_one_plain_line(cli, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(DEMO / name, tmp_path)
     (tmp_path / "model.onnx").touch()
-    for command, option in (("verify", "EXPORT"), ("serve", "EXPORT"), ("generate", "MODEL"), ("bench", "EXPORT")):
-        done = cli(command, tmp_path)
+    reference = ("--reference", "demo")
+    for command, option, *others in (
+        ("verify", "EXPORT", *reference), ("serve", "EXPORT"), ("generate", "MODEL"), ("bench", "EXPORT")
+    ):  # fmt: skip
+        done = cli(command, tmp_path, *others)
         assert done.code == 2 and done.err.endswith(
             f"{tmp_path} has no {EXPORT_MANIFEST}, so it is not an export of lockkit: change {option}\n"
         )

@@ -17,7 +17,7 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     config: ExportConfig,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote all of it.")] = False,
 ) -> None:
     """Write MODEL as an ONNX graph to OUT.
 

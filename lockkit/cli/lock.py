@@ -22,7 +22,7 @@ def lock(
     recipe: Annotated[
         Path | None, typer.Option("--config", help="YAML file with the same settings (a recipe). Options override it.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lockkit wrote all of it.")] = False,
 ) -> None:
     """Distil MODEL into its locked form and write it to OUT.
 
