@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from conftest import QUICK
+from rich.console import Console
 
 import lockkit
 from lockkit.bench.run import BenchResult, Loaded, Measurement, Ratio
 from lockkit.cli.bench import _show
-from lockkit.cli.console import TerminalProgress, console
+from lockkit.cli.console import TerminalProgress, console, duration
 from lockkit.environment import describe_environment
 from lockkit.errors import UsageError
 from lockkit.export.manifest import Manifest
@@ -264,6 +268,31 @@ def test_pictures_are_checked_before_the_work(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     done = cli(*against, tmp_path / "a.svg")
     assert done.code == 2 and "pip install 'lockkit[report]'" in done.err
+
+
+def test_a_long_task_writes_a_line_now_and_then_without_a_terminal(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr("lockkit.cli.console.errors", Console(file=written, markup=False, highlight=False))
+
+    def wait_for(pattern: str) -> None:
+        end = time.monotonic() + 20
+        while not re.search(pattern, written.getvalue(), re.M):
+            assert time.monotonic() < end, written.getvalue()
+            time.sleep(0.01)
+
+    with TerminalProgress(log_seconds=0.05) as progress:
+        progress.start("layer 3", 400)
+        progress.advance(100, "nmse 0.01")
+        wait_for(r"^layer 3: 100 of 400, \d s, about \d+ s left, nmse 0\.01$")
+        progress.finish("nmse 0.005")
+        wait_for(r"^layer 3: nmse 0\.005\nworking \.\.\.$")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_report_is_checked_before_the_work(cli, tmp_path):

@@ -11,12 +11,14 @@ import contextlib
 import io
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
 import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lockkit.progress import Progress
 
@@ -100,28 +102,43 @@ def lost_output() -> OSError | None:
 class TerminalProgress(Progress):
     """Progress on standard error: bars in a terminal, lines elsewhere. A context manager, which ends the bars.
 
+    Elsewhere than in a terminal, a line at the start and at the end of each task, and one every `log_seconds` in between.
+
+    Args:
+        log_seconds: longest time without a line.
+
     Attributes:
         bars: the display, with one bar per task.
     """
 
     _task: rich.progress.TaskID  # the current one
 
-    def __init__(self) -> None:
+    def __init__(self, log_seconds: float = 30) -> None:
         self.bars = rich.progress.Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
             console=errors,
             disable=not errors.is_terminal,
         )
+        self._log_seconds = log_seconds
+        self._stopped = threading.Event()
+        self._logged_at = time.monotonic()
+        self._log_thread = threading.Thread(target=self._log_regularly, daemon=True)
 
     def __enter__(self) -> TerminalProgress:
         self.bars.start()
+        if not errors.is_terminal:
+            self._log_thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        if self._log_thread.is_alive():
+            self._log_thread.join()
         self.bars.stop()
 
     def start(self, task: str, total: int) -> None:
@@ -143,3 +160,30 @@ class TerminalProgress(Progress):
     def _log(self, line: str) -> None:
         if not errors.is_terminal:
             errors.print(line, soft_wrap=True)
+            self._logged_at = time.monotonic()
+
+    def _log_regularly(self) -> None:
+        """Print a line about the current task whenever there was none for `log_seconds`."""
+        while not self._stopped.wait(max(0.01, self._logged_at + self._log_seconds - time.monotonic())):
+            if time.monotonic() - self._logged_at >= self._log_seconds:
+                task = self.bars.tasks[-1] if self.bars.tasks else None
+                self._log("working ..." if task is None or task.stop_time else _status(task))
+
+
+def _status(task: rich.progress.Task) -> str:
+    """The state of a task in one line: steps, time, time left, and its note."""
+    elapsed = task.elapsed or 0.0
+    done, total = int(task.completed), int(task.total or 0)
+    line = f"{task.description}: {done:,} of {total:,}, {duration(elapsed)}"
+    if done:
+        line += f", about {duration(elapsed / done * (total - done))} left"
+    return f"{line}, {task.fields['note']}" if task.fields["note"] else line
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter: `40 s`, `3 min 20 s`, `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
