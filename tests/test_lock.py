@@ -218,6 +218,22 @@ def test_phase_2_has_the_gradients_of_plain_autograd(originals, tmp_path):
             torch.testing.assert_close(other, one.grad, rtol=1e-3, atol=1e-4 * one.grad.abs().max().item())
 
 
+@pytest.mark.parametrize(("model_type", "warned"), [("qwen3", True), ("demo", False)])
+def test_text_that_the_model_cannot_read_is_warned_of(originals, tmp_path, model_type, warned):
+    class Lines(NoProgress):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    said: list[str] = []
+    model = "demo" if model_type == "demo" else str(originals(model_type))
+    config = quick(data="stdlib", tokens=256, end_to_end_tokens=0, validation_tokens=64)
+    lock_model(model, tmp_path / "out", config, progress=Lines())
+    warnings = [line for line in said if line.startswith("warning:")]
+    assert bool(warnings) == warned
+    if warned:  # the weights are random, so its guesses are, too
+        assert "stdlib, split 'evaluate' is " in warnings[0] and warnings[0].endswith("change --data")
+
+
 def test_fidelity_of_a_perfect_copy(originals):
     from lockkit.models.layered import StreamedModel
     from lockkit.models.load import load_config

@@ -25,7 +25,7 @@ import torch
 
 from lockkit.devices import PeakMemory, choose_device
 from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
-from lockkit.errors import DistillationError
+from lockkit.errors import DistillationError, UsageError
 from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
@@ -54,6 +54,9 @@ from lockkit.workers import Workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+# Above this share of the perplexity of a guess among all tokens, a model cannot read a text.
+ABSURD_PERPLEXITY_SHARE = 0.1
 
 FinalChains = Callable[[int], DLRNet]  # from the index of a layer to its chain
 
@@ -163,6 +166,7 @@ class _Lock:
         prediction = predicted_memory(self.stream, self.config, data)
         self.progress.say(_summary(self.raw_config, self.config, data))
         self.progress.say(prediction.line())
+        self._check_text(data)
         layers = distil_all_layers(
             self.stream, self.empty_chain, data, self.config, self.work, self.workers, self.progress
         )
@@ -192,6 +196,19 @@ class _Lock:
             save_description(folder, record, locked_model_card(record))
         self.workers.wait()
         return LockResult(self.out, record)
+
+    def _check_text(self, data: DistillationData) -> None:
+        """Refuse text on which the original is broken, and warn of text that it predicts hardly better than chance."""
+        meter = FidelityMeter.on("evaluation", self.stream, data, self.workers, self.progress)
+        perplexity, vocab_size = meter.original_perplexity(), self.stream.config.vocab_size
+        if not perplexity < float("inf"):
+            raise UsageError(f"the perplexity of {self.model} on {meter.text} is {perplexity}: change MODEL or --data")
+        if perplexity > ABSURD_PERPLEXITY_SHARE * vocab_size:
+            self.progress.say(
+                f"warning: the perplexity of {self.model} on {meter.text} is {perplexity:,.0f}, and that of a guess "
+                f"{vocab_size:,}: the model cannot read this text, so a lock distilled on it will be poor on others; "
+                "change --data"
+            )
 
     def _data(self) -> DistillationData:
         """The text. Text from the model itself is sampled once and kept in the work folder."""
@@ -241,7 +258,8 @@ class _Lock:
             A function from the index of a layer to its final chain, the fidelity after phase 1, and the result of
             phase 2 or None.
         """
-        after_phase_1 = FidelityMeter.on("evaluation", self.stream, data, self.workers).measure(self._phase_1_chain)
+        meter = FidelityMeter.on("evaluation", self.stream, data, self.workers, self.progress)
+        after_phase_1 = meter.measure(self._phase_1_chain)
         if self.config.end_to_end_tokens < self.config.end_to_end_batch_tokens:
             return self._phase_1_chain, after_phase_1, None
         in_memory = keeps_everything(self.stream, self.config)
@@ -272,7 +290,8 @@ class _Lock:
         chains = replace(self.chains, gains=tuple(layer.gain for layer in layers))
         save_locked_weights(self.stream, rounded, folder, chains, self.dtype)
         written = StreamedModel(folder, load_config(folder), self.family, self.device)
-        fidelity = FidelityMeter.on("evaluation", self.stream, data).measure_model(written)
+        meter = FidelityMeter.on("evaluation", self.stream, data, progress=self.progress)
+        fidelity = meter.measure_model(written)
         if not fidelity.kl_divergence < float("inf"):
             raise DistillationError(
                 f"the locked model's held-out KL divergence is {fidelity.kl_divergence}: lower --learning-rate or "
