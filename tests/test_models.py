@@ -291,10 +291,16 @@ def test_a_sentencepiece_tokenizer_is_read_or_the_missing_package_named(broken, 
     trained = io.BytesIO()
     sentences = (f"sentence number {number} of a text" for number in range(500))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences, model_writer=trained, vocab_size=300, model_type="bpe", byte_fallback=True
+        sentence_iterator=sentences,
+        model_writer=trained,
+        vocab_size=300,
+        minloglevel=2,
+        model_type="bpe",
+        byte_fallback=True,
     )
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer.model").write_bytes(trained.getvalue())
+    (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     tokenizer = load_tokenizer(broken)
     assert tokenizer.decode(tokenizer("number 7 ü")["input_ids"], skip_special_tokens=True) == "number 7 ü"
     (broken / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")

@@ -73,8 +73,8 @@ class AuditConfig(BaseModel):
         "budgets and searches over settings. Other options override single values of the suite.",
     )
     tasks: list[UserPath] = _of_suite(
-        "Task to fine-tune on: `signatures`, `docstrings`, a chat-format .jsonl file, or text (a file, a folder or a Hub "
-        "dataset; 10 % of its passages are used).",
+        "Task to fine-tune on: `signatures`, `docstrings`, a file of chat messages, or text (as for --data; 10 % of "
+        "its passages are used).",
         min_length=1,
     )
     steps: int = _of_suite("Steps of each fine-tuning run.", ge=8)
