@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 
 from lockkit.lock.sampling import draw, sample_rows
+from lockkit.models.families import FAMILIES
 from lockkit.progress import NoProgress
 
 
@@ -28,6 +29,21 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(monkeypatch, voc
     degrees = int(often.sum())
     assert abs(found[~often].sum() - expected[~often].sum()) <= 5 * expected[~often].sum().sqrt() + 5
     assert statistic <= degrees + 5 * (2 * degrees) ** 0.5 + 5
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_rows_are_as_likely_as_the_models_own_distribution_says(model_type):
+    """The rows' log-likelihood, in one pass without a cache, is that of a sample: minus the entropy, on average."""
+    model = tiny_model(model_type)
+    model.config.eos_token_id = None
+    rows = sample_rows(model, 24, 150, 3, NoProgress())
+    with torch.no_grad():
+        log_p = model(rows[:, :-1]).logits.double().log_softmax(-1)
+    surprise = -log_p.gather(-1, rows[:, 1:, None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    variance = (log_p.exp() * (log_p + entropy[..., None]).square()).sum()
+    assert abs((surprise - entropy).sum()) < 5 * variance.sqrt()
+    assert entropy.mean() < 8  # nats; the distribution of a guess among all tokens has 8.3
 
 
 def test_rows_begin_with_the_start_tokens_and_never_end_the_text():

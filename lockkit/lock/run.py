@@ -202,7 +202,9 @@ class _Lock:
         meter = FidelityMeter.on("evaluation", self.stream, data, self.workers, self.progress)
         perplexity, vocab_size = meter.original_perplexity(), self.stream.config.vocab_size
         if not perplexity < float("inf"):
-            raise UsageError(f"the perplexity of {self.model} on {meter.text} is {perplexity}: change MODEL or --data")
+            raise UsageError(
+                f"{self.model} computes values that are not finite on {meter.text}: change MODEL or --data"
+            )
         if perplexity > ABSURD_PERPLEXITY_SHARE * vocab_size:
             self.progress.say(
                 f"warning: the perplexity of {self.model} on {meter.text} is {perplexity:,.0f}, and that of a guess "
