@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
 from lockkit.models.load import load_model
 from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256
@@ -172,6 +173,8 @@ def _continued(model: PreTrainedModel, ids: torch.Tensor, block: int, ends: list
         output = model(input_ids=rows[-1], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
+        if not logits.isfinite().all():
+            raise UsageError("MODEL computes logits that are not finite, so it cannot write the text: change MODEL")
         logits[:, ends] = -torch.inf
         rows.append(torch.multinomial(logits.softmax(-1), 1))
     return torch.cat(rows, 1)
