@@ -330,10 +330,12 @@ def test_a_weight_that_is_not_finite_is_refused_before_any_work(tmp_path, name, 
 def test_activations_that_overflow_are_refused(tmp_path):
     original = save_tiny("llama", tmp_path / "original")
     change_weights(original, layers_1_mlp_up=1e25, layers_1_mlp_down=1e25)
-    with pytest.raises(
-        UsageError, match=r"computes values that are not finite on .* tokens of stdlib.*: change MODEL or --data"
+    for source, says in (
+        ("stdlib", r"computes values that are not finite on .* tokens of stdlib.*: change MODEL or --data"),
+        ("self", "logits that are not finite"),
     ):
-        lock_model(str(original), tmp_path / "out", quick())
+        with pytest.raises(UsageError, match=says):
+            lock_model(str(original), tmp_path / "out", quick(data=source))
 
 
 GENERATION_SETTINGS = [

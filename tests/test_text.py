@@ -160,7 +160,7 @@ def test_unusable_files_are_refused(tmp_path, content, message):
 
 def test_the_error_for_too_short_text_says_how_much_is_needed(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_text("three short words")
-    with pytest.raises(UsageError, match=r"only \d+ tokens in 1 documents, at least 64 are needed"):
+    with pytest.raises(UsageError, match=r"only \d+ tokens in 1 document, at least 64 are needed"):
         token_blocks(tokenizer, file_documents(tmp_path / "a.txt"), 64, None)
 
 
@@ -260,9 +260,9 @@ def test_the_error_for_too_short_text_says_what_each_split_has_and_needs(tokeniz
     with pytest.raises(UsageError) as refused:
         load_data(config, str(file), SimpleNamespace(max_position_embeddings=256, vocab_size=4096), tokenizer)
     assert str(refused.value) == (
-        f"{file} is too short: of its {len(list(file_documents(file)))} documents (passages or rows), each in one split, "
-        f"distill has {has['distill']:,} tokens and needs 10,000 (--tokens 160,000 in 16 "
-        f"passes), validate has {has['validate']:,} and needs 8,192, evaluate has {has['evaluate']:,} and needs 8,192: "
+        f"{file} is too short: distill has {has['distill']:,} tokens and needs 10,000 (--tokens 160,000 in 16 "
+        f"passes), validate has {has['validate']:,} and needs 8,192, evaluate has {has['evaluate']:,} and needs 8,192; "
+        f"it has {len(list(file_documents(file)))} documents (passages or rows), each in one split: "
         "give more text with --data, or lower --validation-tokens"
     )
     with pytest.raises(UsageError, match=r"distill has 4,096 or more tokens and needs 256"):

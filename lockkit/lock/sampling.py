@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lockkit.devices import has_fast_bfloat16
+from lockkit.errors import UsageError
 from lockkit.measure.totals import chunks
 from lockkit.models.load import load_model
 
@@ -53,6 +54,9 @@ def sample_rows(
         seed: of the draws.
         progress: counts tokens.
         start: token ids with which the tokenizer starts a text.
+
+    Raises:
+        UsageError: the model computes logits that are not finite.
     """
     vocab_size = model.config.vocab_size
     start = _with_embedding(start or [], vocab_size) or _with_embedding(model.config.bos_token_id, vocab_size)[:1]
@@ -106,12 +110,18 @@ def draw(logits: torch.Tensor, never: list[int], generator: torch.Generator) -> 
 
     Returns:
         Token ids, `[rows, 1]`.
+
+    Raises:
+        UsageError: the logits are not finite.
     """
     drawn, excluded = [], torch.tensor(never, dtype=torch.long, device=logits.device)
     for part in chunks(*logits.shape):
         probabilities = logits[part].float().index_fill(-1, excluded, -torch.inf).softmax(-1)
         probabilities = F.pad(probabilities, (0, -logits.shape[-1] % GROUP_TOKENS)).unflatten(-1, (-1, GROUP_TOKENS))
-        group = torch.multinomial(probabilities.sum(-1), 1, generator=generator)
+        sums = probabilities.sum(-1)
+        if not sums.isfinite().all():
+            raise UsageError("MODEL computes logits that are not finite, so it cannot write the text: change MODEL")
+        group = torch.multinomial(sums, 1, generator=generator)
         within = probabilities.gather(1, group[..., None].expand(-1, -1, GROUP_TOKENS))[:, 0]
         drawn.append(group * GROUP_TOKENS + torch.multinomial(within, 1, generator=generator))
     return torch.cat(drawn)

@@ -92,9 +92,12 @@ def _require_enough(has: Mapping[str, int], needs: Mapping[str, Need], documents
     lower = list(dict.fromkeys(need.option for need in short if need.option))
     remedy = f"give more text with {option}" + (f", or lower {' and '.join(lower)}" if lower else "")
     raise UsageError(
-        f"{name} is too short: of its {documents:,} documents (passages or rows), each in one split, "
-        f"{', '.join(figures)}: {remedy}"
+        f"{name} is too short: {', '.join(figures)}; it has {_counted(documents)}, each in one split: {remedy}"
     )
+
+
+def _counted(documents: int) -> str:
+    return "1 document" if documents == 1 else f"{documents:,} documents (passages or rows)"
 
 
 def token_blocks(
@@ -123,7 +126,7 @@ def token_blocks(
             break
     if min(len(ids), max_tokens or len(ids)) < block_tokens:
         raise UsageError(
-            f"the text has only {len(ids)} tokens in {documents} documents, at least {block_tokens} are needed: "
+            f"the text has only {len(ids)} tokens in {_counted(documents)}, at least {block_tokens} are needed: "
             "change --data"
         )
     return _rows(ids, block_tokens, max_tokens, start)

@@ -132,7 +132,10 @@ def hub_documents(name: str, option: str = "--data", column: str | None = None) 
     except UsageError:
         raise
     except Exception as error:  # the Hub's client raises errors of many classes
-        raise UsageError(f"cannot load dataset {name} from the Hub ({first_line(error)}): change {option}") from error
+        raise UsageError(
+            f"{option} {name} is no local file or folder, and the Hub did not deliver it ({first_line(error)}): "
+            f"change {option}"
+        ) from error
 
 
 def documents_by_split(
