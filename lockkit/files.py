@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
+CARD = "README.md"  # the Hub's name of a model card
 _OUR_FILES = (LOCK_RECORD, EXPORT_MANIFEST)
 # No space left, quota exceeded, file larger than this process may write.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import EXPORT_MANIFEST
+from lockkit.files import CARD, EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of, is_locked
 from lockkit.models.locked import base_config, chain_config, locked_classes
+from lockkit.models.origin import LEGAL_FILES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo"
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", CARD, *LEGAL_FILES]
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",

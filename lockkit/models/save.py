@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from lockkit.files import LOCK_RECORD, write_json
+from lockkit.files import CARD, LOCK_RECORD, write_json
 from lockkit.models.load import TOKENIZER_FILES
 from lockkit.models.locked import AUTO_MAP, MODELING_FILE, locked_config, render_modeling_file
 
@@ -55,7 +55,7 @@ def save_locked_weights(
 def save_description(folder: Path, record: dict[str, Any], card: str) -> None:
     """Write `lockkit.json` (`record`) and the model card (`card`, Markdown) into a locked checkpoint."""
     write_json(folder / LOCK_RECORD, record)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _locked_tensors(
