@@ -12,6 +12,8 @@ The Python API has the same verbs as the command line, with the same settings an
     generate   open_model, generate_text, GenerateConfig
     serve      serve_export, open_app, ServeConfig
     report     write_report
+    card       write_card
+    push       push_folder, PushConfig
     env        describe_environment
 
 A name is loaded when it is first used, so `import lockkit` imports no heavy library.
@@ -47,6 +49,9 @@ _HOMES = {
     "serve_export": "lockkit.serve.server",
     "open_app": "lockkit.serve.server",
     "write_report": "lockkit.report.run",
+    "write_card": "lockkit.publish.card",
+    "PushConfig": "lockkit.publish.config",
+    "push_folder": "lockkit.publish.push",
     "describe_environment": "lockkit.environment",
 }
 __all__ = ["__version__", *_HOMES]

@@ -25,7 +25,21 @@ from lockkit.models.families import FAMILIES, decoder_layers
 from lockkit.models.load import DEMO, load_model
 from lockkit.verify.result import VerifyResult
 
-COMMANDS = ["plan", "lock", "export", "verify", "kernel", "bench", "attack", "generate", "serve", "report", "env"]
+COMMANDS = [
+    "plan",
+    "lock",
+    "export",
+    "verify",
+    "kernel",
+    "bench",
+    "attack",
+    "generate",
+    "serve",
+    "report",
+    "card",
+    "push",
+    "env",
+]
 
 # What each command is called in Python.
 VERBS = {
@@ -39,6 +53,8 @@ VERBS = {
     "generate": ["open_model", "generate_text", "GenerateConfig"],
     "serve": ["serve_export", "open_app", "ServeConfig"],
     "report": ["write_report"],
+    "card": ["write_card"],
+    "push": ["push_folder", "PushConfig"],
     "env": ["describe_environment"],
 }
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from lockkit.export.manifest import MODEL_FILE, Manifest
-from lockkit.models.card import card_text, copied_metadata, results_part
+from lockkit.models.card import NOT_AUDITED, card_text, copied_metadata, results_part
 from lockkit.models.origin import Origin
 
 TAGS = ("lockkit", "onnx", "onnxruntime", "onnxruntime-genai")
-NOT_VERIFIED = (
-    "Not measured: `lockkit verify` compares this export with the PyTorch model, and `lockkit card` writes its "
-    "figures here."
-)
+NOT_VERIFIED = """## Verification
+
+Not measured: `lockkit verify` compares an export with the PyTorch model, and `lockkit card` writes its figures here."""
 
 
 def export_card(manifest: Manifest, origin: Origin) -> str:
@@ -84,19 +83,18 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 In a batch of unequal lengths, the graph needs padding on the right. onnxruntime-genai pads so; `generate` of optimum
 does not.
 
-## Figures
-
-{results_part(NOT_VERIFIED)}
+{results_part("verify", NOT_VERIFIED)}
+{results_part("attack", NOT_AUDITED) if manifest.locked else ""}
 `lockkit_manifest.json` has the SHA-256 of every file except this card, and the versions of the software.
 
 {origin.paragraph(_changes(manifest))}"""
 
 
 def _description(manifest: Manifest, origin: Origin) -> str:
-    kind = f"Its MLPs are chains of {manifest.depth} blocks (DLR-Lock, arXiv 2605.10777). " if manifest.locked else ""
+    kind = f" Its MLPs are chains of {manifest.depth} blocks (DLR-Lock, arXiv 2605.10777)." if manifest.locked else ""
     blocks = f", {manifest.block_size} weights per scale" if manifest.block_size else ""
     return f"""This is `{origin.name}` (model type `{manifest.model_type}`) as an ONNX graph with its weights, made by lockkit
-{manifest.versions["lockkit"]}. {kind}
+{manifest.versions["lockkit"]}.{kind}
 
 | | |
 |---|---|

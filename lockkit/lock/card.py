@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lockkit.measure.records import MeasuredText
-from lockkit.models.card import card_text, copied_metadata, results_part
+from lockkit.models.card import NOT_AUDITED, card_text, copied_metadata, results_part
 from lockkit.models.locked import MODELING_FILE
 from lockkit.models.origin import Origin
 
@@ -49,9 +49,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 {_layers(record)}
 `lockkit.json` has the recipe, the seed, the versions of the software, and the hashes of the data.
 
-## What this lock is worth
-
-{results_part("No audit of this lock is recorded here. `lockkit attack` makes one, and `lockkit card` writes its figures here.")}
+{results_part("attack", NOT_AUDITED)}
 ## What this lock does not protect against
 
 The command that made this checkpoint did not run any attack on it. These weaknesses of such locks are known:

@@ -26,8 +26,10 @@ _FORMAT_TAGS = {
     *("safetensors", "pytorch", "tf", "jax", "gguf", "ggml", "mlx", "onnx", "openvino", "transformers"),
     *("transformers.js", "text-generation-inference", "autotrain_compatible", "endpoints_compatible", "vllm"),
 }
+NOT_AUDITED = """## What this lock is worth
+
+Not measured: `lockkit attack` audits a lock, and `lockkit card` writes its figures here."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_RESULTS = ("<!-- lockkit card replaces the text from here ... -->", "<!-- ... to here -->")
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
@@ -99,17 +101,28 @@ def card_text(metadata: ModelCardData, body: str) -> str:
     return f"---\n{metadata.to_yaml()}\n---\n{body}"
 
 
-def results_part(text: str) -> str:
-    """The part of a card that `lockkit card` replaces, with `text` in it."""
-    return f"{_RESULTS[0]}\n{text.strip()}\n{_RESULTS[1]}\n"
+def results_part(part: str, text: str) -> str:
+    """A part of a card that `lockkit card` replaces, with `text` in it.
+
+    Args:
+        part: the command with these results, `verify` or `attack`.
+        text: Markdown.
+    """
+    start, end = _marks(part)
+    return f"{start}\n{text.strip()}\n{end}\n"
 
 
-def with_results(card: str, text: str) -> str:
-    """A card whose part for results contains `text`. A card without this part gets it at the end."""
-    start, end = card.find(_RESULTS[0]), card.find(_RESULTS[1])
+def with_results(card: str, part: str, text: str) -> str:
+    """A card whose part for the results of a command contains `text`. A card without this part gets it at the end."""
+    marks = _marks(part)
+    start, end = (card.find(mark) for mark in marks)
     if start < 0 or end < start:
-        return f"{card.rstrip()}\n\n{results_part(text)}"
-    return card[:start] + results_part(text) + card[end + len(_RESULTS[1]) :].removeprefix("\n")
+        return f"{card.rstrip()}\n\n{results_part(part, text)}"
+    return card[:start] + results_part(part, text) + card[end + len(marks[1]) :].removeprefix("\n")
+
+
+def _marks(part: str) -> tuple[str, str]:
+    return f"<!-- results of lockkit {part}, written by lockkit card -->", f"<!-- end of lockkit {part} -->"
 
 
 def strings(value: Any) -> list[str]:

@@ -82,6 +82,7 @@ def verify_export(
         passed=all(outcome.passed for outcome in outcomes),
         export=str(export),
         manifest_sha256=sha256_of_file(session.folder / EXPORT_MANIFEST),
+        source_sha256=dict(manifest.source_sha256),
         precision=manifest.precision,
         provider=session.provider,
         original=given.original.name if given.original else None,

@@ -1,0 +1,35 @@
+"""`lockkit card`: results in a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lockkit.cli.console import console
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Locked folder or export.")],
+    verify: Annotated[
+        Path | None, typer.Option("--verify", help="JSON of `lockkit verify`, of the export or of one of the lock.")
+    ] = None,
+    audit: Annotated[
+        Path | None, typer.Option("--audit", help="Folder of `lockkit attack` on the lock, or its summary.json.")
+    ] = None,
+) -> None:
+    """Write results into the model card of FOLDER.
+
+    The card gets parity and perplexity, what the lock is worth, and a `model-index`, which the Hub
+    reads. What you wrote into the card stays. Results of another model are refused.
+
+    Examples:
+
+    \b
+        lockkit card ./locked-onnx --verify verify.json --audit ./audit
+        lockkit card ./locked --audit ./audit
+    """
+    from lockkit.publish.card import write_card
+
+    console.print(f"wrote {write_card(folder, verify, audit)}", soft_wrap=True)
