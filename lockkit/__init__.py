@@ -13,6 +13,7 @@ The Python API has the same verbs as the command line, with the same settings an
     serve      serve_export, open_app, ServeConfig
     report     write_report
     card       write_card
+    sign       sign_folder, SignConfig, check_signature, CheckConfig
     push       push_folder, PushConfig
     env        describe_environment
 
@@ -50,6 +51,10 @@ _HOMES = {
     "open_app": "lockkit.serve.server",
     "write_report": "lockkit.report.run",
     "write_card": "lockkit.publish.card",
+    "SignConfig": "lockkit.publish.config",
+    "sign_folder": "lockkit.publish.sign",
+    "CheckConfig": "lockkit.publish.config",
+    "check_signature": "lockkit.publish.sign",
     "PushConfig": "lockkit.publish.config",
     "push_folder": "lockkit.publish.push",
     "describe_environment": "lockkit.environment",

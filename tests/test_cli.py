@@ -37,6 +37,7 @@ COMMANDS = [
     "serve",
     "report",
     "card",
+    "sign",
     "push",
     "env",
 ]
@@ -54,6 +55,7 @@ VERBS = {
     "serve": ["serve_export", "open_app", "ServeConfig"],
     "report": ["write_report"],
     "card": ["write_card"],
+    "sign": ["sign_folder", "SignConfig", "check_signature", "CheckConfig"],
     "push": ["push_folder", "PushConfig"],
     "env": ["describe_environment"],
 }

@@ -27,11 +27,12 @@ from lockkit.cli.plan import plan
 from lockkit.cli.push import push
 from lockkit.cli.report import report
 from lockkit.cli.serve import serve
+from lockkit.cli.sign import sign
 from lockkit.cli.verify import verify
 from lockkit.errors import GateFailed, LockkitError
 
 # All commands, in the order in which `lockkit --help` lists them. A command has the name of its function.
-COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, card, push, env)
+COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, card, sign, push, env)
 
 _debug = False
 

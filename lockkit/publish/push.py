@@ -21,8 +21,9 @@ from lockkit.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+SIGNATURE = "model.sig"
 LEFT_OUT = [".*", "*/.*", "*.partial*", "*.incomplete", "*.tmp", "*.lock", "*~", "*.pyc", "*__pycache__/*"]
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data*", "model.sig"]
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data*", SIGNATURE]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,12 @@ def _notes(opened: Publishable) -> list[str]:
     notes = []
     if not metadata.get("license"):
         notes.append("the card names no licence: add one to its YAML if you may publish this model")
+    signature = opened.path / SIGNATURE
+    if signature.is_file():
+        signed_at = signature.stat().st_mtime
+        newer = [name for name in published_files(opened.path) if (opened.path / name).stat().st_mtime > signed_at]
+        if newer:
+            notes.append(f"{newer[0]} is newer than the signature: run lockkit sign and lockkit push again")
     if any(key.startswith("extra_gated_") for key in metadata):
         notes.append("the card has a prompt for access requests: turn them on in the settings of the repository")
     return notes
