@@ -12,7 +12,7 @@ The Python API has the same verbs as the command line, with the same settings an
     generate   open_model, generate_text, GenerateConfig
     serve      serve_export, open_app, ServeConfig
     report     write_report
-    card       write_card
+    card       write_card, write_bom
     sign       sign_folder, SignConfig, check_signature, CheckConfig
     push       push_folder, PushConfig
     env        describe_environment
@@ -51,6 +51,7 @@ _HOMES = {
     "open_app": "lockkit.serve.server",
     "write_report": "lockkit.report.run",
     "write_card": "lockkit.publish.card",
+    "write_bom": "lockkit.publish.bom",
     "SignConfig": "lockkit.publish.config",
     "sign_folder": "lockkit.publish.sign",
     "CheckConfig": "lockkit.publish.config",

@@ -54,7 +54,7 @@ VERBS = {
     "generate": ["open_model", "generate_text", "GenerateConfig"],
     "serve": ["serve_export", "open_app", "ServeConfig"],
     "report": ["write_report"],
-    "card": ["write_card"],
+    "card": ["write_card", "write_bom"],
     "sign": ["sign_folder", "SignConfig", "check_signature", "CheckConfig"],
     "push": ["push_folder", "PushConfig"],
     "env": ["describe_environment"],

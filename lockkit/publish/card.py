@@ -50,7 +50,7 @@ def write_card(folder: Path, verify: Path | None = None, audit: Path | None = No
     kept = [entry for entry in index if not any(ours(entry.metric_name, command) for command in new)]
     entries: list[EvalResult] = kept + [entry for own in new.values() for entry in own if _finite(entry)]
     if entries:
-        card.data["model_name"] = card.data.get("model_name", _title(card, opened))
+        card.data["model_name"] = card.data.get("model_name", opened.title)
         card.data["eval_results"] = entries
     for results in found:
         card.text = with_results(card.text, results.part, results.text)
@@ -82,12 +82,6 @@ def _new_card(opened: Publishable) -> str:
 
 def _finite(entry: EvalResult) -> bool:
     return math.isfinite(entry.metric_value)
-
-
-def _title(card: ModelCard, opened: Publishable) -> str:
-    """The first heading of a card, or the name of the folder."""
-    headings = (line[2:].strip() for line in card.text.splitlines() if line.startswith("# "))
-    return next(headings, "") or opened.path.resolve().name
 
 
 def _verified(opened: Publishable, path: Path) -> Results:

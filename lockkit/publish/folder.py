@@ -33,6 +33,13 @@ class Publishable:
         return self.path / CARD
 
     @property
+    def title(self) -> str:
+        """The first heading of the card, or the name of the folder."""
+        text = self.card.read_text(encoding="utf-8", errors="replace") if self.card.is_file() else ""
+        headings = (line[2:].strip() for line in text.splitlines() if line.startswith("# "))
+        return next(headings, "") or self.path.resolve().name
+
+    @property
     def locked(self) -> bool:
         """Whether the model is locked. An export may be of an original."""
         return self.manifest is None or self.manifest.locked
