@@ -36,9 +36,9 @@ def _body(record: dict[str, Any], origin: Origin) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-# Runs modeling_dlr_lock.py from this folder.
+# Runs modeling_dlr_lock.py from this folder. AutoModel loads the model without its head.
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # needs no code; False avoids a question
 ```
 
 ## How close it is to the original
