@@ -6,7 +6,7 @@ The Python API has the same verbs as the command line, with the same settings an
     lock       lock_model, LockConfig
     export     export_model, ExportConfig
     verify     verify_export, VerifyConfig
-    kernel     build_kernel, install_kernel
+    kernel     build_kernel, install_kernel, remove_kernel
     bench      bench_export, BenchConfig
     attack     run_audit, audit_config, AuditConfig
     generate   open_model, generate_text, GenerateConfig
@@ -38,6 +38,7 @@ _HOMES = {
     "verify_export": "lockkit.verify.run",
     "build_kernel": "lockkit.kernel",
     "install_kernel": "lockkit.kernel",
+    "remove_kernel": "lockkit.kernel",
     "BenchConfig": "lockkit.bench.config",
     "bench_export": "lockkit.bench.run:bench",
     "AuditConfig": "lockkit.attack.config",

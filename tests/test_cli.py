@@ -48,7 +48,7 @@ VERBS = {
     "lock": ["lock_model", "LockConfig"],
     "export": ["export_model", "ExportConfig"],
     "verify": ["verify_export", "VerifyConfig"],
-    "kernel": ["build_kernel", "install_kernel"],
+    "kernel": ["build_kernel", "install_kernel", "remove_kernel"],
     "bench": ["bench_export", "BenchConfig"],
     "attack": ["run_audit", "audit_config", "AuditConfig"],
     "generate": ["open_model", "generate_text", "GenerateConfig"],

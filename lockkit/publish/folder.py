@@ -53,15 +53,24 @@ class Publishable:
         return combined_sha256(self.source_hashes())
 
     def require_intact(self, option: str = "FOLDER") -> None:
-        """Check that the folder is complete: an export against its manifest, a checkpoint by opening its files.
+        """Check that the folder is complete and runs everywhere.
+
+        An export is compared with its manifest. The files of a checkpoint are opened.
 
         Raises:
-            UsageError: a file is missing or damaged. The message names it, and `option`.
+            UsageError: a file is missing or damaged, or `lockkit kernel` was run on the export. The message names the
+                file, and `option`.
         """
+        from lockkit.kernel import has_kernel
         from lockkit.models.load import check_safetensors, load_config, load_tokenizer
 
         if self.manifest is not None:
             check_manifest(self.path, option)
+            if has_kernel(self.path):
+                raise UsageError(
+                    f"{self.path} has the operator for this machine's processor, so it does not run elsewhere: run "
+                    f"lockkit kernel {self.path} --remove"
+                )
             return
         if not (self.path / MODELING_FILE).is_file():
             raise UsageError(f"{self.path} has no {MODELING_FILE}: lock the model again, or change {option}")
