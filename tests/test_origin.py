@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 from conftest import QUICK
 from huggingface_hub import ModelCard
+from test_export import exports, models  # noqa: F401 (fixtures)
 from tiny import save_tiny
 
 from lockkit.export import check_manifest, export_model
@@ -152,3 +154,28 @@ def test_the_patterns_for_the_hub_match_what_is_copied():
 
     ordinary = ["model.py", "weights.bin", "config.yaml", ".gitattributes"]
     assert sorted(filter_repo_objects([*LEGAL, *ordinary], allow_patterns=LEGAL_FILES)) == sorted(LEGAL)
+
+
+def snippets(folder) -> list[str]:
+    """The Python in a card, for this folder."""
+    found = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.M | re.S)
+    return [code.replace("path/to/this/folder", str(folder)) for code in found]
+
+
+def test_the_code_in_the_card_of_an_export_runs(exports, capfd):  # noqa: F811
+    pytest.importorskip("onnxruntime_genai")
+    with_genai, with_onnxruntime, with_optimum = snippets(exports("qwen3", True))
+    exec(with_genai, {})
+    assert capfd.readouterr().out.startswith("Once upon a time")
+    values: dict = {}
+    exec(with_onnxruntime, values)
+    assert values["logits"].shape[:2] == values["ids"].shape
+    compile(with_optimum, "card", "exec")  # tests/consumers runs optimum, in another environment
+
+
+def test_the_code_in_the_card_of_a_lock_runs(locks):
+    (code,) = snippets(locks("llama"))
+    values: dict = {}
+    exec(code, values)
+    assert values["model"].config.model_type == "dlr_lock_llama"
+    assert len(values["tokenizer"]("def f(x):").input_ids) > 1

@@ -147,18 +147,20 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def keep_tokenizer_class(source: Path, folder: Path) -> None:
-    """Name the class of the original's tokenizer in the tokenizer of its locked model, if transformers takes another.
+    """Name the class of the original's tokenizer in the tokenizer of its locked model, unless it is named there.
 
     AutoTokenizer corrects the class that a tokenizer names, by the type of the model. It does not know locked types.
+    Without any class, transformers 4 would need the code in the folder.
     """
     from transformers import AutoTokenizer
 
-    wanted = type(load_tokenizer(source)).__name__
-    with contextlib.suppress(Exception):  # a class that cannot be loaded is not the wanted one
-        if type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__ == wanted:
-            return
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wanted = type(load_tokenizer(source)).__name__
+    with contextlib.suppress(Exception):  # a class that cannot be loaded is not the wanted one
+        found = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+        if found == wanted and settings.get("tokenizer_class"):
+            return
     # The name of the general class in transformers 4, which transformers 5 also knows.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast" if wanted == "TokenizersBackend" else wanted
     write_json(path, settings)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
+NATS = "nats per token"
+
+
 @dataclass(frozen=True)
 class Results:
     """The results of one command.
@@ -73,8 +76,8 @@ The perplexity in ONNX is {ratio}.
     if of_export:
         worst = max(row.kl_divergence for row in result.parity)
         index = [
-            _entry("perplexity", ratios.onnx, result.text, "verify"),
-            _entry("KL divergence from PyTorch to ONNX, nats per token", worst, result.text, "verify"),
+            _entry("perplexity", "perplexity", ratios.onnx, result.text, "verify"),
+            _entry("kl_divergence", f"KL divergence from PyTorch to ONNX, {NATS}", worst, result.text, "verify"),
         ]
     return Results("verify", text, index)
 
@@ -153,15 +156,16 @@ def _named(metric: str, command: str) -> str:
 
 
 def _fidelity(fidelity: Fidelity, command: str) -> list[EvalResult]:
+    text = fidelity.text
     return [
-        _entry("perplexity", fidelity.perplexity, fidelity.text, command),
-        _entry("perplexity over the original's", fidelity.perplexity_ratio, fidelity.text, command),
-        _entry("KL divergence from the original, nats per token", fidelity.kl_divergence, fidelity.text, command),
-        _entry("same top token as the original", fidelity.top1_agreement, fidelity.text, command),
+        _entry("perplexity", "perplexity", fidelity.perplexity, text, command),
+        _entry("perplexity_ratio", "perplexity over the original's", fidelity.perplexity_ratio, text, command),
+        _entry("kl_divergence", f"KL divergence from the original, {NATS}", fidelity.kl_divergence, text, command),
+        _entry("top1_agreement", "same top token as the original", fidelity.top1_agreement, text, command),
     ]
 
 
-def _entry(metric: str, value: float, text: MeasuredText, command: str) -> EvalResult:
+def _entry(kind: str, metric: str, value: float, text: MeasuredText, command: str) -> EvalResult:
     from huggingface_hub import EvalResult
 
     return EvalResult(
@@ -169,7 +173,7 @@ def _entry(metric: str, value: float, text: MeasuredText, command: str) -> EvalR
         dataset_type=text.source.partition(":")[0],
         dataset_name=str(text),
         dataset_split=text.split,
-        metric_type="perplexity" if metric == "perplexity" else metric.split(",")[0].replace(" ", "_").lower(),
+        metric_type=kind,
         metric_name=_named(metric, command),
         metric_value=float(f"{value:.6g}"),
     )
