@@ -140,6 +140,18 @@ def test_folders_that_must_not_be_published_are_refused(export, originals, cli, 
     assert done.code == 2 and "config.json has" in done.err and "change FOLDER" in done.err
 
 
+@pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "tokenizer.json", "modeling_dlr_lock.py"])
+def test_damaged_locks_are_refused(damaged, locks, cli, tmp_path):
+    folder = Path(shutil.copytree(locks("llama"), tmp_path / "locked"))
+    content = (folder / damaged).read_bytes()
+    (folder / damaged).unlink()
+    if damaged != "modeling_dlr_lock.py":
+        (folder / damaged).write_bytes(content[: len(content) // 2])
+    done = cli("push", folder, "owner/name", "--dry-run")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "change FOLDER" in done.err and "MODEL" not in done.err
+
+
 @pytest.mark.parametrize("name", ["name", "a/b/c", "own er/name", "owner/-name", "owner/", "/name", "owner/na..me"])
 def test_names_that_are_not_valid_are_refused(name, exports, cli):  # noqa: F811
     done = cli("push", exports("llama", True), name, "--dry-run")

@@ -73,6 +73,7 @@ def copied_metadata(
         datasets: Hub datasets that the copy was trained on; added to the original's.
     """
     from huggingface_hub import ModelCardData
+    from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
 
     own = origin.metadata
     bases = [origin.hub_id] if origin.hub_id else [base for base in strings(own.get("base_model")) if _is_hub_id(base)]
@@ -82,7 +83,7 @@ def copied_metadata(
     kept = {key: value for key, value in own.items() if key not in _NOT_COPIED and not hasattr(ModelCardData, key)}
     link = kept.get("license_link")
     if origin.hub_id and isinstance(link, str) and "://" not in link and link not in origin.files:
-        kept["license_link"] = f"https://huggingface.co/{origin.hub_id}/blob/main/{link}"
+        kept["license_link"] = f"{HUGGINGFACE_CO_URL_HOME}{origin.hub_id}/blob/main/{link}"
     old_tags = [tag for tag in strings(own.get("tags")) if tag.lower() not in _FORMAT_TAGS]
     all_datasets = list(dict.fromkeys([*filter(_is_dataset_id, strings(own.get("datasets"))), *datasets]))
     return ModelCardData(

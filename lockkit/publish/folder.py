@@ -74,8 +74,11 @@ class Publishable:
             return
         if not (self.path / MODELING_FILE).is_file():
             raise UsageError(f"{self.path} has no {MODELING_FILE}: lock the model again, or change {option}")
-        check_safetensors(self.path)
-        load_config(self.path)
+        try:
+            check_safetensors(self.path)
+            load_config(self.path)
+        except UsageError as error:
+            raise UsageError(str(error).replace("change MODEL", f"change {option}")) from error
         load_tokenizer(self.path, option)
 
 
