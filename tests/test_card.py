@@ -94,20 +94,17 @@ def test_a_missing_card_is_written_first(cli, folders):
     assert index_of(folders["locked"])["perplexity (lockkit lock)"] > 0
 
 
-def test_results_of_another_model_are_refused(cli, folders, results, locks, tmp_path):
-    other = tmp_path / "other"
-    export_model(str(locks("qwen3")), other)
-    before = (other / "README.md").read_bytes()
-    for folder, option, file in (
-        (other, "--verify", results / "verify.json"),
-        (other, "--audit", results / "audit"),
-        (locks("qwen3"), "--verify", results / "verify.json"),
-        (locks("qwen3"), "--audit", results / "audit"),
-    ):
-        done = cli("card", folder, option, file)
-        assert (done.code, done.err.count("\n")) == (2, 1)
-        assert " not " in done.err and f"change {option}" in done.err
-    assert (other / "README.md").read_bytes() == before
+def test_results_of_another_model_are_refused(cli, folders, results, originals, tmp_path):
+    export_model(str(originals("llama")), tmp_path / "original-onnx")
+    with (folders["locked"] / "model.safetensors").open("ab") as weights:
+        weights.write(b"another model")
+    for folder in (tmp_path / "original-onnx", folders["locked"]):
+        before = (folder / "README.md").read_bytes()
+        for option, file in (("--verify", results / "verify.json"), ("--audit", results / "audit")):
+            done = cli("card", folder, option, file)
+            assert (done.code, done.err.count("\n")) == (2, 1)
+            assert " not " in done.err and f"change {option}" in done.err
+        assert (folder / "README.md").read_bytes() == before
 
 
 @pytest.mark.parametrize("option", ["--verify", "--audit"])
