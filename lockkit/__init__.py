@@ -6,12 +6,15 @@ The Python API has the same verbs as the command line, with the same settings an
     lock       lock_model, LockConfig
     export     export_model, ExportConfig
     verify     verify_export, VerifyConfig
-    kernel     build_kernel, install_kernel
+    kernel     build_kernel, install_kernel, remove_kernel
     bench      bench_export, BenchConfig
     attack     run_audit, audit_config, AuditConfig
     generate   open_model, generate_text, GenerateConfig
     serve      serve_export, open_app, ServeConfig
     report     write_report
+    card       write_card, write_bom
+    sign       sign_folder, SignConfig, check_signature, CheckConfig
+    push       push_folder, PushConfig
     env        describe_environment
 
 A name is loaded when it is first used, so `import lockkit` imports no heavy library.
@@ -35,6 +38,7 @@ _HOMES = {
     "verify_export": "lockkit.verify.run",
     "build_kernel": "lockkit.kernel",
     "install_kernel": "lockkit.kernel",
+    "remove_kernel": "lockkit.kernel",
     "BenchConfig": "lockkit.bench.config",
     "bench_export": "lockkit.bench.run:bench",
     "AuditConfig": "lockkit.attack.config",
@@ -47,6 +51,14 @@ _HOMES = {
     "serve_export": "lockkit.serve.server",
     "open_app": "lockkit.serve.server",
     "write_report": "lockkit.report.run",
+    "write_card": "lockkit.publish.card",
+    "write_bom": "lockkit.publish.bom",
+    "SignConfig": "lockkit.publish.config",
+    "sign_folder": "lockkit.publish.sign",
+    "CheckConfig": "lockkit.publish.config",
+    "check_signature": "lockkit.publish.sign",
+    "PushConfig": "lockkit.publish.config",
+    "push_folder": "lockkit.publish.push",
     "describe_environment": "lockkit.environment",
 }
 __all__ = ["__version__", *_HOMES]

@@ -22,10 +22,24 @@ if TYPE_CHECKING:
 
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
+CARD = "README.md"  # the Hub's name of a model card
+BOM = "bom.cdx.json"
+SIGNATURE = "model.sig"
+ADDED_FILES = (CARD, BOM, SIGNATURE)  # written or changed after a lock or an export is finished
+_LEGAL_WORDS = (
+    *("licence", "license", "notice", "copying", "copyright", "terms", "policy", "acceptable*use", "prohibited*use"),
+    *("attribution", "agreement", "disclaimer"),
+)
+# Patterns of the names of licence files, for any mixture of upper and lower case: the Hub's client compares case.
+LEGAL_FILES = [
+    f"*{''.join(f'[{letter.upper()}{letter}]' if letter.isalpha() else letter for letter in word)}*"
+    for word in _LEGAL_WORDS
+]
 _RECORDS = (LOCK_RECORD, EXPORT_MANIFEST)
 # The names of the files of a lock. Those of an export are in its manifest.
 _LOCK_FILES = (
-    *("lockkit.json", "README.md", "config.json", "generation_config.json", "modeling_dlr_lock.py"),
+    *LEGAL_FILES,
+    *("config.json", "generation_config.json", "modeling_dlr_lock.py"),
     *("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
 )
@@ -76,7 +90,11 @@ def _check_replaceable(folder: Path, out: Path, overwrite: bool, option: str) ->
         raise UsageError(f"{out} exists: change {option}, or add --overwrite")
     if not any((folder / name).is_file() for name in _RECORDS):
         raise UsageError(f"{out} was not written by lockkit, so --overwrite does not replace it: change {option}")
-    ours = [*_RECORDS, *(_LOCK_FILES if (folder / LOCK_RECORD).is_file() else _exported(folder / EXPORT_MANIFEST))]
+    ours = [
+        *_RECORDS,
+        *ADDED_FILES,
+        *(_LOCK_FILES if (folder / LOCK_RECORD).is_file() else _exported(folder / EXPORT_MANIFEST)),
+    ]
     for entry in content(folder):
         for path in [entry] if not entry.is_dir() else sorted(entry.rglob("*")) or [entry]:
             name = path.relative_to(folder).as_posix()

@@ -29,7 +29,22 @@ from lockkit.models.families import FAMILIES, decoder_layers
 from lockkit.models.load import DEMO, load_model
 from lockkit.verify.result import VerifyResult
 
-COMMANDS = ["plan", "lock", "export", "verify", "kernel", "bench", "attack", "generate", "serve", "report", "env"]
+COMMANDS = [
+    "plan",
+    "lock",
+    "export",
+    "verify",
+    "kernel",
+    "bench",
+    "attack",
+    "generate",
+    "serve",
+    "report",
+    "card",
+    "sign",
+    "push",
+    "env",
+]
 
 # What each command is called in Python.
 VERBS = {
@@ -37,12 +52,15 @@ VERBS = {
     "lock": ["lock_model", "LockConfig"],
     "export": ["export_model", "ExportConfig"],
     "verify": ["verify_export", "VerifyConfig"],
-    "kernel": ["build_kernel", "install_kernel"],
+    "kernel": ["build_kernel", "install_kernel", "remove_kernel"],
     "bench": ["bench_export", "BenchConfig"],
     "attack": ["run_audit", "audit_config", "AuditConfig"],
     "generate": ["open_model", "generate_text", "GenerateConfig"],
     "serve": ["serve_export", "open_app", "ServeConfig"],
     "report": ["write_report"],
+    "card": ["write_card", "write_bom"],
+    "sign": ["sign_folder", "SignConfig", "check_signature", "CheckConfig"],
+    "push": ["push_folder", "PushConfig"],
     "env": ["describe_environment"],
 }
 

@@ -18,7 +18,7 @@ from tiny import save_tiny
 from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
 from lockkit.export import ExportConfig, ExportSession, check_manifest, export_model
 from lockkit.export.run import check_graph
-from lockkit.files import EXPORT_MANIFEST
+from lockkit.files import CARD, EXPORT_MANIFEST
 from lockkit.models.load import TOKENIZER_FILES, load_model
 
 
@@ -64,7 +64,7 @@ def test_the_manifest_describes_the_export(models, exports):
     assert (manifest.model_type, manifest.locked, manifest.depth, manifest.gains) == ("phi", True, 5, GAINS)
     assert (manifest.precision, manifest.provider, manifest.block_size) == ("fp32", "cpu", None)
     assert list(manifest.source_sha256) == ["model.safetensors"]
-    assert set(manifest.files) == {path.name for path in exports("phi", True).iterdir()} - {EXPORT_MANIFEST}
+    assert set(manifest.files) == {path.name for path in exports("phi", True).iterdir()} - {EXPORT_MANIFEST, CARD}
     assert not check_manifest(exports("phi", False)).locked
 
 

@@ -5,6 +5,7 @@ test_kernel_nbits.py tests int8 and int4.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -142,6 +143,23 @@ def test_a_loaded_library_is_replaced_and_unknown_files_stay_unlisted(kernel, ex
         assert os.fstat(running.fileno()).st_nlink == 0
     assert "stray.json" not in check_manifest(folder).files
     assert not list(folder.glob(".kernel-*"))
+
+
+def test_the_kernel_is_not_published_and_can_be_removed(kernel, exports, tmp_path, monkeypatch, cli):  # noqa: F811
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel.parents[1]))
+    folder = shutil.copytree(exports("qwen3", True), tmp_path / "export")
+    before = json.loads((folder / "genai_config.json").read_text()), set(check_manifest(folder).files)
+    done = cli("kernel", folder)
+    assert "only on this type of processor" in done.err and "--remove" in done.err
+    done = cli("push", folder, "owner/name", "--dry-run")
+    assert (done.code, done.err.count("\n")) == (2, 1) and f"lockkit kernel {folder} --remove" in done.err
+    assert cli("kernel", folder, "--remove").code == 0
+    assert (json.loads((folder / "genai_config.json").read_text()), set(check_manifest(folder).files)) == before
+    assert not (folder / "dlr_chain.so").exists() and not list(folder.glob(".kernel-*"))
+    assert cli("push", folder, "owner/name", "--dry-run").code == 0
+    for arguments in (["kernel", folder, "--remove"], ["kernel", "--remove"]):
+        done = cli(*arguments)
+        assert (done.code, done.err.count("\n")) == (2, 1) and "EXPORT" in done.err
 
 
 def test_a_call_with_wrong_attributes_is_refused(kernel, exports, tmp_path):  # noqa: F811

@@ -189,15 +189,44 @@ def test_adapters_train_on_a_locked_model(model_type, locks):
 def test_a_locked_folder_works_in_a_process_without_lockkit(locks):
     code = (
         "import sys; sys.modules['lockkit'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer\n"
         "folder = sys.argv[1]\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-        "ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)('def f(', return_tensors='pt')\n"
+        "ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)('def f(', return_tensors='pt')\n"
         "print(model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] - ids.input_ids.shape[1])\n"
+        "headless, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)\n"
+        "print(type(headless).__name__, sorted(info['missing_keys']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, locks("qwen3")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, locks("qwen3")],
+        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "3"
+    assert done.stdout.split("\n")[:2] == ["3", "DLRLockModel []"]  # and no question about code
+
+
+@EVERY_FAMILY
+def test_the_model_without_its_head_gives_the_hidden_states_of_the_whole_one(model_type, locks):
+    whole = remote_model(locks(model_type))
+    headless = transformers.AutoModel.from_pretrained(locks(model_type), trust_remote_code=True).eval()
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = whole(ids, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(headless(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(("model_type", "named"), [("phi3", "GemmaTokenizer"), ("qwen2", None)])
+def test_the_tokenizer_has_the_originals_class_without_code(model_type, named, originals, tmp_path):
+    folder = shutil.copytree(originals(model_type), tmp_path / "original")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    quick = QUICK | {"tokens": 512, "end_to_end_tokens": 0, "validation_tokens": 64}
+    lock_model(str(folder), tmp_path / "locked", LockConfig(**quick))
+    original = transformers.AutoTokenizer.from_pretrained(folder)
+    locked = transformers.AutoTokenizer.from_pretrained(tmp_path / "locked", trust_remote_code=False)
+    assert type(locked) is type(original)
+    text = "def  f(x):\n\treturn é"
+    assert locked(text).input_ids == original(text).input_ids
 
 
 def test_the_record_has_recipe_data_and_layers_but_no_path(locks, originals):

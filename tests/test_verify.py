@@ -305,6 +305,14 @@ def test_held_out_text_from_rows(originals, onnx_of, cli, tmp_path):
     assert "corpus.jsonl has only " in outcome.err and "held-out tokens, fewer than --tokens 10,000" in outcome.err
 
 
+def test_a_file_that_is_not_part_of_the_export_is_named(originals, onnx_of, cli, tmp_path):
+    shutil.copytree(onnx_of(originals("qwen3")), tmp_path / "onnx")
+    (tmp_path / "onnx" / "notes.txt").write_text("mine")
+    (tmp_path / "onnx" / "model.sig").write_text("{}")  # a signature is written later
+    done = cli("verify", tmp_path / "onnx", "--reference", originals("qwen3"), *OPTIONS)
+    assert done.code == 0 and "not part of the export, and not read: notes.txt in " in done.err
+
+
 def test_a_token_beyond_the_embeddings_is_named(originals, tmp_path):
     model, file = tmp_path / "model", tmp_path / "corpus.txt"
     shutil.copytree(originals("qwen3"), model)

@@ -14,6 +14,13 @@ from dataclasses import dataclass
 WORK = ("step", "tokens", "flops", "seconds")
 MEMORY = ("peak_tensor_bytes", "saved_bytes")
 RESOURCES = (*WORK[1:], *MEMORY)  # without steps, which are not comparable where batches differ
+RESOURCE_TITLES = {
+    "tokens": "tokens",
+    "flops": "floating-point operations",
+    "seconds": "seconds",
+    "peak_tensor_bytes": "peak memory",
+    "saved_bytes": "memory for the backward pass",
+}
 NOT_FINITE = (
     "not finite"  # text of a figure whose measurements have a NaN or an infinity (None in rows), or a cost of 0
 )
@@ -133,3 +140,14 @@ def cheapest(runs: Iterable[dict], target: float, resource: str) -> tuple[float,
     costs = [(cost[resource], row) for row in runs if (cost := cost_to_target(row, target))]
     found = [(cost, row) for cost, row in costs if cost is not None]
     return min(found, key=lambda pair: pair[0]) if found else None
+
+
+def lowest_amplification(summary: dict, resource: str) -> tuple[str, dict] | None:
+    """The lowest amplification of a resource over all tasks of a summary, with its task.
+
+    If no attack reached a target, it is that of the first task, whose value is None. None if there is no amplification.
+    """
+    found = {task: figures["amplification"].get(resource) for task, figures in summary["tasks"].items()}
+    known = [(task, value) for task, value in found.items() if value]
+    reached = [(task, value) for task, value in known if value["value"] is not None]
+    return min(reached, key=lambda item: item[1]["value"], default=known[0] if known else None)

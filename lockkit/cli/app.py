@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from lockkit.cli.attack import attack
 from lockkit.cli.bench import bench
+from lockkit.cli.card import card
 from lockkit.cli.console import lost_output, tolerant_output
 from lockkit.cli.env import env
 from lockkit.cli.export import export
@@ -25,14 +26,16 @@ from lockkit.cli.kernel import kernel
 from lockkit.cli.lock import lock
 from lockkit.cli.options import typer_command
 from lockkit.cli.plan import plan
+from lockkit.cli.push import push
 from lockkit.cli.report import report
 from lockkit.cli.serve import serve
+from lockkit.cli.sign import sign
 from lockkit.cli.verify import verify
 from lockkit.errors import GateFailed, LockkitError
 from lockkit.settings import plain_words
 
 # All commands, in the order in which `lockkit --help` lists them. A command has the name of its function.
-COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, env)
+COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, card, sign, push, env)
 
 _debug = False
 

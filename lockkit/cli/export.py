@@ -22,8 +22,8 @@ def export(
     """Write MODEL as an ONNX graph to OUT.
 
     onnxruntime, onnxruntime-genai, optimum and transformers.js run OUT, without lockkit. It contains
-    the graph and its weights, the configuration files and tokenizer that those programs expect, and
-    a manifest with the hash of every file.
+    the graph and its weights, the configuration files and tokenizer that those programs expect, a
+    card, MODEL's licence files, and a manifest with the hash of every file but the card.
 
     Examples:
 
@@ -42,3 +42,5 @@ def export(
         f"{result.size_bytes / 1e6:,.1f} MB",
         soft_wrap=True,
     )
+    if warning := result.origin.warning(out):
+        console.print(warning, soft_wrap=True)

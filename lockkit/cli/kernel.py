@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from lockkit.cli.console import errors
+from lockkit.errors import UsageError
+
 
 def kernel(
     export: Annotated[
@@ -15,6 +18,9 @@ def kernel(
             metavar="EXPORT", help="Locked export that onnxruntime-genai and `lockkit serve` run with the operator."
         ),
     ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove the operator from EXPORT, which then runs everywhere again.")
+    ] = False,
 ) -> None:
     """Compile the fused CPU operator for chains and print its path.
 
@@ -24,13 +30,24 @@ def kernel(
 
     Without EXPORT, pass the printed path to onnxruntime's register_custom_ops_library. With EXPORT,
     the operator is installed in that folder: onnxruntime-genai and `lockkit serve` use it from now on.
+    The folder then runs only on machines with this type of processor, and `lockkit push` refuses it;
+    --remove undoes it.
 
     Examples:
 
     \b
         lockkit kernel
         lockkit kernel ./locked-onnx
+        lockkit kernel ./locked-onnx --remove
     """
-    from lockkit.kernel import build_kernel, install_kernel
+    from lockkit.kernel import build_kernel, install_kernel, remove_kernel
 
+    if remove:
+        if export is None:
+            raise UsageError("--remove belongs to an export: give EXPORT, too")
+        typer.echo(f"removed the operator from {remove_kernel(export)}")
+        return
     typer.echo(install_kernel(export) if export else build_kernel())
+    if export:
+        warning = f"{export} now runs only on this type of processor: before you publish or move it, add --remove"
+        errors.print(warning, soft_wrap=True)

@@ -47,6 +47,8 @@ def lock(
     console.print(_table(result.record))
     console.print(_memory(result.record["memory"]))
     console.print(f"wrote {out}: the locked model, its lockkit.json and a model card", soft_wrap=True)
+    if warning := result.origin.warning(out):
+        console.print(warning, soft_wrap=True)
 
 
 def _memory(memory: dict) -> str:

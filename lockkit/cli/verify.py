@@ -10,6 +10,7 @@ import typer
 from lockkit.cli.console import TerminalProgress, console
 from lockkit.errors import GateFailed
 from lockkit.files import check_output_file, readable_disk_errors
+from lockkit.publish.config import CheckConfig
 from lockkit.verify.config import VerifyConfig
 
 
@@ -29,6 +30,7 @@ def verify(
     ] = None,
     *,
     config: VerifyConfig,
+    signed: CheckConfig,
 ) -> None:
     """Compare EXPORT with the PyTorch model it was made from.
 
@@ -42,11 +44,18 @@ def verify(
         lockkit verify demo-onnx --reference demo
         lockkit verify locked-onnx --reference demo --reference demo-locked \\
             --json verify.json
+        lockkit verify locked-onnx --signature key.pub
         lockkit verify locked-int4 --reference demo --reference demo-locked \\
             --max-perplexity-ratio 1.1
     """
     if json is not None:
         check_output_file(json, "--json")
+    if signed.wanted:
+        from lockkit.publish.sign import check_signature
+
+        console.print(f"{export} is as it was signed, by {check_signature(export, signed)}", soft_wrap=True)
+        if not reference:
+            return
 
     from lockkit.verify.run import verify_export
     from lockkit.verify.table import failure_line, print_result

@@ -2,7 +2,7 @@
 
 `lockkit_manifest.json` lists every other file in the folder with its size and SHA-256, so that a user can check that the
 export is unchanged. Every file that is read to run the export must be listed: the graph, the files of its weights, the
-configurations and the tokenizer. Other files (for example, a README that was added later) are ignored.
+configurations and the tokenizer. The card is not listed, because its owner edits it. Other files are ignored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lockkit.errors import UsageError
-from lockkit.files import EXPORT_MANIFEST, check_name, read_json, sha256_of_file, write_json
+from lockkit.files import ADDED_FILES, CARD, EXPORT_MANIFEST, check_name, read_json, sha256_of_file, write_json
 from lockkit.settings import plain_words, shown
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class Manifest(BaseModel):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Add every file in `folder` to the manifest and write it there. Returns the manifest as written."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != EXPORT_MANIFEST)
+    """Add every file in `folder` but the card to the manifest and write it there. Returns the manifest as written."""
+    unlisted = (folder / EXPORT_MANIFEST, folder / CARD)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in unlisted)
     files = {
         path.relative_to(folder).as_posix(): FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
         for path in paths
@@ -163,7 +164,7 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     """The names of the files in an export that its manifest does not list. Nothing reads them."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [name for name in names if name != EXPORT_MANIFEST and name not in manifest.files]
+    return [name for name in names if name not in (EXPORT_MANIFEST, *ADDED_FILES) and name not in manifest.files]
 
 
 def _require_everything_listed(folder: Path, manifest: Manifest, option: str) -> None:

@@ -8,7 +8,7 @@
 4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Replace each chain by one call of a
    function (`chains.py`).
 5. Check that the graph is valid ONNX, that all weights exist, and that it has no training information.
-6. Write the manifest and rename the folder to OUT.
+6. Write the card, with the licence files of the model, and the manifest. Rename the folder to OUT.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lockkit.errors import LockkitError
 from lockkit.export.config import ExportConfig
 from lockkit.export.manifest import Manifest, write_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import check_apart, check_output_folder, new_folder
+from lockkit.files import CARD, check_apart, check_output_folder, new_folder
 from lockkit.models.identity import weight_hashes
 from lockkit.version import git_hash, versions
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lockkit.dlr.net import ChainConfig
     from lockkit.models.families import Family
+    from lockkit.models.origin import Origin
     from lockkit.progress import Progress
 
 WEIGHTS_FILE = "model.onnx_data"
@@ -41,10 +42,11 @@ WEIGHTS_FILE = "model.onnx_data"
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export: its folder and its manifest."""
+    """A finished export: its folder, its manifest, and the name, licence and card of the exported model."""
 
     folder: Path
     manifest: Manifest
+    origin: Origin
 
     @property
     def size_bytes(self) -> int:
@@ -74,8 +76,10 @@ def export_model(
         UnsupportedModelError: lockkit cannot export models of this kind.
         LockkitError: the graph could not be built, or it is not valid.
     """
+    from lockkit.export.card import export_card
     from lockkit.models.load import load_model, load_tokenizer, resolve_model
     from lockkit.models.locked import base_config, chain_config
+    from lockkit.models.origin import copy_legal_files, origin_of
 
     config = config or ExportConfig()
     config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
@@ -87,13 +91,16 @@ def export_model(
     base = base_config(network.config, family)
     base.use_cache = True
     manifest = _manifest(network.config, family, source, config)
+    origin = origin_of(model, source)
     with new_folder(Path(out), overwrite) as folder:
         _write_description(network, base, source, folder)
         _builders().build_graph(network, base, family, folder, config, progress)
         _finish_graph(folder, chain_config(network.config))
         check_graph(folder / MODEL_FILE)
+        copy_legal_files(origin, source, folder)
+        (folder / CARD).write_text(export_card(manifest, origin), encoding="utf-8")
         manifest = write_manifest(folder, manifest)
-    return ExportResult(Path(out), manifest)
+    return ExportResult(Path(out), manifest, origin)
 
 
 def _builders() -> ModuleType:

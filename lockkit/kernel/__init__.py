@@ -5,6 +5,6 @@ machine's processor, with an installed C++ compiler.
 """
 
 from lockkit.kernel.build import build_kernel, find_kernel
-from lockkit.kernel.install import has_kernel, install_kernel
+from lockkit.kernel.install import has_kernel, install_kernel, remove_kernel
 
-__all__ = ["build_kernel", "find_kernel", "has_kernel", "install_kernel"]
+__all__ = ["build_kernel", "find_kernel", "has_kernel", "install_kernel", "remove_kernel"]

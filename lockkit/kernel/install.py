@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lockkit.errors import UsageError
 from lockkit.export.chains import has_kernel_form
-from lockkit.export.manifest import FileRecord, check_manifest
+from lockkit.export.manifest import FileRecord, Manifest, check_manifest
 from lockkit.export.session import MODEL_FILE
 from lockkit.files import (
     EXPORT_MANIFEST,
@@ -27,17 +27,19 @@ from lockkit.kernel.build import build_kernel
 from lockkit.targets import Provider
 
 LIBRARY = "dlr_chain.so"
+SETTINGS = "genai_config.json"
+_OPTION = "custom_ops_library"  # of onnxruntime-genai's session options
 
 
 def has_kernel(export: Path) -> bool:
-    """Whether `install_kernel` has been run on this export."""
+    """Whether `install_kernel` has been run on this export, and not `remove_kernel`."""
     return (export / LIBRARY).is_file()
 
 
 def install_kernel(export: Path | str) -> Path:
     """Build the kernel, copy it into an export, and add it to `genai_config.json` and the manifest.
 
-    Files are replaced, not overwritten: a process may have loaded the library.
+    The export then runs only on machines with this type of processor. `remove_kernel` undoes it.
 
     Returns:
         The path of the library in the export.
@@ -55,19 +57,50 @@ def install_kernel(export: Path | str) -> Path:
             "in the form that this version writes): change EXPORT, or export again"
         )
     check_results_folder(folder, "EXPORT")
-    settings = read_json(folder / "genai_config.json", "EXPORT")
-    settings["model"]["decoder"]["session_options"]["custom_ops_library"] = LIBRARY
     kernel = build_kernel()
+    _rewrite(folder, manifest, kernel)
+    return folder / LIBRARY
+
+
+def remove_kernel(export: Path | str) -> Path:
+    """Remove the kernel from an export, which then runs on every machine again. Returns the folder.
+
+    Raises:
+        UsageError: the folder is not an intact export, it has no kernel, or it cannot be written.
+    """
+    folder = Path(export)
+    manifest = check_manifest(folder)
+    if not has_kernel(folder):
+        raise UsageError(f"{folder} has no kernel: change EXPORT, or do without --remove")
+    check_results_folder(folder, "EXPORT")
+    _rewrite(folder, manifest, None)
+    return folder
+
+
+def _rewrite(folder: Path, manifest: Manifest, kernel: Path | None) -> None:
+    """Make `kernel` the library of an export; None for no library.
+
+    Files are replaced, not overwritten: a process may have loaded the library.
+    """
+    settings = read_json(folder / SETTINGS, "EXPORT")
+    options = settings["model"]["decoder"]["session_options"]
     with (
         readable_disk_errors(folder, "EXPORT"),
         tempfile.TemporaryDirectory(prefix=".kernel-", dir=folder) as temporary,
     ):
         new = Path(temporary)
-        shutil.copyfile(kernel, new / LIBRARY)
-        (new / "genai_config.json").write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
-        for path in (new / LIBRARY, new / "genai_config.json"):
+        if kernel is not None:
+            options[_OPTION] = LIBRARY
+            shutil.copyfile(kernel, new / LIBRARY)
+        else:
+            options.pop(_OPTION, None)
+            manifest.files.pop(LIBRARY, None)
+        (new / SETTINGS).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        for path in sorted(new.iterdir()):
             manifest.files[path.name] = FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
         write_json(new / EXPORT_MANIFEST, manifest.model_dump(by_alias=True))
-        for name in (LIBRARY, "genai_config.json", EXPORT_MANIFEST):
-            (new / name).replace(folder / name)
-    return folder / LIBRARY
+        for name in (LIBRARY, SETTINGS, EXPORT_MANIFEST):
+            if (new / name).exists():
+                (new / name).replace(folder / name)
+        if kernel is None:
+            (folder / LIBRARY).unlink(missing_ok=True)

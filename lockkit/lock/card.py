@@ -5,20 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from lockkit.measure.records import MeasuredText
+from lockkit.models.card import NOT_AUDITED, card_text, copied_metadata, results_part
+from lockkit.models.locked import MODELING_FILE
+from lockkit.models.origin import Origin
+
+TAGS = ("lockkit", "dlr-lock")
 
 
-def locked_model_card(record: dict[str, Any]) -> str:
+def locked_model_card(record: dict[str, Any], origin: Origin) -> str:
     """The text of README.md for a locked checkpoint, in Markdown.
 
     Args:
         record: the content of its `lockkit.json` (lockkit/lock/record.py).
+        origin: the original.
     """
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [lockkit, dlr-lock]
-{"base_model: " + record["model"] + chr(10) if "/" in record["model"] else ""}---
-# {record["model"]}, locked
+    source = record["data"]["source"]
+    datasets = [source.partition(":")[0]] if "/" in source else []  # a Hub dataset; files have plain names here
+    # The Hub has no word for a lock. A fine-tune also keeps the architecture's purpose and changes the weights.
+    metadata = copied_metadata(origin, library="transformers", relation="finetune", tags=TAGS, datasets=datasets)
+    return card_text(metadata, _body(record, origin))
+
+
+def _body(record: dict[str, Any], origin: Origin) -> str:
+    return f"""# {record["model"]}, locked
 
 {_description(record)}
 ## How to run it
@@ -27,9 +36,9 @@ tags: [lockkit, dlr-lock]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
-# Runs modeling_dlr_lock.py from this folder.
+# Runs modeling_dlr_lock.py from this folder. AutoModel loads the model without its head.
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # needs no code; False avoids a question
 ```
 
 ## How close it is to the original
@@ -40,6 +49,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 {_layers(record)}
 `lockkit.json` has the recipe, the seed, the versions of the software, and the hashes of the data.
 
+{results_part("attack", NOT_AUDITED)}
 ## What this lock does not protect against
 
 The command that made this checkpoint did not run any attack on it. These weaknesses of such locks are known:
@@ -51,7 +61,16 @@ The command that made this checkpoint did not run any attack on it. These weakne
 
 The rewritten model can be fine-tuned like any other. So do not rely on this lock as the only protection. If the original
 weights are public, it protects nothing.
-"""
+
+{origin.paragraph(_changes(record))}"""
+
+
+def _changes(record: dict[str, Any]) -> str:
+    """What differs from the original, as licences ask."""
+    return f"""Every MLP was replaced by a chain of {record["dlr"]["depth"]} blocks, distilled from it by lockkit
+{record["versions"]["lockkit"]}. All other weights are the original's, stored in {record["dtype"]}. `config.json`
+describes the chains. `{MODELING_FILE}`, which is part of lockkit (Apache-2.0), `lockkit.json` and this card were
+added."""
 
 
 def _description(record: dict[str, Any]) -> str:

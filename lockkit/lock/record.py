@@ -4,6 +4,7 @@ Schema `lockkit-lock/2`:
 
     schema, versions, git_hash, machine     software and hardware that made the lock
     model, model_type, original_sha256      the original (a name, never a local path)
+    licence                                 the original's licence, null if it names none, and names of its licence files
     dlr                                     depth, ranks and gains of the chains
     recipe                                  all settings (lockkit/lock/config.py)
     data                                    source, sizes and SHA-256 of the token ids, no text
@@ -55,6 +56,7 @@ def lock_record(
     seconds: float,
     workers: int,
     memory: dict[str, Any],
+    licence: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `lockkit.json`, as JSON values.
 
@@ -74,6 +76,7 @@ def lock_record(
         seconds: wall time of the lock.
         workers: number of processes.
         memory: see `MemoryPrediction.record`.
+        licence: see `Origin.record`.
     """
     ranks = block_ranks(intermediate_size, config.depth)
     source = public_name(data.source)
@@ -85,6 +88,7 @@ def lock_record(
         "model": model,
         "model_type": family.model_type,
         "original_sha256": original_sha256,
+        "licence": licence,
         "dlr": {
             "depth": config.depth,
             "rank": max(ranks),

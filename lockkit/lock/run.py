@@ -47,6 +47,7 @@ from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.layered import StreamedModel, import_model_class
 from lockkit.models.load import load_config, load_tokenizer, resolve_model
 from lockkit.models.locked import empty_chain
+from lockkit.models.origin import Origin, copy_legal_files, origin_of
 from lockkit.models.save import save_description, save_locked_weights
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import versions
@@ -68,10 +69,12 @@ class LockResult:
     Attributes:
         folder: the locked checkpoint.
         record: the content of its `lockkit.json`.
+        origin: the original's name, licence and card.
     """
 
     folder: Path
     record: dict[str, Any]
+    origin: Origin
 
 
 def lock_model(
@@ -174,6 +177,7 @@ class _Lock:
         if not self.workers.first:
             self.workers.wait()
             return None
+        origin = origin_of(self.model, self.original)
         with new_folder(self.out, self.overwrite) as folder:
             scrubbed, fidelity = self._write(folder, final, layers, data)
             record = lock_record(
@@ -192,10 +196,12 @@ class _Lock:
                 seconds=time.perf_counter() - self.started,
                 workers=self.workers.count,
                 memory=prediction.record(self.memory),
+                licence=origin.record(),
             )
-            save_description(folder, record, locked_model_card(record))
+            copy_legal_files(origin, self.original, folder)
+            save_description(folder, record, locked_model_card(record, origin))
         self.workers.wait()
-        return LockResult(self.out, record)
+        return LockResult(self.out, record, origin)
 
     def _check_text(self, data: DistillationData) -> None:
         """Refuse text on which the original is broken, and warn of text that it predicts hardly better than chance."""

@@ -29,7 +29,12 @@ def weight_hashes(folder: Path) -> dict[str, str]:
 
 def weights_sha256(folder: Path) -> str:
     """One SHA-256 over all weight files of a model folder, in the order of their names."""
+    return combined_sha256(weight_hashes(folder))
+
+
+def combined_sha256(hashes: dict[str, str]) -> str:
+    """One SHA-256 over the hashes of files, by file name, in the order of their names."""
     total = hashlib.sha256()
-    for name, value in weight_hashes(folder).items():
+    for name, value in sorted(hashes.items()):
         total.update(f"{name} {value}\n".encode())
     return total.hexdigest()

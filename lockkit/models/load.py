@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import EXPORT_MANIFEST
+from lockkit.files import CARD, EXPORT_MANIFEST, LEGAL_FILES
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = Path(__file__).parent / "demo"
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", CARD, *LEGAL_FILES]
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",

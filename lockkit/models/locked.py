@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MODELING_FILE = "modeling_dlr_lock.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_dlr_lock.DLRLockConfig",
+    "AutoModel": "modeling_dlr_lock.DLRLockModel",
     "AutoModelForCausalLM": "modeling_dlr_lock.DLRLockForCausalLM",
 }
 # The definitions of lockkit/dlr/net.py that the modelling file contains.
@@ -102,11 +103,16 @@ def base_config(config: PreTrainedConfig, family: Family) -> PreTrainedConfig:
 
 def render_modeling_file(family: Family) -> str:
     """The text of the modelling file for a family. It contains the source of `DLRNet` and does not import lockkit."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
     definitions = "\n\n".join(inspect.getsource(part) for part in _TRAVELLING)
     replacements = {
         "from transformers import LlamaConfig as BaseConfig": f"from transformers import {family.config_class} as BaseConfig",
         "from transformers import LlamaForCausalLM as BaseForCausalLM": (
             f"from transformers import {family.model_class} as BaseForCausalLM"
+        ),
+        "from transformers import LlamaModel as BaseModel": (
+            f"from transformers import {MODEL_MAPPING_NAMES[family.model_type]} as BaseModel"
         ),
         "from __future__ import annotations\n": (
             "from __future__ import annotations\n\nfrom collections.abc import Callable, Mapping, Sequence\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from lockkit.files import LOCK_RECORD, write_json
-from lockkit.models.load import TOKENIZER_FILES
+from lockkit.files import CARD, LOCK_RECORD, write_json
+from lockkit.models.load import TOKENIZER_FILES, load_tokenizer
 from lockkit.models.locked import AUTO_MAP, MODELING_FILE, locked_config, render_modeling_file
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def save_locked_weights(
     _write_config(stream, folder, chains, dtype)
     (folder / MODELING_FILE).write_text(render_modeling_file(stream.family), encoding="utf-8")
     copy_tokenizer(stream.folder, folder)
+    keep_tokenizer_class(stream.folder, folder)
     if (stream.folder / "generation_config.json").is_file():
         shutil.copyfile(stream.folder / "generation_config.json", folder / "generation_config.json")
     else:
@@ -55,7 +57,7 @@ def save_locked_weights(
 def save_description(folder: Path, record: dict[str, Any], card: str) -> None:
     """Write `lockkit.json` (`record`) and the model card (`card`, Markdown) into a locked checkpoint."""
     write_json(folder / LOCK_RECORD, record)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _locked_tensors(
@@ -142,3 +144,23 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+
+
+def keep_tokenizer_class(source: Path, folder: Path) -> None:
+    """Name the class of the original's tokenizer in the tokenizer of its locked model, unless it is named there.
+
+    AutoTokenizer corrects the class that a tokenizer names, by the type of the model. It does not know locked types.
+    Without any class, transformers 4 would need the code in the folder.
+    """
+    from transformers import AutoTokenizer
+
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wanted = type(load_tokenizer(source)).__name__
+    with contextlib.suppress(Exception):  # a class that cannot be loaded is not the wanted one
+        found = type(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)).__name__
+        if found == wanted and settings.get("tokenizer_class"):
+            return
+    # The name of the general class in transformers 4, which transformers 5 also knows.
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast" if wanted == "TokenizersBackend" else wanted
+    write_json(path, settings)

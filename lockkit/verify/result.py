@@ -27,6 +27,9 @@ class VerifyResult(Record):
     passed: bool = Field(description="All gates passed.")
     export: str = Field(description="The export's folder, as given.")
     manifest_sha256: str = Field(description="SHA-256 of the export's manifest, which lists those of its files.")
+    source_sha256: dict[str, str] = Field(
+        default_factory=dict, description="SHA-256 of each weight file of the exported model, from the manifest."
+    )
     precision: str = Field(description="Precision of the export's weights.")
     provider: str = Field(description="Execution provider that ran the graph, by its name in onnxruntime.")
     original: str | None = Field(description="The original model, as given.")

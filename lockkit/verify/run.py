@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 
 from lockkit.errors import UsageError
+from lockkit.export.manifest import unlisted_files
 from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST, sha256_of_file
 from lockkit.measure.records import MeasuredText
 from lockkit.measure.totals import Comparison
 from lockkit.models.load import load_model
+from lockkit.models.weight_files import listed
 from lockkit.progress import NoProgress, Progress
 from lockkit.runners import OnnxRunner, Runner, TorchRunner
 from lockkit.targets import Precision
@@ -72,6 +74,8 @@ def verify_export(
     rows, text = held_out_rows(session, given, config)
     if text.tokens < config.tokens // text.block_tokens * text.block_tokens:
         progress.say(f"{text.source} has only {text.tokens:,} held-out tokens, fewer than --tokens {config.tokens:,}")
+    if unlisted := unlisted_files(session.folder, manifest):
+        progress.say(f"not part of the export, and not read: {listed(unlisted)} in {export}")
     device = config.provider.reference_device
     runners = {
         name: TorchRunner(load_model(reference.folder, torch.float32, device)[0])
@@ -84,6 +88,7 @@ def verify_export(
         passed=all(outcome.passed for outcome in outcomes),
         export=str(export),
         manifest_sha256=sha256_of_file(session.folder / EXPORT_MANIFEST),
+        source_sha256=dict(manifest.source_sha256),
         precision=manifest.precision,
         provider=session.provider,
         original=given.original.name if given.original else None,

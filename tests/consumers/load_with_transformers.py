@@ -23,7 +23,7 @@ def continuation(model, ids):
 
 # Eager attention: in some versions the others leave out the soft caps of Gemma 2.
 options = {"trust_remote_code": True, "torch_dtype": torch.float32, "attn_implementation": "eager"}
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 ids = tokenizer(prompt, return_tensors="pt").input_ids
 with torch.no_grad():

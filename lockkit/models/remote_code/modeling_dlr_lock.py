@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseForCausalLM
+from transformers import LlamaModel as BaseModel
 from transformers.activations import ACT2FN
 
 from lockkit.dlr.net import ChainConfig, DLRNet
@@ -19,10 +20,11 @@ def empty_chain(config: BaseConfig, chains: ChainConfig, gain: float) -> DLRNet:
     return chains.empty_chain(config.hidden_size, config.intermediate_size, ACT2FN[chains.activation], gain)
 
 
-def swap_mlps(model: BaseForCausalLM, config: BaseConfig) -> None:
+def swap_mlps(model: BaseForCausalLM | BaseModel, config: BaseConfig) -> None:
     """Replace the MLP of every decoder layer by an untrained chain, in place."""
     chains = ChainConfig.from_dict(config.dlr)
-    for layer, gain in zip(model.model.layers, chains.gains, strict=True):
+    layers = getattr(model, model.base_model_prefix, model).layers
+    for layer, gain in zip(layers, chains.gains, strict=True):
         layer.mlp = empty_chain(config, chains, gain).to(model.dtype)
     # The base model's tensor-parallel plan names projections that no longer exist.
     if getattr(model, "_tp_plan", None):
@@ -33,6 +35,16 @@ class DLRLockConfig(BaseConfig):
     """The base model's configuration, with the chains described under `dlr`."""
 
     model_type = "dlr_lock_llama"
+
+
+class DLRLockModel(BaseModel):
+    """The base model without a head, with a chain in place of every MLP."""
+
+    config_class = DLRLockConfig
+
+    def __init__(self, config: DLRLockConfig):
+        super().__init__(config)
+        swap_mlps(self, config)
 
 
 class DLRLockForCausalLM(BaseForCausalLM):

@@ -9,18 +9,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lockkit.attack.target import run_name
+from lockkit.attack.target import RESOURCE_TITLES as RESOURCES
+from lockkit.attack.target import lowest_amplification, run_name
 from lockkit.errors import UsageError
 from lockkit.report.page import Curve, Section, Table, measured_on, number
 from lockkit.report.sections import reports
 
-RESOURCES = {
-    "tokens": "tokens",
-    "flops": "floating-point operations",
-    "seconds": "seconds",
-    "peak_tensor_bytes": "peak memory",
-    "saved_bytes": "memory for the backward pass",
-}
 SHOWN_LINES = 7  # lines in colour; more could not be distinguished
 CONSEQUENCE = (
     "Every figure is the cost of this lock against these attacks. It says nothing about attacks that were not tried. "
@@ -93,16 +87,16 @@ def _headline(summary: dict) -> Section:
 
 def _best(summary: dict, resource: str) -> tuple[str, str] | None:
     """The lowest amplification of a resource over all tasks."""
-    found = {task: figures["amplification"].get(resource) for task, figures in summary["tasks"].items()}
-    reached = {task: value for task, value in found.items() if value and value["value"] is not None}
-    if reached:
-        task, best = min(reached.items(), key=lambda item: item[1]["value"])
-        return (
-            f"{RESOURCES[resource]} ({task}), against {best['best_attack']}",
-            f"costs {best['value']:.2f} times as much",
-        )
-    missed = next((value for value in found.values() if value), None)
-    return (RESOURCES[resource], missed["says"]) if missed else None
+    lowest = lowest_amplification(summary, resource)
+    if lowest is None:
+        return None
+    task, best = lowest
+    if best["value"] is None:
+        return RESOURCES[resource], best["says"]
+    return (
+        f"{RESOURCES[resource]} ({task}), against {best['best_attack']}",
+        f"costs {best['value']:.2f} times as much",
+    )
 
 
 def _figures_of_the_lock(summary: dict) -> list[tuple[str, str]]:
