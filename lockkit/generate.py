@@ -95,7 +95,7 @@ def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -
     """Load a model. PyTorch models run in float32, as in `lockkit verify`.
 
     Args:
-        name: `demo`, a model folder, an export, or a Hub id.
+        name: `demo`, a model folder, a `.gguf` file, an export, or a Hub id.
         provider: execution provider of an export, a name in `lockkit.targets.Provider`. A PyTorch
             model runs on the same device if PyTorch has it.
         option: the argument or option that `name` came from, for messages.

@@ -13,7 +13,10 @@ from lockkit.export.config import ExportConfig
 
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Locked or original model: a local folder, a Hub id, or `demo`.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Locked or original model: a local folder, a `.gguf` file, a Hub id, or `demo`."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     config: ExportConfig,

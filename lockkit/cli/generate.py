@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="`demo`, a model folder, an export, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="`demo`, a model folder, a `.gguf` file, an export, or a Hub id.")
+    ],
     second: Annotated[
         str | None, typer.Argument(metavar="SECOND", help="Second model, to compare with the first.")
     ] = None,

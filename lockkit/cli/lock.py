@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def lock(
-    model: Annotated[str, typer.Argument(help="Local folder, Hub id, or `demo`.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Local folder, `.gguf` file, Hub id, or `demo`.", metavar="MODEL")],
     out: Annotated[Path, typer.Argument(help="Folder to write.", metavar="OUT")],
     given: Given[LockConfig],
     recipe: Annotated[

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Local folder, Hub id, or `demo`.", metavar="MODEL")],
+    model: Annotated[str, typer.Argument(help="Local folder, `.gguf` file, Hub id, or `demo`.", metavar="MODEL")],
     depth: Annotated[
         list[int] | None, typer.Option("--depth", help="Depth to show. Default: several from 8 to 128.")
     ] = None,

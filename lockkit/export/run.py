@@ -65,7 +65,7 @@ def export_model(
     """Export a locked or an original model to an ONNX folder.
 
     Args:
-        model: `demo`, a local folder, or a Hub id.
+        model: `demo`, a local folder, a GGUF file, or a Hub id.
         out: the folder to write. It is created only when everything has succeeded.
         config: the settings.
         overwrite: replace `out` if lockkit wrote it.

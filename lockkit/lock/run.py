@@ -91,7 +91,7 @@ def lock_model(
     work; the first one writes the checkpoint and returns the result.
 
     Args:
-        model: `demo`, a local folder, or a Hub id.
+        model: `demo`, a local folder, a GGUF file, or a Hub id.
         out: the folder to write. It is created only when the checkpoint is complete.
         config: the recipe.
         overwrite: replace `out` if lockkit wrote it.
