@@ -29,6 +29,7 @@ QUICK = {
     "batch_tokens": 512,
     "end_to_end_batch_tokens": 512,
     "validation_tokens": 512,
+    "other_texts": ["none"],
     "device": "cpu",
 }
 

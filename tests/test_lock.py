@@ -234,6 +234,24 @@ def test_text_that_the_model_cannot_read_is_warned_of(originals, tmp_path, model
         assert "stdlib, split 'evaluate' is " in warnings[0] and warnings[0].endswith("change --data")
 
 
+def test_a_lock_is_measured_on_text_of_other_kinds(originals, tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"paragraph {i} " * 60 for i in range(200)))
+    others = ["stdlib", "docs", "licences", str(tmp_path / "corpus.txt")]
+    result = lock_model(str(originals("qwen3")), tmp_path / "out", quick(other_texts=others, end_to_end_tokens=0))
+    measured = result.record["other_texts"]
+    # not the text that the lock was distilled on
+    assert [each["text"]["source"] for each in measured] == ["docs", "licences", "corpus.txt"]
+    assert len({each["text"]["token_sha256"] for each in [*measured, result.record["fidelity"]]}) == 4
+    assert all(0 < each["kl_divergence"] < 1 and each["text"]["split"] == "evaluate" for each in measured)
+    assert "| licences |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_another_text_that_is_too_short_is_refused_before_the_work(originals, tmp_path):
+    (tmp_path / "short.txt").write_text("a few words")
+    with pytest.raises(UsageError, match=r"short.txt is too short: .*give more text with --other-text"):
+        lock_model(str(originals("qwen3")), tmp_path / "out", quick(other_texts=[str(tmp_path / "short.txt")]))
+
+
 def test_fidelity_of_a_perfect_copy(originals):
     from lockkit.models.layered import StreamedModel
     from lockkit.models.load import load_config

@@ -45,6 +45,8 @@ def lock(
     if result is None:  # only the first of several workers has the result
         return
     console.print(_table(result.record))
+    if result.record["other_texts"]:
+        console.print(_other_texts(result.record["other_texts"]))
     console.print(_memory(result.record["memory"]))
     console.print(f"wrote {out}: the locked model, its lockkit.json and a model card", soft_wrap=True)
     if warning := result.origin.warning(out):
@@ -57,6 +59,24 @@ def _memory(memory: dict) -> str:
         f"peak memory {memory['peak_bytes'] / 1e9:.2f} GB; {beyond / 1e9:.2f} GB besides that of the libraries "
         f"(predicted: {memory['predicted_bytes'] / 1e9:.2f} GB)"
     )
+
+
+def _other_texts(figures: list[dict]) -> Table:
+    """The same figures on text of other kinds than the lock was distilled on."""
+    from rich.table import Table
+
+    table = Table(title="on text of other kinds", title_justify="left")
+    for head in ("text", "original", "over original", "KL divergence", "same top token"):
+        table.add_column(head, justify="left" if head == "text" else "right")
+    for fidelity in figures:
+        table.add_row(
+            f"{fidelity['text']['source']}",
+            f"{fidelity['original_perplexity']:.3f}",
+            f"{fidelity['perplexity_ratio']:.4f}",
+            f"{fidelity['kl_divergence']:.5f}",
+            f"{fidelity['top1_agreement']:.2%}",
+        )
+    return table
 
 
 def _table(record: dict) -> Table:

@@ -96,6 +96,24 @@ def _fidelity(record: dict[str, Any]) -> str:
 - Both predict the same most likely token at {fidelity["top1_agreement"]:.2%} of the positions.
 - Measured on {text}, in rows of {text.block_tokens} tokens. This text was not used to train the lock or
   to choose its final state.
+{_other_texts(record["other_texts"])}"""
+
+
+def _other_texts(figures: list[dict[str, Any]]) -> str:
+    """The figures on text of other kinds, as a table; empty without any."""
+    if not figures:
+        return ""
+    rows = "\n".join(
+        f"| {fidelity['text']['source']} | {fidelity['perplexity_ratio']:.4f} | {fidelity['kl_divergence']:.5f} "
+        f"| {fidelity['top1_agreement']:.2%} |"
+        for fidelity in figures
+    )
+    return f"""
+On held-out text of other kinds than the lock was distilled on:
+
+| text | perplexity, locked over original | KL divergence | same most likely token |
+|---|---|---|---|
+{rows}
 """
 
 

@@ -50,6 +50,12 @@ class LockConfig(BaseModel):
         "writes). `auto` is `stdlib` for `demo` and `self` for other models.",
     )
     data_column: DataColumn = None
+    other_texts: list[UserPath] = Field(
+        ["stdlib", "docs", "licences"],
+        description="Text of another kind than --data on which the finished lock is measured, too: `stdlib`, `docs` "
+        "(the English documentation of Python), `licences` (of the installed packages), or whatever --data takes. `none` "
+        "for no such text.",
+    )
     tokens: int = Field(200_000, ge=1, description="Training tokens of phase 1, for each layer's chain by itself.")
     end_to_end_tokens: int = Field(
         40_000, ge=0, description="Training tokens of phase 2, for all chains together on the logits; 0 skips phase 2."
@@ -132,8 +138,8 @@ class LockConfig(BaseModel):
             raise UsageError(f"--depth {self.depth} is larger than the MLP's width {width}: lower it")
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that the locked weights depend on: all but device, memory and work folder."""
-        return self.model_dump(exclude={"device", "offload", "cache_gigabytes", "work"})
+        """The settings that the locked weights depend on: all but device, memory, work folder and what is only measured."""
+        return self.model_dump(exclude={"device", "offload", "cache_gigabytes", "work", "other_texts"})
 
 
 def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from lockkit.progress import Progress
 
+OTHER_OPTION = "--other-text"
+OTHER_TOKENS = 4_096  # of each other text
 MAX_PASSES = 16  # over the training text; less text than this needs is refused
 SPLIT_OF_PART = {"train": "distill", "validation": "validate", "evaluation": "evaluate"}
 
@@ -98,6 +100,35 @@ def load_data(
     for part in rows.values():
         require_embedded(tokenizer, part, model_config.vocab_size, source, "--data")
     return DistillationData(source, rows["distill"], rows["validate"], rows["evaluate"])
+
+
+def other_rows(
+    config: LockConfig, source: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, torch.Tensor]:
+    """Held-out rows of the texts that a lock is only measured on: `other_texts`, without the distillation text.
+
+    Args:
+        config: the recipe.
+        source: of the distillation text.
+        model_config: configuration of the original.
+        tokenizer: of the original.
+
+    Returns:
+        Token ids, `[rows, block_tokens]`, by source.
+
+    Raises:
+        UsageError: a text that the recipe names itself is too short or cannot be read.
+    """
+    block, _ = _sizes(config, model_config)
+    need = Need(block, max(block, min(OTHER_TOKENS, config.validation_tokens)))
+    found = {}
+    for name in config.other_texts:
+        if name not in (source, "none"):
+            documents = documents_by_split(name, OTHER_OPTION, config.data_column)
+            rows = read_rows(tokenizer, documents, block, {"evaluate": need}, name, OTHER_OPTION)["evaluate"]
+            require_embedded(tokenizer, rows, model_config.vocab_size, name, OTHER_OPTION)
+            found[name] = rows
+    return found
 
 
 def sampled_data(

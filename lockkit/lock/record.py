@@ -12,6 +12,7 @@ Schema `lockkit-lock/2`:
     after_phase_1, fidelity                 KL, top-1 agreement and perplexities, with the text that they were
                                             measured on (lockkit/measure/records.py); `fidelity` is that of the
                                             weights as saved
+    other_texts                             the same as `fidelity`, on text of other kinds than the distillation text
     end_to_end                              phase 2: steps, best step, KL before and after, and the text that chose
                                             the best step; null if phase 2 was skipped
     scrubbed_rows                           rows that were perturbed because they were bit-identical to the teacher's
@@ -51,6 +52,7 @@ def lock_record(
     after_phase_1: Fidelity,
     end_to_end: EndToEndResult | None,
     fidelity: Fidelity,
+    other_texts: list[Fidelity],
     scrubbed_rows: int,
     dtype: torch.dtype,
     seconds: float,
@@ -71,6 +73,7 @@ def lock_record(
         after_phase_1: fidelity of the chains after phase 1.
         end_to_end: result of phase 2; None if it was skipped.
         fidelity: of the weights as saved.
+        other_texts: the same on text of other kinds.
         scrubbed_rows: rows perturbed because they were bit-identical to the teacher's.
         dtype: of the saved weights.
         seconds: wall time of the lock.
@@ -95,12 +98,14 @@ def lock_record(
             "smallest_rank": min(ranks),
             "gains": [layer.gain for layer in layers],
         },
-        "recipe": config.model_dump(exclude={"work"}) | {"data": source},
+        "recipe": config.model_dump(exclude={"work"})
+        | {"data": source, "other_texts": [public_name(name) for name in config.other_texts]},
         "data": data.record() | {"source": source},
         "layers": [layer.record() for layer in layers],
         "after_phase_1": after_phase_1.record(),
         "end_to_end": end_to_end.record() if end_to_end else None,
         "fidelity": fidelity.record(),
+        "other_texts": [other.record() for other in other_texts],
         "scrubbed_rows": scrubbed_rows,
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds,

@@ -29,7 +29,7 @@ from lockkit.errors import DistillationError, UsageError
 from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
-from lockkit.lock.data import DistillationData, effective_source, load_data, sampled_data
+from lockkit.lock.data import DistillationData, effective_source, load_data, other_rows, sampled_data
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
 from lockkit.lock.initialise import scrub_teacher_rows
 from lockkit.lock.memory import keeps_everything, predicted_memory
@@ -40,7 +40,7 @@ from lockkit.lock.record import lock_record
 from lockkit.lock.stack import ChainStack
 from lockkit.lock.weights import require_finite
 from lockkit.lock.work import Work, work_folder
-from lockkit.measure.records import Fidelity
+from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.models.checkpoint import stored_dtype
 from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
@@ -161,6 +161,8 @@ class _Lock:
             if self.workers.first:
                 require_finite(self.stream, self.model, self.dtype)
             data = self._data()
+            if self.workers.first:
+                self.other_rows = other_rows(self.config, data.source, self.stream.config, self.tokenizer)
         self.workers.require_same(versions() | self._fingerprint(data))
         with self.workers.together():
             if self.workers.first:
@@ -179,7 +181,7 @@ class _Lock:
             return None
         origin = origin_of(self.model, self.original)
         with new_folder(self.out, self.overwrite) as folder:
-            scrubbed, fidelity = self._write(folder, final, layers, data)
+            scrubbed, fidelity, elsewhere = self._write(folder, final, layers, data)
             record = lock_record(
                 model=public_name(self.model),
                 original_sha256=self.original_sha256,
@@ -191,6 +193,7 @@ class _Lock:
                 after_phase_1=after_phase_1,
                 end_to_end=end_to_end,
                 fidelity=fidelity,
+                other_texts=elsewhere,
                 scrubbed_rows=scrubbed,
                 dtype=self.dtype,
                 seconds=time.perf_counter() - self.started,
@@ -283,8 +286,13 @@ class _Lock:
 
     def _write(
         self, folder: Path, final: FinalChains, layers: list[LayerResult], data: DistillationData
-    ) -> tuple[int, Fidelity]:
-        """Write the weights. Returns the number of perturbed rows, and the fidelity of the weights as written."""
+    ) -> tuple[int, Fidelity, list[Fidelity]]:
+        """Write the weights.
+
+        Returns:
+            The number of perturbed rows, and the fidelity of the weights as written: on the evaluation set, and on each
+            other text.
+        """
         scrubbed = 0
 
         @torch.no_grad()
@@ -305,7 +313,15 @@ class _Lock:
                 f"the locked model's held-out KL divergence is {fidelity.kl_divergence}: lower --learning-rate or "
                 "--coupling, or save with --dtype float32"
             )
-        return scrubbed, fidelity
+        return scrubbed, fidelity, self._measure_elsewhere(written)
+
+    def _measure_elsewhere(self, written: StreamedModel) -> list[Fidelity]:
+        """The fidelity of a locked model on text of other kinds than the distillation text."""
+        found = []
+        for name, rows in self.other_rows.items():
+            text = MeasuredText.of(rows, public_name(name), "evaluate")
+            found.append(FidelityMeter(self.stream, rows, text, progress=self.progress).measure_model(written))
+        return found
 
 
 def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: DistillationData) -> str:

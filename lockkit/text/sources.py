@@ -1,10 +1,15 @@
-"""The sources of text: Python's standard library, a file, a folder, or a dataset of the Hugging Face Hub."""
+"""The sources of text: built-in ones, a file, a folder, or a dataset of the Hugging Face Hub.
+
+Three sources are on every machine with Python: `stdlib` (code: the sources of the standard library), `docs` (English: the
+documentation of the language in `pydoc`) and `licences` (English: those of the installed packages).
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lockkit.errors import UsageError, first_line
@@ -38,6 +43,33 @@ def stdlib_documents(*, tests: bool = False) -> Iterator[Document]:
             continue
         if text.strip():
             yield Document(".".join(parts), text)
+
+
+def docs_documents() -> Iterator[Document]:
+    """Yield the chapters on the language in Python's own help (`pydoc`), one document each: English prose."""
+    from pydoc_data.topics import topics
+
+    yield from (Document(f"docs:{name}", topics[name]) for name in sorted(topics))
+
+
+def licence_documents() -> Iterator[Document]:
+    """Yield the passages of the licences of all installed packages, each licence once: legal English."""
+    seen: set[str] = set()
+    for package in sorted(importlib.metadata.distributions(), key=lambda package: package.metadata["Name"] or ""):
+        for file in sorted(package.files or []):
+            if not re.search("licen[cs]e|copying|notice", file.name, re.IGNORECASE) or file.suffix in (".py", ".pyc"):
+                continue
+            try:
+                text = Path(str(file.locate())).read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text not in seen:
+                seen.add(text)
+                yield from _passages(text)
+
+
+# All but `stdlib`, which has splits of its own.
+BUILT_IN: Mapping[str, Callable[[], Iterator[Document]]] = {"docs": docs_documents, "licences": licence_documents}
 
 
 def _passages(text: str) -> Iterator[Document]:
@@ -144,7 +176,8 @@ def documents_by_split(
     """Yield (split, document) for all documents of `source`, in its order.
 
     Args:
-        source: `stdlib` (without its tests), the path of a file or folder, or the name of a Hub dataset.
+        source: `stdlib` (without its tests), a name in `BUILT_IN`, the path of a file or folder, or the name of a Hub
+            dataset.
         option: the option that gave it, for errors.
         column: the column of rows, see `file_documents`. Text without columns ignores it.
 
@@ -153,6 +186,8 @@ def documents_by_split(
     """
     if source == "stdlib":
         return ((split_of(document.name), document) for document in stdlib_documents())
+    if source in BUILT_IN:
+        return with_splits(BUILT_IN[source]())
     if source and Path(source).exists():
         return with_splits(file_documents(Path(source), option, column))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):

@@ -26,6 +26,23 @@ def lock_sections(record: dict, path: Path) -> list[Section]:
         f"Distilled on {data.get('source', 'unknown text')} ({number(data.get('train_tokens'))} tokens); "
         f"{number(record.get('seconds'), '.0f')} seconds. {measured_on(fidelity.get('text'))}"
     )
+    if others := record.get("other_texts"):
+        figures = [
+            [
+                str(other.get("text", {}).get("source", "unknown text")),
+                number(other.get("perplexity_ratio"), ".4f"),
+                number(other.get("kl_divergence"), ".5f"),
+                number(other.get("top1_agreement"), ".2%"),
+            ]
+            for other in others
+        ]
+        heads = [
+            "text of another kind",
+            "perplexity, locked over original",
+            "KL, nats per token",
+            "same most likely token",
+        ]
+        section.tables.append(Table(heads, figures))
     rows = [
         [str(layer["layer"]), number(layer.get("nmse"), ".5f"), number(layer.get("gain"), ".4g")] for layer in layers
     ]
