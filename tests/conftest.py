@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(Path(__file__).parents[1] / ".cache" / "huggingface")
@@ -18,6 +20,7 @@ from tiny import save_tiny
 
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
+from lockkit.settings import option_of
 
 # Enough training to change every weight and couple the blocks, but too little for a faithful lock.
 QUICK = {
@@ -32,6 +35,12 @@ QUICK = {
     "other_texts": ["none"],
     "device": "cpu",
 }
+
+
+def command_line(settings: Mapping[str, Any]) -> list[str]:
+    """The settings of a lock as options of `lockkit lock`."""
+    values = ((name, value if isinstance(value, list) else [value]) for name, value in settings.items())
+    return [f"{option_of(LockConfig, name)}={one}" for name, several in values for one in several]
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from conftest import QUICK
+from conftest import QUICK, command_line
 
 from lockkit.serve.config import API_KEY_VARIABLE, ServeConfig
 from lockkit.settings import validated
@@ -49,7 +49,7 @@ def test_slurm_script_locks_with_several_workers(originals, tmp_path):
         "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": "1", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    options = command_line(QUICK)
     script = Path(__file__).parents[1] / "examples" / "slurm" / "lock.sbatch"
     done = subprocess.run(
         ["bash", script, originals("qwen3"), tmp_path / "out", *options],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, command_line
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, add_token, empty_chain, save_tiny
 from torch import nn
@@ -461,7 +461,7 @@ def test_divergence_is_reported_and_nothing_written(originals, tmp_path):
 
 
 def lock_arguments(original, out):
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    options = command_line(QUICK)
     return ["lock", original, out, *options]
 
 

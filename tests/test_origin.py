@@ -7,7 +7,7 @@ import re
 import shutil
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, command_line
 from huggingface_hub import ModelCard
 from test_export import exports, models  # noqa: F401 (fixtures)
 from tiny import save_tiny
@@ -113,7 +113,7 @@ def test_a_model_without_a_licence_is_named_by_card_and_command(cli, locks, tmp_
 
 def test_the_lock_command_says_that_there_is_no_licence(cli, originals, tmp_path):
     settings = QUICK | {"tokens": 512, "end_to_end_tokens": 0, "validation_tokens": 64}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    options = command_line(settings)
     done = cli("lock", originals("llama"), tmp_path / "out", *options)
     assert done.out.splitlines()[-1].startswith("llama names no licence: ask its owner")
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, command_line
 
 from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
@@ -110,7 +110,7 @@ main()
 
 def test_a_full_disk_in_phase_2_keeps_finished_layers(originals, tmp_path):
     """Files of 18 KB (chains) can be written; larger ones (chains with optimisers) cannot."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in (QUICK | {"offload": "disk"}).items()]
+    options = command_line(QUICK | {"offload": "disk"})
     command = [sys.executable, "-c", FULL_DISK, "lock", originals("llama"), tmp_path / "out", *options]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr

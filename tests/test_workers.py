@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, command_line
 from tiny import save_tiny
 
 from lockkit.errors import UsageError
@@ -16,7 +16,7 @@ from lockkit.files import LOCK_RECORD, read_json
 from lockkit.workers import Workers
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+OPTIONS = command_line(QUICK)
 
 
 @pytest.fixture(scope="module")
