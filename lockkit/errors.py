@@ -27,3 +27,8 @@ def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of an error's text that is not blank, cut to `most` characters; the class name if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:most] if lines else type(error).__name__
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and a noun that takes an s in the plural: `1 layer`, `2,000 tokens`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

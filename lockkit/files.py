@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import hashlib
 import json
 import os
@@ -26,23 +25,7 @@ CARD = "README.md"  # the Hub's name of a model card
 BOM = "bom.cdx.json"
 SIGNATURE = "model.sig"
 ADDED_FILES = (CARD, BOM, SIGNATURE)  # written or changed after a lock or an export is finished
-_LEGAL_WORDS = (
-    *("licence", "license", "notice", "copying", "copyright", "terms", "policy", "acceptable*use", "prohibited*use"),
-    *("attribution", "agreement", "disclaimer"),
-)
-# Patterns of the names of licence files, for any mixture of upper and lower case: the Hub's client compares case.
-LEGAL_FILES = [
-    f"*{''.join(f'[{letter.upper()}{letter}]' if letter.isalpha() else letter for letter in word)}*"
-    for word in _LEGAL_WORDS
-]
 _RECORDS = (LOCK_RECORD, EXPORT_MANIFEST)
-# The names of the files of a lock. Those of an export are in its manifest.
-_LOCK_FILES = (
-    *LEGAL_FILES,
-    *("config.json", "generation_config.json", "modeling_dlr_lock.py"),
-    *("model*.safetensors", "model.safetensors.index.json", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates/*"),
-)
 _HIDDEN = ".lockkit-"  # begins the name of everything temporary inside an output folder
 _NOT_CONTENT = ("lost+found", ".DS_Store")  # what the system puts into an otherwise empty folder
 # No space left, quota exceeded, file larger than this process may write.
@@ -86,29 +69,32 @@ def _check_folder(out: Path, overwrite: bool, option: str) -> None:
 
 def _check_replaceable(folder: Path, out: Path, overwrite: bool, option: str) -> None:
     """Raise a UsageError unless `overwrite` is on and lockkit wrote everything in a folder that is not empty."""
+    if not any((folder / name).is_file() for name in _RECORDS):
+        reason = "was not written by lockkit, so --overwrite does not replace it" if overwrite else "exists already"
+        raise UsageError(f"{out} {reason}: change {option}")
     if not overwrite:
         raise UsageError(f"{out} exists: change {option}, or add --overwrite")
-    if not any((folder / name).is_file() for name in _RECORDS):
-        raise UsageError(f"{out} was not written by lockkit, so --overwrite does not replace it: change {option}")
-    ours = [
-        *_RECORDS,
-        *ADDED_FILES,
-        *(_LOCK_FILES if (folder / LOCK_RECORD).is_file() else _exported(folder / EXPORT_MANIFEST)),
-    ]
+    ours = {*_RECORDS, *ADDED_FILES, *_files_in_record(folder)}
     for entry in content(folder):
         for path in [entry] if not entry.is_dir() else sorted(entry.rglob("*")) or [entry]:
             name = path.relative_to(folder).as_posix()
-            if not path.is_dir() and not any(fnmatch.fnmatchcase(name, known) for known in ours):
+            if not path.is_dir() and name not in ours:
                 raise UsageError(
                     f"{out} contains {name}, which is not a file of the result there, so --overwrite does not delete "
                     f"it: move it, or change {option}"
                 )
 
 
-def _exported(manifest: Path) -> list[str]:
-    """The names of the files in a manifest; none if it cannot be read."""
+def files_below(folder: Path) -> list[str]:
+    """The names of all files in a folder and the folders in it, relative to it, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _files_in_record(folder: Path) -> list[str]:
+    """The names of the files in the record of a lock or in the manifest of an export; none if it cannot be read."""
+    record = next(folder / name for name in _RECORDS if (folder / name).is_file())
     try:
-        return [name.replace("[", "[[]") for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]]
+        return list(json.loads(record.read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 

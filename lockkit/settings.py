@@ -23,14 +23,15 @@ _repr = reprlib.Repr()
 _repr.maxstring, _repr.maxlevel = 100, 2
 
 
-def _expanded(path: str) -> str:
+def expanded(path: str) -> str:
+    """A path with the home folder in place of a leading `~`, unless there is no such user."""
     with contextlib.suppress(RuntimeError):  # there is no such user
         return str(Path(path).expanduser()) if path.startswith("~") else path
     return path
 
 
 # A setting that can be a path. A leading `~` is the home folder, also where no shell replaces it, as in a recipe.
-UserPath = Annotated[str, AfterValidator(_expanded)]
+UserPath = Annotated[str, AfterValidator(expanded)]
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, command_line
 from rich.console import Console
 
 import lockkit
@@ -313,6 +313,21 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
+def test_a_leading_tilde_is_the_home_folder(cli, originals, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(originals("llama"), tmp_path / "model")
+    assert cli("plan", "~/model", "--depth", "4").code == 0
+    assert cli("export", "~/model", "--", "~/onnx").code == 0 and (tmp_path / "onnx" / "model.onnx").is_file()
+    done = cli("lock", "~/model", "~/model")
+    assert done.code == 2 and "MODEL's own folder" in done.err
+
+
+def test_overwrite_is_proposed_only_where_it_works(cli, originals, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    done = cli("lock", originals("llama"), tmp_path)
+    assert done.code == 2 and "exists already: change OUT" in done.err and "--overwrite" not in done.err
+
+
 def test_a_report_is_checked_before_the_work(cli, tmp_path):
     (tmp_path / "page.md").mkdir()
     for page in ("page.txt", "page.html", "missing/page.html"):
@@ -381,7 +396,7 @@ def test_a_lock_prints_names_with_brackets_as_they_are(cli, originals, tmp_path)
     shutil.copytree(originals("qwen3"), model)
     data.write_bytes(b"".join(path.read_bytes() for path in sorted(Path(lockkit.__file__).parent.rglob("*.py"))))
     options = QUICK | {"data": data, "tokens": 512, "end_to_end_tokens": 0, "validation_tokens": 64}
-    done = cli("lock", model, out, *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()))
+    done = cli("lock", model, out, *command_line(options))
     assert done.code == 0, done.err
     assert "my[bold]model, locked" in done.out and f"wrote {out}" in done.out
     assert f"text: {data}" in done.err

@@ -87,13 +87,15 @@ def test_the_message_says_whether_it_is_a_folder_or_its_folder_is_missing(tmp_pa
 def write_result(out: Path, text: str, names: tuple[str, ...] = ("config.json", "model.safetensors")) -> None:
     """Write a folder as `lockkit lock` does: some files and the record."""
     with new_folder(out, overwrite=True) as folder:
-        for name in (*names, LOCK_RECORD):
+        for name in names:
             (folder / name).write_text(text)
+        write_json(folder / LOCK_RECORD, {"files": [*names, LOCK_RECORD], "text": text})
 
 
 def found(out: Path) -> dict[str, str]:
     """The text of each file in a folder; empty for another entry."""
-    return {path.name: path.read_text() if path.is_file() else "" for path in out.iterdir()}
+    texts = {path.name: path.read_text() if path.is_file() else "" for path in out.iterdir()}
+    return texts | {name: json.loads(text)["text"] for name, text in texts.items() if name == LOCK_RECORD}
 
 
 FIRST = {"config.json": "first", "model.safetensors": "first", LOCK_RECORD: "first"}
@@ -203,7 +205,13 @@ def test_overwrite_deletes_only_what_the_result_consists_of(tmp_path):
     with new_folder(export) as folder:
         (folder / "model[1].onnx").write_text("first")
         write_json(folder / EXPORT_MANIFEST, {"files": {"model[1].onnx": {}}})
-    for out, mine in ((lock, "report.html"), (lock, "notes/todo.txt"), (export, "README.md"), (export, "model1.onnx")):
+    for out, mine in (
+        (lock, "report.html"),
+        (lock, "notes/todo.txt"),
+        (lock, "model-ema.safetensors"),
+        (export, "notes.md"),
+        (export, "model1.onnx"),
+    ):
         check_output_folder(out, overwrite=True)
         (out / mine).parent.mkdir(exist_ok=True)
         (out / mine).write_text("mine")

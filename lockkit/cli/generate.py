@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockkit.cli.console import console, lost_output
-from lockkit.errors import UsageError
 from lockkit.generate import GenerateConfig, Generation, TextModel, first_difference, open_model
 from lockkit.generate import generate as generate_text
 from lockkit.text import decoded
@@ -60,10 +60,9 @@ def _standard_input() -> str:
 
 def _argument(text: str) -> str:
     """The text of an argument. Where Python takes arguments for ASCII, it is read as UTF-8."""
-    try:
-        return os.fsencode(text).decode("utf-8") if any("\ud800" <= letter <= "\udfff" for letter in text) else text
-    except UnicodeError as error:
-        raise UsageError("the prompt is not valid UTF-8: change --prompt") from error
+    with contextlib.suppress(UnicodeError):  # `generate` refuses it
+        return os.fsencode(text).decode("utf-8")
+    return text
 
 
 def _stream(text: str) -> None:

@@ -18,6 +18,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -25,7 +26,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
-from lockkit.settings import Config, is_list, option_of, validated, without_none
+from lockkit.settings import Config, expanded, is_list, option_of, validated, without_none
 
 _REPEATED = " May be repeated."
 
@@ -52,6 +53,10 @@ def typer_command(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        # A shell expands `~` in most places, but not in `--out=~/folder` or in quotes.
+        values = {
+            name: Path(expanded(str(value))) if isinstance(value, Path) else value for name, value in values.items()
+        }
         for name, config in configs.items():
             options = {field: values.pop(field) for field in config.model_fields}
             given: Given[Any] = Given({field: value for field, value in options.items() if value not in (None, [])})

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lockkit.errors import UsageError
-from lockkit.files import ADDED_FILES, CARD, EXPORT_MANIFEST, check_name, read_json, sha256_of_file, write_json
+from lockkit.files import (
+    ADDED_FILES,
+    CARD,
+    EXPORT_MANIFEST,
+    check_name,
+    files_below,
+    read_json,
+    sha256_of_file,
+    write_json,
+)
 from lockkit.settings import plain_words, shown
 
 if TYPE_CHECKING:
@@ -163,8 +172,11 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
     """The names of the files in an export that its manifest does not list. Nothing reads them."""
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [name for name in names if name not in (EXPORT_MANIFEST, *ADDED_FILES) and name not in manifest.files]
+    return [
+        name
+        for name in files_below(folder)
+        if name not in (EXPORT_MANIFEST, *ADDED_FILES) and name not in manifest.files
+    ]
 
 
 def _require_everything_listed(folder: Path, manifest: Manifest, option: str) -> None:

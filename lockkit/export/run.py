@@ -24,7 +24,7 @@ from lockkit.errors import LockkitError
 from lockkit.export.config import ExportConfig
 from lockkit.export.manifest import Manifest, write_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import CARD, check_apart, check_output_folder, new_folder
+from lockkit.files import CARD, new_folder
 from lockkit.models.identity import weight_hashes
 from lockkit.version import git_hash, versions
 
@@ -77,15 +77,13 @@ def export_model(
         LockkitError: the graph could not be built, or it is not valid.
     """
     from lockkit.export.card import export_card
-    from lockkit.models.load import load_model, load_tokenizer, resolve_model
+    from lockkit.models.load import load_model, load_tokenizer, resolve_model_apart
     from lockkit.models.locked import base_config, chain_config
     from lockkit.models.origin import copy_legal_files, origin_of
 
     config = config or ExportConfig()
     config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
-    check_output_folder(Path(out), overwrite)
-    source = resolve_model(model)
-    check_apart(Path(out), source)
+    source = resolve_model_apart(model, Path(out), overwrite)
     load_tokenizer(source)
     network, family = load_model(source)
     base = base_config(network.config, family)

@@ -18,6 +18,7 @@ Schema `lockkit-lock/2`:
     scrubbed_rows                           rows that were perturbed because they were bit-identical to the teacher's
     memory                                  peak, prediction, and memory of the process before the lock, in bytes
     dtype, seconds, workers                 dtype of the weights, wall time, number of processes
+    files                                   names of the files of the lock
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def lock_record(
     workers: int,
     memory: dict[str, Any],
     licence: dict[str, Any],
+    files: list[str],
 ) -> dict[str, Any]:
     """The content of `lockkit.json`, as JSON values.
 
@@ -80,6 +82,7 @@ def lock_record(
         workers: number of processes.
         memory: see `MemoryPrediction.record`.
         licence: see `Origin.record`.
+        files: names of the files of the lock.
     """
     ranks = block_ranks(intermediate_size, config.depth)
     source = public_name(data.source)
@@ -111,4 +114,5 @@ def lock_record(
         "seconds": seconds,
         "workers": workers,
         "memory": memory,
+        "files": files,
     }

@@ -25,8 +25,15 @@ import torch
 
 from lockkit.devices import PeakMemory, choose_device
 from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
-from lockkit.errors import DistillationError, UsageError
-from lockkit.files import check_apart, check_output_folder, new_folder, readable_disk_errors
+from lockkit.errors import DistillationError, UsageError, counted
+from lockkit.files import (
+    CARD,
+    LOCK_RECORD,
+    check_apart,
+    files_below,
+    new_folder,
+    readable_disk_errors,
+)
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData, effective_source, load_data, other_rows, sampled_data
@@ -45,7 +52,7 @@ from lockkit.models.checkpoint import stored_dtype
 from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
 from lockkit.models.layered import StreamedModel, import_model_class
-from lockkit.models.load import load_config, load_tokenizer, resolve_model
+from lockkit.models.load import load_config, load_tokenizer, resolve_model_apart
 from lockkit.models.locked import empty_chain
 from lockkit.models.origin import Origin, copy_legal_files, origin_of
 from lockkit.models.save import save_description, save_locked_weights
@@ -116,9 +123,7 @@ class _Lock:
         self.model, self.out, self.config, self.overwrite = model, Path(out), config, overwrite
         self.workers = Workers.from_environment()
         self.progress = progress if self.workers.first else NoProgress()
-        check_output_folder(self.out, overwrite)
-        self.original = resolve_model(model)
-        check_apart(self.out, self.original)
+        self.original = resolve_model_apart(model, self.out, overwrite)
         self.raw_config = load_config(self.original)
         self.family: Family = require_unlocked(self.raw_config, model)
         import_model_class(self.family)
@@ -182,6 +187,7 @@ class _Lock:
         origin = origin_of(self.model, self.original)
         with new_folder(self.out, self.overwrite) as folder:
             scrubbed, fidelity, elsewhere = self._write(folder, final, layers, data)
+            copy_legal_files(origin, self.original, folder)
             record = lock_record(
                 model=public_name(self.model),
                 original_sha256=self.original_sha256,
@@ -199,9 +205,9 @@ class _Lock:
                 seconds=time.perf_counter() - self.started,
                 workers=self.workers.count,
                 memory=prediction.record(self.memory),
+                files=[*files_below(folder), CARD, LOCK_RECORD],
                 licence=origin.record(),
             )
-            copy_legal_files(origin, self.original, folder)
             save_description(folder, record, locked_model_card(record, origin))
         self.workers.wait()
         return LockResult(self.out, record, origin)
@@ -332,7 +338,7 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
         rank = f"rank {ranks[-1]} or {ranks[0]}, since {config.depth} does not divide {raw_config.intermediate_size}"
     passes = config.tokens / data.train.numel()
     return (
-        f"{raw_config.num_hidden_layers} layers, each a chain of {config.depth} blocks of {rank}; "
+        f"{counted(raw_config.num_hidden_layers, 'layer')}, each a chain of {config.depth} blocks of {rank}; "
         f"text: {data.source}, {data.train.numel():,} training tokens"
         + (f" ({passes:.1f} passes)" if passes > 1 else "")
         + f", two held-out sets of {data.validation.numel():,} tokens"

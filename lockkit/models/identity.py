@@ -8,14 +8,15 @@ from pathlib import Path
 
 from lockkit.files import sha256_of_file
 from lockkit.models.weight_files import weight_files
+from lockkit.settings import expanded
 
 
 def public_name(name: str) -> str:
     """A name without local folders: `demo`, a Hub id, or the last part of a local path. It is valid Unicode."""
-    public = Path(name).resolve().name if Path(name).exists() else name
-    return os.fsencode(public).decode(
-        "utf-8", "replace"
-    )  # in an ASCII locale, Python decodes file names in another way
+    path = Path(expanded(name))
+    public = path.resolve().name if path.exists() else name
+    # In an ASCII locale, Python decodes file names in another way.
+    return os.fsencode(public).decode("utf-8", "replace")
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import CARD, EXPORT_MANIFEST, LEGAL_FILES
+from lockkit.files import CARD, EXPORT_MANIFEST, check_apart, check_output_folder
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
+from lockkit.models.origin import LEGAL_FILES
 from lockkit.models.quiet import no_progress_bars
 from lockkit.models.weight_files import ADAPTER_FILE
+from lockkit.settings import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,7 @@ def resolve_model(model: str, option: str = "MODEL") -> Path:
     """
     if model == "demo":
         return DEMO
-    path = Path(model)
+    path = Path(expanded(model))
     if path.is_dir():
         if (path / EXPORT_MANIFEST).is_file():
             raise UsageError(f"{path} is an ONNX export: give the model it was made from as {option}")
@@ -66,6 +68,23 @@ def resolve_model(model: str, option: str = "MODEL") -> Path:
     if model.count("/") > 1 or model.startswith((".", "/", "~")) or not model:
         raise UsageError(f"there is no folder {model}: change {option}")
     return _download(model, option)
+
+
+def resolve_model_apart(model: str, out: Path, overwrite: bool) -> Path:
+    """The local folder of MODEL, as `resolve_model` finds it, after a check that OUT can be written and is apart from it.
+
+    The checks come before a download.
+
+    Raises:
+        UsageError: there is no such model, OUT cannot be written, or one folder contains the other.
+    """
+    local = DEMO if model == "demo" else Path(expanded(model))
+    if local.exists():
+        check_apart(out, local)
+    check_output_folder(out, overwrite)
+    folder = resolve_model(model)
+    check_apart(out, folder)
+    return folder
 
 
 def _download(repository: str, option: str) -> Path:

@@ -14,10 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from lockkit.errors import first_line
-from lockkit.files import CARD, LEGAL_FILES
+from lockkit.files import CARD
 from lockkit.models.card import read_metadata, strings
 from lockkit.models.identity import public_name
 
+_LEGAL_WORDS = (
+    *("licence", "license", "notice", "copying", "copyright", "terms", "policy", "acceptable*use", "prohibited*use"),
+    *("attribution", "agreement", "disclaimer"),
+)
+# Patterns of the names of licence files, for any mixture of upper and lower case: the Hub's client compares case.
+LEGAL_FILES = [
+    f"*{''.join(f'[{letter.upper()}{letter}]' if letter.isalpha() else letter for letter in word)}*"
+    for word in _LEGAL_WORDS
+]
 _LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".html", ".pdf", ".docx")
 _LEGAL_MOST_BYTES = 20 * 2**20
 
