@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lockkit.errors import UnsupportedModelError, UsageError, first_line
-from lockkit.files import read_json
+from lockkit.files import impostor, read_json
 from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, ignored_files, listed, weight_files
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a file really is that is not safetensors, by its first bytes.
-_IMPOSTORS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder",
-    b"<": "is a web page, not the weights: download it again",
+# Other formats of weights, by their first bytes.
+_OTHER_FORMATS = {
     b"PK": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
     b"\x80": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
     b"GGUF": "is a GGUF file: use the model in safetensors that it was made from",
@@ -76,11 +74,11 @@ def _head(file: Path) -> list[StoredTensor]:
             slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
             return [StoredTensor(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} {_impostor(file) or _incomplete(error)}, or change MODEL") from error
+        raise UsageError(f"{file} {impostor(file) or _other_format(file) or _incomplete(error)}, or change MODEL") from error
 
 
-def _impostor(file: Path) -> str | None:
-    """What a file is that is not safetensors, in words; None if that is unknown."""
+def _other_format(file: Path) -> str | None:
+    """The format of weights that are not safetensors, in words; None if that is unknown."""
     try:
         with file.open("rb") as opened:
             start = opened.read(64)
@@ -88,7 +86,7 @@ def _impostor(file: Path) -> str | None:
         return None
     if start[8:9] == b"{":  # safetensors, cut off: the length of the head, then the head as JSON
         return None
-    return next((words for magic, words in _IMPOSTORS.items() if start.lstrip().startswith(magic)), None)
+    return next((words for magic, words in _OTHER_FORMATS.items() if start.startswith(magic)), None)
 
 
 def _incomplete(error: Exception) -> str:

@@ -6,12 +6,11 @@ lockkit's own, so no code that comes with a model ever runs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import CARD, EXPORT_MANIFEST, LEGAL_FILES
+from lockkit.files import CARD, EXPORT_MANIFEST, LEGAL_FILES, impostor, read_json
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
@@ -91,7 +90,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    raw = _read_config(folder)
+    raw = read_json(folder / "config.json", "MODEL")
     model_type = str(raw.get("model_type", ""))
     family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
     try:
@@ -108,16 +107,6 @@ def load_config(folder: Path) -> PreTrainedConfig:
                 f"{folder} needs code of its own, and lockkit does not run a model's own code: change MODEL"
             ) from error
         raise UsageError(f"{folder}/config.json cannot be used ({first_line(error)}): change MODEL") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}/config.json cannot be read ({first_line(error)}): change MODEL") from error
-    return raw
 
 
 def load_model(
@@ -168,6 +157,9 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
+    for file in (folder / name for name in TOKENIZER_FILES):
+        if words := impostor(file):
+            raise UsageError(f"{file} {words}, or change {option}")
     config = _tokenizer_config(folder)
     try:
         # Without trust_remote_code=False, transformers asks the user a question on a locked folder.
@@ -198,7 +190,7 @@ def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:
     """The original's configuration for a locked folder, else None. transformers warns about locked model types."""
     if not (folder / "config.json").is_file():
         return None
-    model_type = str(_read_config(folder).get("model_type", ""))
+    model_type = str(read_json(folder / "config.json", "MODEL").get("model_type", ""))
     if not model_type.startswith(LOCKED_PREFIX):
         return None
     config = load_config(folder)
