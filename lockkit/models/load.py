@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import CARD, EXPORT_MANIFEST, LEGAL_FILES, impostor, read_json
+from lockkit.models.config_checks import require_generation_config, reset_run_settings
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
@@ -85,7 +86,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """Load a configuration. That of a locked model gets lockkit's own class.
 
     Raises:
-        UsageError: the configuration is broken, or needs code from the model's folder.
+        UsageError: the configuration or generation_config.json is broken, or the model needs code from the model's folder.
         UnsupportedModelError: the model is of no family that lockkit supports.
     """
     from transformers import AutoConfig
@@ -93,14 +94,17 @@ def load_config(folder: Path) -> PreTrainedConfig:
     raw = read_json(folder / "config.json", "MODEL")
     model_type = str(raw.get("model_type", ""))
     family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
+    require_generation_config(folder)
     try:
         if family is not None and model_type.startswith(LOCKED_PREFIX):
             config = locked_classes(family)[0].from_pretrained(folder)
             chains = chain_config(config)  # raises ValueError if the description of the chains is not valid
             if chains is None or len(chains.gains) != config.num_hidden_layers:
                 raise ValueError("dlr must have one gain per decoder layer")
-            return config
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        reset_run_settings(config, raw)
+        return config
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
