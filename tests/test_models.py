@@ -294,7 +294,7 @@ def test_incomplete_weights_are_refused(broken):
     weights = load_file(broken / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"lack 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UsageError, match=r"lack 1 tensor \(model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(broken)
 
 

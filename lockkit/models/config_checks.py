@@ -5,7 +5,6 @@ transformers reads many entries without a check and fails much later. Here the c
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import read_json
+from lockkit.models.quiet import errors_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,7 +90,6 @@ def require_generation_config(folder: Path) -> None:
         UsageError: it cannot be read, or it has a value that no generation can use.
     """
     from transformers import GenerationConfig
-    from transformers.utils import logging as transformers_logging
 
     file = folder / GENERATION_CONFIG
     if not file.is_file():
@@ -106,14 +105,11 @@ def require_generation_config(folder: Path) -> None:
             raise UsageError(
                 f"{name} is {found!r} in {file}, and it must be a number from {lowest}: correct it, or change MODEL"
             )
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)  # entries without effect are no problem
     try:
-        GenerationConfig.from_dict(raw).validate()
+        with errors_only():  # entries without effect are no problem
+            GenerationConfig.from_dict(raw).validate()
     except Exception as error:
         raise UsageError(f"{file} cannot be used ({first_line(error)}): correct it, or change MODEL") from error
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 def _is_whole(value: object) -> bool:
