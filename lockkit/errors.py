@@ -24,9 +24,16 @@ class GateFailed(LockkitError):
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of an error's text that is not blank, cut to `most` characters; the class name if there is none."""
+    """The first line of an error's text that is not blank, cut to `most` characters; the class name if there is none.
+
+    If it ends with a colon, the line after it is added, which has the cause.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:most] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    while lines[0].endswith(":") and len(lines) > 1:
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
+    return lines[0][:most]
 
 
 def counted(number: int, noun: str) -> str:

@@ -363,6 +363,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockkit"
 
 
+# What a download can leave in place of a file, by its first bytes in lower case. A text may begin with "<", too.
+_IMPOSTORS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
+    **dict.fromkeys(
+        (b"<!doctype", b"<html", b"<head", b"<?xml"), "is a web page, not the file itself: download it again"
+    ),
+}
+
+
+def impostor(path: Path) -> str | None:
+    """What a download has left in place of a file, in words that follow its name, and what to do.
+
+    Returns:
+        Words for a Git LFS pointer and for a web page; None for every other file, and for one that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(256)
+    except OSError:
+        return None
+    start = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()  # without the byte order mark
+    return next((words for magic, words in _IMPOSTORS.items() if start.startswith(magic)), None)
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -433,8 +457,10 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
         option: the option that gave it, for the error.
 
     Raises:
-        UsageError: the file is missing, unreadable, not JSON, or not a JSON object.
+        UsageError: the file is missing, unreadable, a Git LFS pointer, a web page, not JSON, or not a JSON object.
     """
+    if words := impostor(path):
+        raise UsageError(f"{path} {words}, or change {option}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

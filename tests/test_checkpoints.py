@@ -293,7 +293,7 @@ REFUSED = {
     ),
     "num_hidden_layers is 1 .* weights have 2": lambda f: change_config(f, num_hidden_layers=1),
     "num_hidden_layers is 3 .* weights have 2": lambda f: change_config(f, num_hidden_layers=3),
-    "lack 1 tensors, model.norm.weight": lambda f: save_file(
+    r"lack 1 tensor \(model.norm.weight\)": lambda f: save_file(
         {name: value for name, value in load_file(f / "model.safetensors").items() if name != "model.norm.weight"},
         f / "model.safetensors",
     ),

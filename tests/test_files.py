@@ -18,6 +18,7 @@ from lockkit.files import (
     LOCK_RECORD,
     check_output_file,
     check_output_folder,
+    impostor,
     new_folder,
     replaced,
     scratch_folder,
@@ -67,6 +68,23 @@ def test_a_private_file_stays_private(tmp_path):
 def test_a_file_name_that_is_not_unicode_is_written_to_json(tmp_path):
     write_json(tmp_path / "a.json", {"model": "caf\udce9"})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"model": "caf\udce9"}
+
+
+def test_a_pointer_and_a_web_page_are_recognised_and_text_is_not(tmp_path):
+    file = tmp_path / "file"
+    assert impostor(file) is None  # it is not there
+    for content, words in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"\n  <!doctype HTML>", "web page"),
+        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "web page"),
+        (b"<|im_start|>user", None),
+        (b"<p>text", None),
+        (b"\0" * 300, None),
+        (b"", None),
+    ):
+        file.write_bytes(content)
+        found = impostor(file)
+        assert found is None if words is None else words in found, content
 
 
 def test_the_message_says_whether_it_is_a_folder_or_its_folder_is_missing(tmp_path):

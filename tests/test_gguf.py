@@ -14,20 +14,36 @@ from tiny import tiny_model
 from lockkit.errors import UsageError
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
-from lockkit.models.load import DEMO, load_tokenizer, resolve_model
+from lockkit.models.load import DEMO, load_model, load_tokenizer, resolve_model
 
 gguf = pytest.importorskip("gguf")
 
 
-def write_gguf(path: Path, architecture: str = "qwen2") -> dict[str, torch.Tensor]:
-    """Write a tiny Qwen2 with matrices of 8 bits. Returns the values that the file stores, by transformers' names."""
+def write_gguf(
+    path: Path,
+    architecture: str = "qwen2",
+    *,
+    without: tuple[str, ...] = (),
+    block_count: int = 2,
+    feed_forward: int = 64,
+) -> dict[str, torch.Tensor]:
+    """Write a tiny Qwen2 of two layers with matrices of 8 bits, 64 wide in their MLPs.
+
+    Args:
+        path: the file to write.
+        architecture, block_count, feed_forward: of its metadata.
+        without: names of tensors that it lacks.
+
+    Returns:
+        The values that the file stores, by transformers' names.
+    """
     model = tiny_model("qwen2", intermediate_size=64)
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(block_count)
+    writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
@@ -40,7 +56,10 @@ def write_gguf(path: Path, architecture: str = "qwen2") -> dict[str, torch.Tenso
         if array.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             array = gguf.quantize(array, kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), array, raw_dtype=kind)
+        own_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if own_name in without:
+            continue
+        writer.add_tensor(own_name, array, raw_dtype=kind)
         stored[name] = torch.from_numpy(gguf.dequantize(array, kind).reshape(value.shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -113,6 +132,32 @@ def test_a_broken_gguf_file_is_refused_and_leaves_nothing(tmp_path, cache, damag
     with pytest.raises(UsageError, match=f"broken.gguf.*{reason}.*change MODEL"):
         resolve_model(str(file))
     assert not cache.exists() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"without": ("blk.1.ffn_down.weight",)}, r"lacks 1 tensor \(model.layers.1.mlp.down_proj.weight\)"),
+        ({"without": ("output_norm.weight",)}, r"lacks 1 tensor \(model.norm.weight\)"),
+        ({"without": ("token_embd.weight", "blk.0.attn_q.bias")}, "lacks 2 tensors .*embed_tokens"),
+        ({"block_count": 1}, "block_count is 1 in .*, but it has the tensors of 2 layers"),
+        ({"block_count": 3}, "block_count is 3 in .*, but it has the tensors of 2 layers"),
+        ({"feed_forward": 96}, r"sizes of model.layers.0.mlp.* in .* are \[.*64.*\], and its metadata says \[.*96"),
+    ],
+)
+def test_an_incomplete_gguf_file_is_refused_and_leaves_nothing(tmp_path, cache, options, reason):
+    file = tmp_path / "incomplete.gguf"
+    write_gguf(file, **options)
+    with pytest.raises(UsageError, match=f"{reason}.*: change MODEL") as refused:
+        resolve_model(str(file))
+    assert len(str(refused.value).splitlines()) == 1 and file.name in str(refused.value)
+    assert not list(cache.iterdir())
+
+
+def test_a_gguf_file_without_a_head_has_tied_embeddings(tmp_path):
+    stored = write_gguf(tmp_path / "tied.gguf", without=("output.weight",))
+    model, _ = load_model(resolve_model(str(tmp_path / "tied.gguf")))
+    assert torch.equal(model.lm_head.weight, stored["model.embed_tokens.weight"])
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):

@@ -294,15 +294,31 @@ def test_incomplete_weights_are_refused(broken):
     weights = load_file(broken / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UsageError, match=r"lack 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(UsageError, match=r"lack 1 tensor \(model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(broken)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"model_type": "llama", "hidden_size": "many"}'])
 def test_broken_config_is_refused(broken, text):
     (broken / "config.json").write_text(text)
-    with pytest.raises(UsageError, match=r"config\.json can"):
+    with pytest.raises(UsageError, match=r"config\.json (is not|cannot be used)"):
         load_config(broken)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "Git LFS pointer, .* `git lfs pull`"),
+        ("\ufeff\n<!DOCTYPE html><html>Sign in</html>", "web page, .* download it again"),
+        ("<html lang='en'>", "web page"),
+    ],
+)
+def test_what_a_download_left_in_place_of_a_file_is_named(broken, name, content, words):
+    (broken / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=f"{name} is a {words}.*, or change MODEL"):
+        load_model(broken)
+        load_tokenizer(broken)
 
 
 def test_missing_and_broken_tokenizers_are_refused(broken):
@@ -332,7 +348,7 @@ def test_a_sentencepiece_tokenizer_is_read_or_the_missing_package_named(broken, 
     (broken / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     tokenizer = load_tokenizer(broken)
     assert tokenizer.decode(tokenizer("number 7 ü")["input_ids"], skip_special_tokens=True) == "number 7 ü"
-    (broken / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (broken / "tokenizer.model").write_bytes(b"{}")
     with pytest.raises(UsageError, match=r"tokenizer\.model is not a SentencePiece model: add tokenizer\.json"):
         load_tokenizer(broken)
     monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)

@@ -19,9 +19,10 @@ from lockkit.devices import choose_device
 from lockkit.errors import UsageError
 from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.measure.totals import Outputs, TextFigures
+from lockkit.models.checkpoint import Checkpoint
 from lockkit.models.families import Family, decoder_layers, family_of, is_locked
 from lockkit.models.identity import public_name, weights_sha256
-from lockkit.models.layered import LayeredModel
+from lockkit.models.layered import LayeredModel, empty_model
 from lockkit.models.load import load_config, load_model, load_tokenizer, resolve_model
 from lockkit.models.lock_record import read_lock_record
 from lockkit.models.locked import chain_config
@@ -241,7 +242,7 @@ class Bench:
 
 
 def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Family:
-    """The family of both models. Raises a UsageError if they do not match."""
+    """The family of both models. Raises a UsageError if they do not match, or if one cannot be loaded."""
     configs = {name: load_config(folder) for name, folder in folders.items()}
     if not is_locked(configs["locked"]):
         raise UsageError(f"{locked} is not a locked model: give LOCKED a folder that `lockkit lock` wrote")
@@ -256,6 +257,8 @@ def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Fa
         sizes = [getattr(config, size, None) for config in configs.values()]
         if sizes[0] != sizes[1]:
             raise UsageError(f"{size} is {sizes[0]} in the lock and {sizes[1]} in {original}: change --original")
+    for name, folder in folders.items():  # raises an error if one of them cannot be loaded
+        Checkpoint(folder, empty_model(configs[name], family))
     return family
 
 

@@ -167,6 +167,11 @@ def _start(task: LayerTask, config: LockConfig) -> DLRNet:
             f"the MLP of layer {task.layer} of MODEL computes values that are not finite on this text: change MODEL or "
             "--data"
         )
+    if not nmse(torch.zeros_like(outputs), outputs).isfinite():
+        raise UsageError(
+            f"the MLP of layer {task.layer} of MODEL computes values up to {outputs.abs().max().item():.2g}, whose "
+            "squares are too large for float32: change MODEL"
+        )
     gain = config.gain or _gain(sample, outputs, config.coupling)
     chain = task.empty_chain(gain).to(device).requires_grad_(False)
     if config.init == "continuation":

@@ -1,4 +1,4 @@
-"""Check the weights of the original before any work."""
+"""Check the weights of the original before any work: they must be finite, and not too large to distil."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import torch
 from lockkit.errors import UsageError
 from lockkit.models.layered import StreamedModel
 
+LARGEST_WEIGHT = torch.finfo(torch.float16).max  # models that were trained can be stored in half precision
+
 
 def require_finite(stream: StreamedModel, model: str, dtype: torch.dtype) -> None:
-    """Check that all weights are finite, also in the dtype of the locked checkpoint. Reads every layer once.
+    """Check that all weights are finite, also in the dtype of the locked checkpoint, and at most `LARGEST_WEIGHT`.
+
+    Larger ones overflow in the squares of a loss, or in its gradients. Reads every layer once.
 
     Args:
         stream: the original.
@@ -17,7 +21,7 @@ def require_finite(stream: StreamedModel, model: str, dtype: torch.dtype) -> Non
         dtype: of the locked checkpoint.
 
     Raises:
-        UsageError: a weight is not finite. The message names its tensor.
+        UsageError: a weight is not finite or too large. The message names its tensor.
     """
     for name, value in stream.model.named_parameters():
         if not value.is_meta:
@@ -34,3 +38,9 @@ def _require_finite(name: str, value: torch.Tensor, model: str, dtype: torch.dty
     if not value.to(dtype).isfinite().all():
         shown = str(dtype).removeprefix("torch.")
         raise UsageError(f"the tensor {name} of {model} has values too large for {shown}: change --dtype")
+    largest = value.abs().max().item()
+    if largest > LARGEST_WEIGHT:
+        raise UsageError(
+            f"the tensor {name} of {model} has values up to {largest:.2g}, which are too large to distil (at most "
+            f"{LARGEST_WEIGHT:.0f}): change MODEL"
+        )

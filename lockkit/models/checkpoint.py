@@ -7,6 +7,7 @@ one line says so. weight_files.py says which files are read.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -18,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lockkit.errors import UnsupportedModelError, UsageError, first_line
-from lockkit.files import read_json
-from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, ignored_files, listed, weight_files
+from lockkit.files import impostor, read_json
+from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, counted, ignored_files, listed, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -27,10 +28,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a file really is that is not safetensors, by its first bytes.
-_IMPOSTORS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder",
-    b"<": "is a web page, not the weights: download it again",
+HEAD = "lm_head.weight"
+# What the names of tensors begin with if the model was saved inside another one, and what to save instead.
+_WRAPPERS = {
+    "base_model.model.": "the merged model (merge_and_unload in peft)",
+    "module.": "the model itself (the attribute module)",
+    "_orig_mod.": "the model before torch.compile (the attribute _orig_mod)",
+    "_fsdp_wrapped_module.": "the full state dict",
+}
+# Other formats of weights, by their first bytes.
+_OTHER_FORMATS = {
     b"PK": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
     b"\x80": "is a pickle of PyTorch, and pickled weights are never loaded: convert it to safetensors",
     b"GGUF": "is a GGUF file: use the model in safetensors that it was made from",
@@ -76,11 +83,11 @@ def _head(file: Path) -> list[StoredTensor]:
             slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
             return [StoredTensor(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} {_impostor(file) or _incomplete(error)}, or change MODEL") from error
+        raise UsageError(f"{file} {impostor(file) or _other_format(file) or _incomplete(error)}, or change MODEL") from error
 
 
-def _impostor(file: Path) -> str | None:
-    """What a file is that is not safetensors, in words; None if that is unknown."""
+def _other_format(file: Path) -> str | None:
+    """The format of weights that are not safetensors, in words; None if that is unknown."""
     try:
         with file.open("rb") as opened:
             start = opened.read(64)
@@ -88,7 +95,7 @@ def _impostor(file: Path) -> str | None:
         return None
     if start[8:9] == b"{":  # safetensors, cut off: the length of the head, then the head as JSON
         return None
-    return next((words for magic, words in _IMPOSTORS.items() if start.lstrip().startswith(magic)), None)
+    return next((words for magic, words in _OTHER_FORMATS.items() if start.startswith(magic)), None)
 
 
 def _incomplete(error: Exception) -> str:
@@ -149,6 +156,8 @@ class Checkpoint:
                     "remove one, or change MODEL"
                 )
             self.stored[name] = tensor
+        self._require_known_prefix(model, list(tensors))
+        self._require_listed(model)
         self._require_layers(model.config.num_hidden_layers, list(tensors))
         for name, tensor in self.stored.items():
             self._require_fit(name, tensor, expected[name], model.config.vocab_size)
@@ -159,14 +168,38 @@ class Checkpoint:
                 f"{folder}: ignored, as in transformers, because config.json has no such part: {listed(unexpected)}"
             )
 
+    def _require_known_prefix(self, model: PreTrainedModel, names: list[str]) -> None:
+        """Refuse weights of a model inside another one, such as a wrapper for training. transformers ignores them."""
+        wrapper = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in names)), None)
+        if wrapper and self._missing(model):
+            raise UsageError(
+                f"the names of the weights in {self.folder} begin with {wrapper}: save {_WRAPPERS[wrapper]}, or change "
+                "MODEL"
+            )
+
+    def _require_listed(self, model: PreTrainedModel) -> None:
+        """Refuse weights that are incomplete because a file in the folder that has the rest is not read."""
+        missing, expected = self._missing(model), model.state_dict()
+        for file in (self.folder / name for name in ignored_files(self.folder) if missing and name != INDEX_FILE):
+            held: set[str] = set()
+            with contextlib.suppress(UsageError):  # what is not read may be broken
+                held = {_name_in_model(tensor.name, expected) for tensor in _head(file)} & missing
+            if held:
+                index, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+                cause = f"{single} is there" if single.is_file() else f"{index} does not list it"
+                raise UsageError(
+                    f"{file.name} has {counted(len(held), 'tensor')} of the model ({listed(sorted(held))}), but is not "
+                    f"read, because {cause}: correct the index ({INDEX_FILE}), or change MODEL"
+                )
+
     def _require_layers(self, layers: int, names: list[str]) -> None:
         """Refuse weights with more or fewer decoder layers than config.json says. transformers drops the others."""
         found = [re.match(r"(?:model\.)?layers\.(\d+)\.(?!.*rotary_emb\.inv_freq)", name) for name in names]
         stored = 1 + max((int(match[1]) for match in found if match), default=layers - 1)
         if stored != layers:
             raise UsageError(
-                f"num_hidden_layers is {layers} in {self.folder}/config.json, but the weights have {stored} decoder "
-                "layers: correct config.json, or change MODEL"
+                f"num_hidden_layers is {layers} in {self.folder}/config.json, but the weights have "
+                f"{counted(stored, 'decoder layer')}: correct config.json, or change MODEL"
             )
 
     def _require_fit(self, name: str, tensor: StoredTensor, expected: torch.Tensor, vocab_size: int) -> None:
@@ -186,14 +219,25 @@ class Checkpoint:
             f"the sizes of {where} are {list(tensor.shape)}, and config.json says {list(shape)}: change MODEL"
         )
 
-    def _require_complete(self, model: PreTrainedModel) -> None:
+    def _missing(self, model: PreTrainedModel) -> set[str]:
+        """The names of the model's tensors that the checkpoint lacks. Of tied ones, one is enough."""
         missing = model.state_dict().keys() - self.stored.keys()
         for one, other in model.all_tied_weights_keys.items():
             if not {one, other} <= missing:
                 missing -= {one, other}
+        return missing
+
+    def _require_complete(self, model: PreTrainedModel) -> None:
+        missing = self._missing(model)
+        if missing == {HEAD}:
+            raise UsageError(
+                f"the weights in {self.folder} lack {HEAD}: set tie_word_embeddings to true in config.json if the head "
+                "is the embeddings, or change MODEL"
+            )
         if missing:
             raise UsageError(
-                f"the weights in {self.folder} lack {len(missing)} tensors, {min(missing)} among them: change MODEL"
+                f"the weights in {self.folder} lack {counted(len(missing), 'tensor')} ({listed(sorted(missing))}): "
+                "change MODEL"
             )
 
     def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -224,10 +268,10 @@ def note_untied_head(model: PreTrainedModel, folder: Path) -> None:
     transformers does not tie such a head, and leaves its configuration as it is. A model that is saved or exported
     with that configuration would have the embeddings as its head.
     """
-    if model.config.tie_word_embeddings and "lm_head.weight" not in model.all_tied_weights_keys:
+    if model.config.tie_word_embeddings and HEAD not in model.all_tied_weights_keys:
         model.config.tie_word_embeddings = False
         _say_once(
-            f"{folder}: the weights have a head (lm_head.weight) that differs from the embeddings, so "
+            f"{folder}: the weights have a head ({HEAD}) that differs from the embeddings, so "
             "tie_word_embeddings is taken as false"
         )
 

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 
 from lockkit.errors import UsageError, first_line
 from lockkit.files import cache_folder, new_folder, sha256_of_file
-from lockkit.models.quiet import no_progress_bars
+from lockkit.models.quiet import errors_only, no_progress_bars
+from lockkit.models.weight_files import counted, listed
 
 MAGIC = b"GGUF"
 log = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ def folder_of_gguf(file: Path, option: str = "MODEL") -> Path:
     The folder is below `$XDG_CACHE_HOME/lockkit`, by default `~/.cache/lockkit`.
 
     Raises:
-        UsageError: the file is not a GGUF file, is broken, has an architecture that transformers does not read, or the
+        UsageError: the file is not a GGUF file, is broken or incomplete, has an architecture that transformers does not read, or the
             cache folder cannot be written. The message names `option`.
     """
     with file.open("rb") as opened:
@@ -49,16 +51,44 @@ def _convert(file: Path, folder: Path, option: str) -> None:
 
     source, name = str(file.resolve().parent), file.resolve().name
     try:
-        with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+        stored_layers = _stored_layers(file)
+        with no_progress_bars(), errors_only():  # one line names what is missing, instead of a table
+            model, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file=name,
                 dtype="float32",
                 quantization_config=GgufConfig(dequantize=True),
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # named below
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False)
     except Exception as error:
-        raise UsageError(f"{file} cannot be read ({first_line(error)}): change {option}") from error
+        raise UsageError(f"{file} cannot be read ({_reason(error)}): change {option}") from error
+    layers = model.config.num_hidden_layers
+    if stored_layers != layers:
+        raise UsageError(
+            f"block_count is {layers} in {file}, but it has the tensors of {counted(stored_layers, 'layer')}: change "
+            f"{option}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UsageError(f"{file} lacks {counted(len(missing), 'tensor')} ({listed(missing)}): change {option}")
+    if wrong := sorted(info["mismatched_keys"]):
+        tensor, stored, expected = wrong[0]
+        raise UsageError(
+            f"the sizes of {tensor} in {file} are {list(stored)}, and its metadata says {list(expected)}: change {option}"
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _stored_layers(file: Path) -> int:
+    """The number of decoder layers of which a GGUF file has tensors."""
+    from gguf import GGUFReader
+
+    found = [re.match(r"blk\.(\d+)\.", tensor.name) for tensor in GGUFReader(file).tensors]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def _reason(error: Exception) -> str:
+    return f"its metadata has no {error}" if isinstance(error, KeyError) else first_line(error)

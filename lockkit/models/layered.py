@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from lockkit.models.checkpoint import Checkpoint, note_untied_head
+from lockkit.models.config_checks import unusable
 from lockkit.models.families import Family, decoder_layers, is_locked
 from lockkit.models.locked import locked_classes
 
@@ -199,11 +200,18 @@ def import_model_class(family: Family) -> type[PreTrainedModel]:
 
 
 def empty_model(config: PreTrainedConfig, family: Family) -> PreTrainedModel:
-    """A model with its weights on the `meta` device. Its buffers are real."""
+    """A model with its weights on the `meta` device. Its buffers are real.
+
+    Raises:
+        UsageError: no model can be built from its configuration.
+    """
     from accelerate import init_empty_weights
 
     model_class = locked_classes(family)[1] if is_locked(config) else import_model_class(family)
-    with init_empty_weights(include_buffers=False):
-        model = model_class(config)
-    model.tie_weights()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = model_class(config)
+        model.tie_weights()
+    except Exception as error:
+        raise unusable(config, error) from error
     return model

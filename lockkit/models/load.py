@@ -6,12 +6,12 @@ lockkit's own, so no code that comes with a model ever runs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import CARD, EXPORT_MANIFEST, check_apart, check_output_folder
+from lockkit.files import CARD, EXPORT_MANIFEST, check_apart, check_output_folder, impostor, read_json
+from lockkit.models.config_checks import require_generation_config, reset_run_settings
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
 from lockkit.models.locked import base_config, chain_config, locked_classes
@@ -105,38 +105,31 @@ def load_config(folder: Path) -> PreTrainedConfig:
     """Load a configuration. That of a locked model gets lockkit's own class.
 
     Raises:
-        UsageError: the configuration is broken, or needs code from the model's folder.
+        UsageError: the configuration or generation_config.json is broken, or the model needs code from the model's folder.
         UnsupportedModelError: the model is of no family that lockkit supports.
     """
     from transformers import AutoConfig
 
-    raw = _read_config(folder)
+    raw = read_json(folder / "config.json", "MODEL")
     model_type = str(raw.get("model_type", ""))
     family = FAMILIES.get(model_type.removeprefix(LOCKED_PREFIX))
+    require_generation_config(folder)
     try:
         if family is not None and model_type.startswith(LOCKED_PREFIX):
             config = locked_classes(family)[0].from_pretrained(folder)
             chains = chain_config(config)  # raises ValueError if the description of the chains is not valid
             if chains is None or len(chains.gains) != config.num_hidden_layers:
                 raise ValueError("dlr must have one gain per decoder layer")
-            return config
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        reset_run_settings(config, raw)
+        return config
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"{folder} needs code of its own, and lockkit does not run a model's own code: change MODEL"
             ) from error
         raise UsageError(f"{folder}/config.json cannot be used ({first_line(error)}): change MODEL") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder}/config.json cannot be read ({first_line(error)}): change MODEL") from error
-    return raw
 
 
 def load_model(
@@ -187,6 +180,9 @@ def load_tokenizer(folder: Path, option: str = "MODEL") -> PreTrainedTokenizerBa
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): add it, or change {option}")
+    for file in (folder / name for name in TOKENIZER_FILES):
+        if words := impostor(file):
+            raise UsageError(f"{file} {words}, or change {option}")
     config = _tokenizer_config(folder)
     try:
         # Without trust_remote_code=False, transformers asks the user a question on a locked folder.
@@ -217,7 +213,7 @@ def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:
     """The original's configuration for a locked folder, else None. transformers warns about locked model types."""
     if not (folder / "config.json").is_file():
         return None
-    model_type = str(_read_config(folder).get("model_type", ""))
+    model_type = str(read_json(folder / "config.json", "MODEL").get("model_type", ""))
     if not model_type.startswith(LOCKED_PREFIX):
         return None
     config = load_config(folder)

@@ -1,4 +1,4 @@
-"""transformers without its progress bars."""
+"""transformers without its progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def errors_only() -> Iterator[None]:
+    """Turn off transformers' warnings inside the `with` block."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
