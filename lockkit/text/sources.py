@@ -31,6 +31,7 @@ from lockkit.text.tables import (
     import_datasets,
     row_text,
     separated,
+    silent,
     table_rows,
 )
 
@@ -126,14 +127,11 @@ def file_documents(path: Path, option: str = "--data", column: str | None = None
         column: the column of rows; None for text or chat messages.
 
     Raises:
-        UsageError: `path` is missing, unreadable, not UTF-8, or holds no text, or rows of text in a file of plain text.
+        UsageError: `path` is missing, unreadable, not UTF-8, holds no text, or is plain text in name and rows in fact.
     """
     if not path.is_dir():
         require_file(path, option)
     files = _files_in(path, option) if path.is_dir() else [path]
-    # Only the text of --data has a column of its own. Other texts share the option, and may be plain text.
-    if column and option == "--data" and not any(kind_of(file) in TABLES for file in files):
-        raise UsageError(f"{path} is plain text, which has no columns: leave {COLUMN_OPTION} out, or change {option}")
     empty = True
     for file in files:
         for document in _documents_of(file, option, column, in_folder=path.is_dir()):
@@ -141,6 +139,28 @@ def file_documents(path: Path, option: str = "--data", column: str | None = None
             yield document
     if empty:
         raise UsageError(f"{path} holds no text: change {option}")
+
+
+def require_columns(source: str, column: str | None, option: str = "--data") -> None:
+    """Check that a text has columns, if one is named for it.
+
+    Args:
+        source: as in `documents_by_split`.
+        column: the column that was named for this text; None if there is none.
+        option: the option that gave the text, for the error.
+
+    Raises:
+        UsageError: it is built-in, or a file or folder of plain text.
+    """
+    path = Path(source)
+    if source == "stdlib" or source in BUILT_IN:
+        plain = True
+    elif path.is_dir():
+        plain = not any(kind_of(file) in TABLES for file in _files_in(path, option))
+    else:
+        plain = path.exists() and kind_of(path) not in TABLES
+    if column and plain:
+        raise UsageError(f"{source} is plain text, which has no columns: leave {COLUMN_OPTION} out, or change {option}")
 
 
 def _files_in(folder: Path, option: str) -> list[Path]:
@@ -224,11 +244,12 @@ def hub_documents(name: str, option: str = "--data", column: str | None = None) 
     repository, _, configuration = name.partition(":")
     try:
         _ask_hub(repository)
-        rows = datasets.load_dataset(repository, configuration or None, split="train", streaming=True)
-        for where, row in dataset_rows(rows, f"dataset {name}", column):
-            text = row_text(row, where, column)
-            if text.strip():
-                yield content_document(text)
+        with silent(datasets):
+            rows = datasets.load_dataset(repository, configuration or None, split="train", streaming=True)
+            for where, row in dataset_rows(rows, f"dataset {name}", column):
+                text = row_text(row, where, column)
+                if text.strip():
+                    yield content_document(text)
     except UsageError:
         raise
     except Exception as error:  # the Hub's client raises errors of many classes

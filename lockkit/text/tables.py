@@ -309,7 +309,7 @@ def _arrow_rows(path: Path, option: str, column: str | None) -> Iterator[tuple[s
         if words:
             raise UsageError(f"{path} {words}, or change {option}")
     datasets = import_datasets(str(path))
-    with tempfile.TemporaryDirectory() as cache, _silent(datasets):
+    with tempfile.TemporaryDirectory() as cache, silent(datasets):
         try:
             # Not `load_dataset`, which tells a server that it was called.
             if head.startswith(b"ARROW1"):
@@ -357,14 +357,18 @@ def dataset_rows(rows: Any, name: str, column: str | None) -> Iterator[tuple[str
 
 
 @contextlib.contextmanager
-def _silent(datasets: Any) -> Iterator[None]:
-    """Turn off messages of `datasets` inside the `with` block. Its errors are raised as well."""
-    before = datasets.logging.get_verbosity()
+def silent(datasets: Any) -> Iterator[None]:
+    """Turn off messages of `datasets` and the Hub's client inside the `with` block. Their errors are raised as well."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    before = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    hub_logging.set_verbosity(hub_logging.CRITICAL)
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(before)
+        datasets.logging.set_verbosity(before[0])
+        hub_logging.set_verbosity(before[1])
 
 
 _Reader = Callable[[Path, str, str | None], Iterator[tuple[str, Row]]]
