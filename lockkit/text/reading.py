@@ -47,7 +47,7 @@ _DECOMPRESS: dict[str, Callable[[Path], Any]] = {
 
 
 # What a file is that is no text, by its first bytes, in words that follow its name, and what to do.
-_NAMED_AS = "is a {0} file, not text: give it a name that ends in {1}"
+_NAMED_AS = "is {0} file, not text: give it a name that ends in {1}"
 _OTHER_KINDS: dict[bytes, str] = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
     b"PK\x03\x04": "is a zip archive: unpack it",
@@ -56,12 +56,12 @@ _OTHER_KINDS: dict[bytes, str] = {
     b"%PDF-": "is a PDF file: save its text in a .txt file",
     b"{\\rtf": "is an RTF document: save its text in a .txt file",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "is a document of an office program: save it as .txt or .csv",
-    b"\x1f\x8b": _NAMED_AS.format("gzip", ".gz"),
-    b"BZh91AY&SY": _NAMED_AS.format("bzip2", ".bz2"),
-    b"\xfd7zXZ\x00": _NAMED_AS.format("xz", ".xz"),
-    b"\x28\xb5\x2f\xfd": _NAMED_AS.format("Zstandard", ".zst"),
-    b"PAR1\x15": _NAMED_AS.format("Parquet", ".parquet"),
-    b"ARROW1\x00\x00": _NAMED_AS.format("Arrow", ".arrow"),
+    b"\x1f\x8b": _NAMED_AS.format("a gzip", ".gz"),
+    b"BZh91AY&SY": _NAMED_AS.format("a bzip2", ".bz2"),
+    b"\xfd7zXZ\x00": _NAMED_AS.format("an xz", ".xz"),
+    b"\x28\xb5\x2f\xfd": _NAMED_AS.format("a Zstandard", ".zst"),
+    b"PAR1\x15": _NAMED_AS.format("a Parquet", ".parquet"),
+    b"ARROW1\x00\x00": _NAMED_AS.format("an Arrow", ".arrow"),
     b"SQLite format 3\x00": "is an SQLite database: export its table as .csv",
     b"\x89PNG": "is a picture, not text",
     b"\xff\xd8\xff": "is a picture, not text",
@@ -75,16 +75,23 @@ _OFFICE = {".docx": ".txt", ".odt": ".txt", ".pptx": ".txt", ".xlsx": ".csv", ".
 _TAR_MARK = slice(257, 262)  # where a tar archive has the bytes `ustar`
 
 
-def other_kind(head: bytes, path: Path) -> str | None:
-    """What a file is that holds no text, in words that follow its name, and what to do.
+def refuse_other_kind(path: Path, head: bytes, option: str) -> None:
+    """Check that a file is not one of the kinds that hold no text, or that need another name.
 
     Args:
+        path: the file. Its name tells office documents from other archives.
         head: its first bytes, 512 or more if it has so many.
-        path: its name, which tells office documents from other archives.
+        option: the option that gave it, for the error.
 
-    Returns:
-        None if the bytes do not say so. Such a file may be text.
+    Raises:
+        UsageError: it is one. The message names the kind.
     """
+    words = _other_kind(head, path)
+    if words:
+        raise UsageError(f"{path} {words}{', or' if ':' in words else ':'} change {option}")
+
+
+def _other_kind(head: bytes, path: Path) -> str | None:
     if head[_TAR_MARK] == b"ustar":
         return "is a tar archive: unpack it"
     words = next((words for magic, words in _OTHER_KINDS.items() if head.startswith(magic)), None)
@@ -170,9 +177,7 @@ def _opened(path: Path, option: str) -> Iterator[io.BufferedReader]:
     try:
         stream = decompress(path) if decompress else path.open("rb")
         with stream:
-            words = other_kind(stream.peek(512), path)
-            if words:
-                raise UsageError(f"{path} {words}, or change {option}")
+            refuse_other_kind(path, stream.peek(512), option)
             yield stream
     except Exception as error:
         if isinstance(error, EOFError | zlib.error | lzma.LZMAError) or type(error).__name__ == "ZstdError":

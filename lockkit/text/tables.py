@@ -26,7 +26,7 @@ from pydantic import Field
 
 from lockkit.errors import UsageError, first_line
 from lockkit.settings import shown
-from lockkit.text.reading import kind_of, open_text, other_kind, require_file, require_no_zero
+from lockkit.text.reading import kind_of, open_text, refuse_other_kind, require_file, require_no_zero
 
 COLUMN_OPTION = "--data-column"
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -305,9 +305,8 @@ def _arrow_rows(path: Path, option: str, column: str | None) -> Iterator[tuple[s
     head = b""
     with contextlib.suppress(OSError), path.open("rb") as file:
         head = file.read(512)
-        words = None if head.startswith((b"PAR1", b"ARROW1")) else other_kind(head, path)
-        if words:
-            raise UsageError(f"{path} {words}, or change {option}")
+    if not head.startswith((b"PAR1", b"ARROW1")):
+        refuse_other_kind(path, head, option)
     datasets = import_datasets(str(path))
     with tempfile.TemporaryDirectory() as cache, silent(datasets):
         try:
