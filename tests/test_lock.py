@@ -97,7 +97,6 @@ def test_the_bundled_model_predicts_text(demo_lock):
 
 def test_continuation_beats_noise_at_equal_tokens(tmp_path):
     """On the bundled model's second layer; a tiny random model has no structure to keep."""
-    from lockkit.models.load import DEMO
     from lockkit.text import documents, token_blocks
 
     model, family = load_model(DEMO, torch.float32)

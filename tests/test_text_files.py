@@ -190,6 +190,7 @@ def test_a_json_file_without_rows_is_left_out_of_a_folder(tmp_path, caplog, cont
         ("a.jsonl", '{"text": "", "messages": [{"role": "user", "content": "words"}]}', ["words"]),
         ("a.csv", 'text,messages\n,"[{""role"": ""user"", ""content"": ""words""}]"\n', ["words"]),
         ("a.jsonl", '{"messages": "[1] is a note"}', ["[1] is a note"]),
+        ("a.jsonl", '{"messages": "[]"}\n{"text": "words"}', ["words"]),
         ("a.jsonl", '{"messages": [{"role": "assistant"}, {"role": "user", "content": "words"}]}', ["words"]),
         ("a.txt", '{"text": "a"} is how a row looks.\n', ['{"text": "a"} is how a row looks.\n']),
         ("a.txt", "The text, it says,\nis long.\n", ["The text, it says,\nis long.\n"]),

@@ -85,7 +85,7 @@ def row_value(row: Row, where: str, column: str | None = None) -> tuple[str, Any
     names = _wanted(list(row), where, column)
     name = next((name for name in names if row[name] not in (None, "", [])), names[0])
     value = row[name]
-    if name != "text" and isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+    if name != "text" and isinstance(value, str) and re.match(r"\s*\[\s*[{\]]", value):
         return name, _parsed_messages(value, f"{where}: column {name}", strict=name in CHAT_COLUMNS)
     return name, value
 
@@ -95,7 +95,7 @@ def _parsed_messages(value: str, where: str, strict: bool) -> Any:
     for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             found = parse(value)
-            if chat_turns(found) is not None:
+            if found == [] or chat_turns(found) is not None:
                 return found
     if strict:
         raise UsageError(f"{where} begins like a list of chat messages, and is not valid JSON of one: correct the file")
