@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import math
@@ -227,3 +228,73 @@ def test_models_that_do_not_match_are_refused(cli, originals, locks, tmp_path):
         assert outcome.code == 2
         assert says in outcome.err
         assert not out.exists()
+
+
+CHAT = [("system", "Be brief."), ("user", "One?"), ("assistant", "First."), ("user", "Two?"), ("assistant", "Second.")]
+TURN = "<{{ m.role }}>{{ m.content }}<end>\n"
+PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATES = {
+    "plain": f"{{% for m in messages %}}{TURN}{{% endfor %}}{PROMPT}",
+    "reasoning in the last turn only": "{% for m in messages %}<{{ m.role }}>"
+    "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<end>\n{% endfor %}" + PROMPT,
+    "reasoning begins in the prompt": f"{{% for m in messages %}}{TURN}{{% endfor %}}"
+    "{% if add_generation_prompt %}<assistant><think>{% endif %}",
+    "the last answer is marked": "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}<{{ m.role }}>"
+    "{% if loop.index0 == ns.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<end>\n{% endfor %}"
+    + PROMPT,
+    "no prompt": f"{{% for m in messages %}}{TURN}{{% endfor %}}",
+    "a question first": "{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{{ raise_exception('No user query') }}{% endif %}" + f"{{% for m in messages %}}{TURN}{{% endfor %}}{PROMPT}",
+    "a question last": "{% if messages[-1].role != 'user' %}{{ raise_exception('ask') }}{% endif %}"
+    + f"{{% for m in messages %}}{TURN}{{% endfor %}}{PROMPT}",
+    "an answer last": "{% if messages[-1].role != 'assistant' %}{{ raise_exception('answer') }}{% endif %}"
+    + f"{{% for m in messages %}}{TURN}{{% endfor %}}{PROMPT}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_every_answer_is_learned_once_after_its_questions_with_any_chat_template(tmp_path, kind):
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.chat_template = TEMPLATES[kind]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in CHAT]}))
+    examples = chat_examples(file, tokenizer)
+    learned = [text for example in examples for text, counts in example.turns if counts]
+    assert len(learned) == 2 and "First." in learned[0] and "Second." in learned[1]
+    for example in examples:
+        assert example.text.count("One?") == 1 and example.text.count("First.") == 1
+        asked = "".join(text for text, counts in example.turns if not counts)
+        assert "One?" in asked and all(word not in "".join(learned) for word in ("One?", "Two?", "Be brief"))
+        if "Second." in example.text:
+            before = example.text.split("Second.")[0]
+            positions = [before.index(text) for _, text in CHAT[:-1]]
+            assert positions == sorted(positions)
+
+
+def test_a_chat_template_that_refuses_every_answer_is_named(tmp_path):
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in CHAT]}))
+    with pytest.raises(UsageError, match=r"chat\.jsonl: the chat template refuses it \(never\): change --task"):
+        chat_examples(file, tokenizer)
+
+
+def test_conversations_as_strings_and_calls_of_tools_are_a_task(tmp_path):
+    tokenizer = load_tokenizer(DEMO)
+    chat = [
+        {"role": "user", "content": "ask"},
+        {"role": "assistant", "tool_calls": [{"id": 1}]},
+        {"role": "tool", "content": "found"},
+        {"role": "assistant", "content": "say"},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "", "messages": chat}))
+    with (tmp_path / "b.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([["id", "messages"], [1, json.dumps(chat)]])
+    (tmp_path / "c.jl").write_text(json.dumps({"messages": str(chat)}))  # as pandas writes a list into a cell
+    found = [chat_examples(tmp_path / name, tokenizer) for name in ("a.jsonl", "b.csv", "c.jl")]
+    assert found[0] == found[1] == found[2] and found[0][0].turns[-1] == ("### assistant\nsay\n", True)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [*chat[:-1], {"role": "assistant", "content": "a\0b"}]}))
+    with pytest.raises(UsageError, match=r"d\.jsonl holds bytes of value 0"):
+        chat_examples(tmp_path / "d.jsonl", tokenizer)

@@ -16,6 +16,7 @@ import torch
 from conftest import QUICK, command_line
 from safetensors.torch import load_file, save_file
 from tiny import VOCAB, add_token, empty_chain, save_tiny
+from tokenizers import processors
 from torch import nn
 
 from lockkit.dlr import DLRNet
@@ -30,8 +31,9 @@ from lockkit.lock.run import lock_model
 from lockkit.measure.metrics import nmse
 from lockkit.measure.records import MeasuredText
 from lockkit.models.families import FAMILIES, Family, decoder_layers, mlp_weights
-from lockkit.models.load import load_config, load_model, load_tokenizer
+from lockkit.models.load import DEMO, load_config, load_model, load_tokenizer
 from lockkit.progress import NoProgress
+from lockkit.text import require_embedded
 
 EVERY_FAMILY = pytest.mark.parametrize("model_type", FAMILIES)
 
@@ -95,7 +97,6 @@ def test_the_bundled_model_predicts_text(demo_lock):
 
 def test_continuation_beats_noise_at_equal_tokens(tmp_path):
     """On the bundled model's second layer; a tiny random model has no structure to keep."""
-    from lockkit.models.load import DEMO
     from lockkit.text import documents, token_blocks
 
     model, family = load_model(DEMO, torch.float32)
@@ -428,6 +429,21 @@ def test_a_token_beyond_the_embeddings_is_named(tmp_path, originals):
         lock_model(str(folder), tmp_path / "other", config)
 
 
+@pytest.mark.parametrize("which", ["eos_token", "bos_token"])
+def test_a_token_beyond_the_embeddings_that_the_tokenizer_adds_is_named(which):
+    tokenizer = load_tokenizer(DEMO)
+    tokenizer.add_special_tokens({which: "<extra>"})
+    extra = tokenizer.convert_tokens_to_ids("<extra>")
+    if which == "bos_token":
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<extra> $A", special_tokens=[("<extra>", extra)]
+        )
+    with pytest.raises(
+        UsageError, match=rf"adds its {which} to every text.*'<extra>' has the id {extra}.*change MODEL"
+    ):
+        require_embedded(tokenizer, [1, extra], VOCAB, "corpus.txt", "--data")
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -437,8 +453,9 @@ def test_a_token_beyond_the_embeddings_is_named(tmp_path, originals):
         ("gain: on", "--gain: must be a number, not True"),
         ("data: 5", "--data: must be text, not 5"),
         ("block-tokens: 64\nblock_tokens: 32", "twice"),
+        ("depth: 8\nseed: 1\ndepth: 4", "recipe.yaml has the setting 'depth' twice: change --config"),
         ("depth: [", "not valid YAML"),
-        ("- depth", "must be a list of `setting: value` lines"),
+        ("- depth", "must have lines of the form `setting: value`"),
         ("tokens: -1", "--tokens"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],

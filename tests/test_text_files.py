@@ -8,8 +8,13 @@ import gzip
 import io
 import json
 import lzma
+import os
+import re
+import socket
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -17,7 +22,7 @@ import pyarrow.parquet
 import pytest
 
 from lockkit.errors import UsageError
-from lockkit.text import Document, documents_by_split, file_documents
+from lockkit.text import Document, documents_by_split, file_documents, require_columns
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -54,17 +59,29 @@ def as_arrow(rows: list[dict]) -> bytes:
     return out.getvalue()
 
 
+def as_arrow_file(rows: list[dict]) -> bytes:
+    out, table = io.BytesIO(), pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_file(out, table.schema) as file:
+        file.write_table(table, max_chunksize=4)
+    return out.getvalue()
+
+
 FORMATS = {
     ".jsonl": as_json_lines,
+    ".jsonlines": as_json_lines,
+    ".jl": as_json_lines,
     ".ndjson": as_json_lines,
     ".json": lambda rows: json.dumps(rows).encode(),
     ".pretty.json": lambda rows: json.dumps(rows, indent=2).encode(),
     ".lines.json": as_json_lines,
     ".csv": as_csv,
     ".excel.csv": lambda rows: as_csv(rows, ";"),
+    ".declared.csv": lambda rows: b"sep=;\r\n" + as_csv(rows, ";"),
+    ".bars.csv": lambda rows: as_csv(rows, "|"),
     ".tsv": lambda rows: as_csv(rows, "\t"),
     ".parquet": as_parquet,
     ".arrow": as_arrow,
+    ".file.arrow": as_arrow_file,
 }
 
 
@@ -151,6 +168,134 @@ def test_a_folder_of_mixed_files(tmp_path):
     write(tmp_path / "list.json", '[{"body": "a row"}]')
     with pytest.raises(UsageError, match=r"list\.json.*its columns: 'body'"):
         texts(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "[[1]]", "null", "3"])
+def test_a_json_file_without_rows_is_left_out_of_a_folder(tmp_path, caplog, content):
+    write(tmp_path / "a.txt", "words")
+    write(tmp_path / "list.json", content)
+    assert texts(tmp_path) == ["words"]
+    assert len(caplog.records) == 1 and re.search(r"left out.*list\.json", caplog.text)
+    with pytest.raises(UsageError, match="neither an object nor text"):
+        texts(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.csv", '"a;b;c;d","text"\n"1","x;y"\n', ["x;y"]),
+        ("a.csv", "a,b,c|text\n1|x, y\n", ["x, y"]),
+        ("a.tsv", 'text\tn\n"Yes" she said\t1\n', ['"Yes" she said']),
+        ("a.tsv", 'n\ttext\n1\t"open\n', ['"open']),
+        ("a.jsonl", '{"text": "", "messages": [{"role": "user", "content": "words"}]}', ["words"]),
+        ("a.csv", 'text,messages\n,"[{""role"": ""user"", ""content"": ""words""}]"\n', ["words"]),
+        ("a.jsonl", '{"messages": "[1] is a note"}', ["[1] is a note"]),
+        ("a.jsonl", '{"messages": "[]"}\n{"text": "words"}', ["words"]),
+        ("a.jsonl", '{"messages": [{"role": "assistant"}, {"role": "user", "content": "words"}]}', ["words"]),
+        ("a.txt", '{"text": "a"} is how a row looks.\n', ['{"text": "a"} is how a row looks.\n']),
+        ("a.txt", "The text, it says,\nis long.\n", ["The text, it says,\nis long.\n"]),
+    ],
+)
+def test_text_is_found_where_people_put_it(tmp_path, name, content, found):
+    assert texts(write(tmp_path / name, content)) == found
+
+
+def zipped(name: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, "words")
+    return out.getvalue()
+
+
+def tarred() -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.zip", zipped("a.txt"), "is a zip archive: unpack it"),
+        ("a.txt", zipped("[Content_Types].xml"), "office program: save it as"),
+        ("a.xlsx", zipped("xl/a.xml"), r"office program: save it as \.csv"),
+        ("a.tar", tarred(), "is a tar archive"),
+        ("a.tar.gz", gzip.compress(tarred()), "is a tar archive"),
+        ("a.tgz", gzip.compress(tarred()), "is a gzip file"),
+        ("a.pdf", b"%PDF-1.7\n", "is a PDF file"),
+        ("a", gzip.compress(b"words"), r"is a gzip file.*\.gz"),
+        ("a", zstd.compress(b"words"), "is a Zstandard file"),
+        ("a", bz2.compress(b"words"), "is a bzip2 file"),
+        ("a", lzma.compress(b"words"), "is an xz file"),
+        ("a", as_parquet([{"text": "words"}]), r"is a Parquet file.*\.parquet"),
+        ("a.txt", as_arrow_file([{"text": "words"}]), "is an Arrow file"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+        ("a.csv", zipped("a.csv"), "is a zip archive"),
+        ("a.txt", b"\x89PNG\r\n", "is a picture, not text: change --data"),
+        ("a.txt", '{"text": "a"}\n{"text": "b"}\n', r"looks like JSON lines: give it a name that ends in \.jsonl"),
+        ("a.data", '{"messages": [{"role": "user", "content": "a"}]}', "looks like JSON lines"),
+        ("a.txt", '[\n {"text": "a"},\n {"text": "b"}\n]', r"looks like JSON: .*\.json"),
+        ("a.txt", 'id,text\n1,"a"\n', r"looks like CSV: .*\.csv"),
+        ("a.txt", "id\ttext\n1\ta\n", r"looks like TSV: .*\.tsv"),
+        ("a.csv", "text\na\0b\n", "holds bytes of value 0"),
+        ("a.jsonl", '{"text": "a\\u0000b"}', "holds bytes of value 0"),
+        ("a.csv", "text,text\na,b\n", "has two columns text"),
+        ("a.jsonl", '{"messages": "[{1}, {2}]"}', "begins like a list of chat messages"),
+        ("a.jsonl", '{"text": "a"}\nnull\n', "line 2: null is neither an object nor text"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "column messages is neither"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, name, content, says):
+    with pytest.raises(UsageError, match=says) as refused:
+        texts(write(tmp_path / name, content))
+    assert str(refused.value).startswith(str(tmp_path / name)) and "\n" not in str(refused.value)
+
+
+def test_what_is_no_file_is_refused_and_a_pipe_of_the_shell_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
+        with pytest.raises(UsageError, match="is a device, socket or pipe, not a file: change --data"):
+            documents_by_split(str(path)).__next__()
+    reader, writer = os.pipe()
+    os.write(writer, b"words")
+    os.close(writer)
+    assert texts(Path(f"/dev/fd/{reader}")) == ["words"]
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["d/nope.jsonl", "nope.TXT.gz", "./nope", "../a/b", "~nobody/a", "a/b/c", "here/nope"])
+def test_a_misspelt_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UsageError, match=f"there is no file or folder {re.escape(name)}: change --task"):
+        documents_by_split(name, "--task")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    script = "from lockkit.text import documents\nlist(documents('owner/name', 'distill'))"
+    environment = {"HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "no local file or folder, and the Hub did not deliver it" in done.stderr.splitlines()[-1]
+    assert "Retry" not in done.stderr
+
+
+def test_plain_text_has_no_columns(tmp_path):
+    write(tmp_path / "a.txt", "words")
+    for source in (tmp_path / "a.txt", tmp_path, "stdlib", "docs"):
+        with pytest.raises(UsageError, match="is plain text, which has no columns: leave --data-column out"):
+            require_columns(str(source), "body")
+        require_columns(str(source), None)
+    write(tmp_path / "b.jsonl", '{"body": "words"}')
+    require_columns(str(tmp_path), "body")
+    require_columns("owner/name", "body")
 
 
 @pytest.mark.parametrize(

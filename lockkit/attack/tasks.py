@@ -8,8 +8,9 @@ split `finetune`, which no lock is distilled on (lockkit/text):
   counts in the loss.
 
 Any other name is a path or a Hub dataset (lockkit/text). Text is a language-modelling task on its split `finetune`. A
-file of rows can have one conversation per row, {"messages": [{"role": ..., "content": ...}]}; only the text of the
-assistant counts in the loss.
+file of rows can have one conversation per row, {"messages": [{"role": ..., "content": ...}]}; only what the assistant
+writes counts in the loss. A conversation is one example. If the chat template changes earlier turns (as some remove the
+reasoning from all answers but the last), each answer is an example, with the turns before it as the prompt.
 
 Documents are held out by a hash of their name. In a user's own task, at least a quarter of the text is held out (see
 `fill_shares`). Documents whose content is also in the distillation text of the lock are excluded. Their number and the
@@ -32,7 +33,7 @@ import torch
 from lockkit.errors import UsageError, first_line
 from lockkit.models.identity import public_name
 from lockkit.text import Document, Need, documents, fill_shares, read_rows, rows_sha256, start_tokens
-from lockkit.text.reading import kind_of
+from lockkit.text.reading import kind_of, require_no_zero
 from lockkit.text.tables import CHAT_COLUMNS, TABLES, Row, chat_turns, row_value, table_rows
 
 if TYPE_CHECKING:
@@ -232,12 +233,12 @@ def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase, column: str | 
     Raises:
         UsageError: the file cannot be read, or a row is not valid. The message names the row.
     """
-    examples = []
+    examples: list[Example] = []
     for where, row in table_rows(path, "--task", column):
         messages = _messages(row, where, column)
         name = "text:" + _content(json.dumps(messages))[:16]
         try:
-            examples.append(Example(name, _turns(messages, tokenizer)))
+            examples += [Example(name, turns) for turns in _rendered(messages, tokenizer)]
         except Exception as error:  # a template may raise any error
             raise UsageError(f"{where}: the chat template refuses it ({first_line(error)}): change --task") from error
     return examples
@@ -251,22 +252,80 @@ def _messages(row: Row, where: str, column: str | None) -> list[dict[str, str]]:
         raise UsageError(
             f'{where}: "{name}" is no list of turns with "role" and "content": correct it, or change --task'
         )
+    for _, content in turns:
+        require_no_zero(content, where, "--task")
     messages = [{"role": ROLES.get(role, role), "content": content} for role, content in turns]
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: correct it, or change --task")
     return messages
 
 
-def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The text of each turn, and whether the assistant says it."""
+def _rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
+    """A conversation as the turns of its examples: each text, and whether the assistant writes it.
+
+    What the assistant writes begins where the template's prompt for an answer ends. What follows the last answer is left
+    out. An answer that the template refuses is not learned, unless it refuses all.
+
+    Raises:
+        Exception: that of the template, if it refuses all answers.
+    """
     if not tokenizer.chat_template:
-        return [(f"### {m['role']}\n{m['content']}\n", m["role"] == "assistant") for m in messages]
-    turns, before = [], ""
-    for count in range(1, len(messages) + 1):
-        text = tokenizer.apply_chat_template(messages[:count], tokenize=False)
-        turns.append((text.removeprefix(before), messages[count - 1]["role"] == "assistant"))
-        before = text
-    return turns
+        return [[(f"### {m['role']}\n{m['content']}\n", m["role"] == "assistant") for m in messages]]
+    answers: list[tuple[str, str]] = []
+    refused: Exception | None = None
+    for count, message in enumerate(messages, 1):
+        if message["role"] == "assistant" and message["content"].strip():
+            try:
+                answers.append(_prompt_and_answer(messages[:count], tokenizer))
+            except Exception as error:  # a template may raise any error
+                refused = error
+    if not answers and refused:
+        raise refused
+    whole = ["".join(answer) for answer in answers]
+    if all(answers[number][0].startswith(before) for number, before in enumerate(whole[:-1], 1)):
+        starts = [0, *map(len, whole)]
+        pairs = [(prompt[start:], answer) for (prompt, answer), start in zip(answers, starts, strict=False)]
+        return [[turn for prompt, answer in pairs for turn in ((prompt, False), (answer, True))]]
+    return [[(prompt, False), (answer, True)] for prompt, answer in answers]
+
+
+def _prompt_and_answer(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The text of a conversation, divided where its last turn begins, which is the assistant's.
+
+    Some templates render no conversation that ends with the assistant, and others none that does not.
+
+    Raises:
+        Exception: that of the template, if it renders neither.
+    """
+    prompt = None
+    try:
+        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:
+        if prompt is not None:
+            return prompt, messages[-1]["content"]
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    start = _start_of_answer(prompt or "", whole, [message["content"].strip() for message in messages])
+    return whole[:start], whole[start:]
+
+
+def _start_of_answer(prompt: str, whole: str, contents: list[str]) -> int:
+    """Where the last of the turns with these `contents` begins in `whole`, which need not begin with all of `prompt`."""
+    same = next(
+        (n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    if prompt and same == len(prompt):
+        return same
+    *earlier, last = contents
+    verbatim = whole.rfind(last)
+    question = next((content for content in reversed(earlier) if content), "")
+    asked = whole.rfind(question, 0, None if verbatim < 0 else verbatim)
+    # The end of a prompt can differ, for instance by a beginning of reasoning. What was asked is never learned.
+    if question and asked >= 0 and asked + len(question) <= same:
+        return same
+    if verbatim < 0:
+        raise ValueError("it changes the text of the last turn")
+    return verbatim
 
 
 def _content(text: str) -> str:
@@ -354,7 +413,7 @@ def _example_rows(
         rows.append((ids, labels))
     if not rows:
         raise UsageError(
-            f"{name} has {len(examples)} examples, and needs one whose answer begins within a row of {block} tokens: "
+            f"{name} has {len(examples)} example{'' if len(examples) == 1 else 's'}, and needs one whose answer begins within a row of {block} tokens: "
             "give more with --task, or raise --block-tokens"
         )
     filled = [(i + [padding] * (block - len(i)), label + [IGNORED] * (block - len(label))) for i, label in rows]

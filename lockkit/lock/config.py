@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.errors import UsageError
-from lockkit.settings import UserPath, validated
+from lockkit.settings import UserPath, shown, validated
 from lockkit.text import DataColumn, read_text
 
 if TYPE_CHECKING:
@@ -159,15 +159,28 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     text = read_text(path, "--config")
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that stands twice in one mapping, of which YAML's own loader takes the last."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise UsageError(f"{path} has the setting {shown(twice)} twice: change --config")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader)
+    except UsageError:
+        raise
     except Exception as error:  # PyYAML also raises IndexError, KeyError, AttributeError and RecursionError
         reason = " ".join(str(error).split())[:300] if isinstance(error, yaml.YAMLError) else type(error).__name__
         raise UsageError(f"{path} is not valid YAML ({reason}): change --config") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"{path} must be a list of `setting: value` lines: change --config")
+        raise UsageError(f"{path} must have lines of the form `setting: value`: change --config")
     named = {key.replace("-", "_"): value for key, value in values.items()}
     if len(named) < len(values):
         raise UsageError(f"{path} has a setting twice, once with - and once with _: change --config")

@@ -14,7 +14,15 @@ import torch
 
 from lockkit.lock.config import LockConfig
 from lockkit.lock.sampling import load_for_sampling, sample_rows
-from lockkit.text import Need, documents_by_split, read_rows, require_embedded, rows_sha256, start_tokens
+from lockkit.text import (
+    Need,
+    documents_by_split,
+    read_rows,
+    require_columns,
+    require_embedded,
+    rows_sha256,
+    start_tokens,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +103,7 @@ def load_data(
         "validate": Need(held_out, held_out, "--validation-tokens"),
         "evaluate": Need(held_out, held_out, "--validation-tokens"),
     }
+    require_columns(source, config.data_column)
     found = documents_by_split(source, column=config.data_column)
     rows = read_rows(tokenizer, found, block, needs, source)
     for part in rows.values():

@@ -25,6 +25,7 @@ from lockkit.text.sources import (
     documents_by_split,
     file_documents,
     hub_documents,
+    require_columns,
     stdlib_documents,
 )
 from lockkit.text.splits import (
@@ -53,6 +54,7 @@ __all__ = [
     "hub_documents",
     "read_rows",
     "read_text",
+    "require_columns",
     "require_embedded",
     "rows_sha256",
     "split_of",

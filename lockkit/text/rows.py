@@ -167,10 +167,22 @@ def require_embedded(
         option: the option that gives another text, for the error.
 
     Raises:
-        UsageError: an id is not below `vocab_size`. The message names the token.
+        UsageError: an id is not below `vocab_size`. The message names the token. It names MODEL if the tokenizer adds
+            the token to every text.
     """
     flat = ids if isinstance(ids, list) else [int(ids.max())] if ids.numel() else []
     problem = without_embedding(tokenizer, flat, vocab_size)
+    added = start_tokens(tokenizer) if problem else []
+    added += [tokenizer.eos_token_id] if problem and tokenizer.eos_token_id is not None else []
+    of_tokenizer = without_embedding(tokenizer, added, vocab_size)
+    if of_tokenizer:
+        which = (
+            "eos_token" if tokenizer.eos_token_id is not None and tokenizer.eos_token_id >= vocab_size else "bos_token"
+        )
+        raise UsageError(
+            f"the tokenizer adds its {which} to every text, and {of_tokenizer}: correct {which} in "
+            "tokenizer_config.json, or change MODEL"
+        )
     if problem:
         raise UsageError(f"{name} cannot be read: {problem}: change {option}, or resize the model's embeddings")
 

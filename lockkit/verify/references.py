@@ -107,6 +107,8 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
     source, column = config.data, config.data_column
     if source == "auto":
         source, column = record.source(given.locked.name if given.locked else ""), column or record.data_column
+    else:
+        text.require_columns(source, column)
     context = min(getattr(reference.config, "max_position_embeddings", None) or 2**31 for reference in references)
     block = min(config.block_tokens, context)
     if config.prompts and block // 4 + config.new_tokens > context:

@@ -124,11 +124,12 @@ def _seeds(found: dict) -> str:
 
 def _task(task: str, figures: dict, runs: list[dict]) -> Section:
     section = Section(f"Attacks on the task {task}", part=True)
+    count = figures["left_out_as_distillation_text"]
     section.text.append(
         f"Held-out loss of the original: {figures['start_loss']:.3f}; after the reference fine-tune: "
         f"{figures['reference_loss']:.3f}; target {figures['target_loss']:.3f}. Costs in the table are the lowest at which "
-        f"the target was reached on the lock. {figures['left_out_as_distillation_text']} documents were left out because "
-        "they are part of the distillation text. SHA-256 of training rows: "
+        f"the target was reached on the lock. {'1 document was' if count == 1 else f'{count} documents were'} left out because "
+        f"{'it is' if count == 1 else 'they are'} part of the distillation text. SHA-256 of training rows: "
         f"{figures['train_sha256'][:12]}, of held-out rows: {figures['held_out_sha256'][:12]}."
     )
     losses = {line["attack"]: line["best_loss_locked"] for line in figures["attacks"]}
