@@ -23,10 +23,11 @@ from lockkit.cli.console import TerminalProgress, console, duration
 from lockkit.environment import describe_environment
 from lockkit.errors import UsageError
 from lockkit.export.manifest import Manifest
-from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, check_output_file, new_folder, write_json, write_text
+from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, check_output_file, write_json, write_text
 from lockkit.lock.plan import plan_model
 from lockkit.models.families import FAMILIES, decoder_layers
 from lockkit.models.load import DEMO, load_model
+from lockkit.output_folders import new_folder
 from lockkit.verify.result import VerifyResult
 
 COMMANDS = [

@@ -13,18 +13,8 @@ from pathlib import Path
 import pytest
 
 from lockkit.errors import UsageError
-from lockkit.files import (
-    EXPORT_MANIFEST,
-    LOCK_RECORD,
-    check_output_file,
-    check_output_folder,
-    impostor,
-    new_folder,
-    replaced,
-    scratch_folder,
-    write_json,
-    write_text,
-)
+from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, check_output_file, impostor, replaced, write_json, write_text
+from lockkit.output_folders import check_output_folder, new_folder, scratch_folder
 
 
 def test_a_file_is_complete_or_as_it_was_before(tmp_path):
@@ -211,7 +201,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    code = f"from lockkit.files import check_output_folder; check_output_folder(__import__('pathlib').Path({str(tmp_path)!r}), False)"
+    code = f"from lockkit.output_folders import check_output_folder; check_output_folder(__import__('pathlib').Path({str(tmp_path)!r}), False)"
     with new_folder(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "another process writes" in done.stderr
@@ -277,6 +267,7 @@ sys.path.insert(0, TESTS)
 from test_files import SECOND, found, write_result, FIRST
 from lockkit.errors import UsageError
 from lockkit.files import *
+from lockkit.output_folders import *
 top = Path(TOP)
 def refused(function, *arguments):
     try:

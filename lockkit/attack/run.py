@@ -47,7 +47,8 @@ from lockkit.attack.sweep import Sweep
 from lockkit.attack.target import NOT_FINITE, Target, reference_target, run_name
 from lockkit.attack.unlocking import control, unlock
 from lockkit.errors import UsageError
-from lockkit.files import check_results_folder, content, readable_disk_errors, write_json
+from lockkit.files import readable_disk_errors, write_json
+from lockkit.output_folders import check_results_folder, content
 from lockkit.progress import NoProgress, Progress
 
 SUMMARY = "summary.json"

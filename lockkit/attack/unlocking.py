@@ -20,10 +20,11 @@ from lockkit.attack.base import UnlockAttack, Unlocked
 from lockkit.attack.cost import Cost
 from lockkit.attack.rows import SCHEMA, finite, key_of
 from lockkit.dlr.view import load_side_by_side
-from lockkit.files import new_folder, write_json
+from lockkit.files import write_json
 from lockkit.models.families import decoder_layers, mlp_weights
 from lockkit.models.locked import locked_classes
 from lockkit.models.save import copy_tokenizer, render_modeling_file
+from lockkit.output_folders import new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

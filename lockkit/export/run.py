@@ -24,8 +24,9 @@ from lockkit.errors import LockkitError
 from lockkit.export.config import ExportConfig
 from lockkit.export.manifest import Manifest, write_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import CARD, new_folder
+from lockkit.files import CARD
 from lockkit.models.identity import weight_hashes
+from lockkit.output_folders import new_folder
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:

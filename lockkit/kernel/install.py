@@ -15,15 +15,9 @@ from lockkit.errors import UsageError
 from lockkit.export.chains import has_kernel_form
 from lockkit.export.manifest import FileRecord, Manifest, check_manifest
 from lockkit.export.session import MODEL_FILE
-from lockkit.files import (
-    EXPORT_MANIFEST,
-    check_results_folder,
-    read_json,
-    readable_disk_errors,
-    sha256_of_file,
-    write_json,
-)
+from lockkit.files import EXPORT_MANIFEST, read_json, readable_disk_errors, sha256_of_file, write_json
 from lockkit.kernel.build import build_kernel
+from lockkit.output_folders import check_results_folder
 from lockkit.targets import Provider
 
 LIBRARY = "dlr_chain.so"

@@ -26,14 +26,7 @@ import torch
 from lockkit.devices import PeakMemory, choose_device
 from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
 from lockkit.errors import DistillationError, UsageError, counted
-from lockkit.files import (
-    CARD,
-    LOCK_RECORD,
-    check_apart,
-    files_below,
-    new_folder,
-    readable_disk_errors,
-)
+from lockkit.files import CARD, LOCK_RECORD, files_below, readable_disk_errors
 from lockkit.lock.card import locked_model_card
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData, effective_source, load_data, other_rows, sampled_data
@@ -56,6 +49,7 @@ from lockkit.models.load import load_config, load_tokenizer, resolve_model_apart
 from lockkit.models.locked import empty_chain
 from lockkit.models.origin import Origin, copy_legal_files, origin_of
 from lockkit.models.save import save_description, save_locked_weights
+from lockkit.output_folders import check_apart, new_folder
 from lockkit.progress import NoProgress, Progress
 from lockkit.version import versions
 from lockkit.workers import Workers

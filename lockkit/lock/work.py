@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 
 from lockkit.dlr.net import DLRNet
 from lockkit.errors import UsageError
-from lockkit.files import content, readable_disk_errors, replaced, scratch_folder, write_json
+from lockkit.files import readable_disk_errors, replaced, write_json
+from lockkit.output_folders import content, scratch_folder
 
 SCHEMA = "lockkit-work/1"
 

@@ -16,9 +16,10 @@ import re
 from pathlib import Path
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import cache_folder, new_folder, sha256_of_file
+from lockkit.files import cache_folder, sha256_of_file
 from lockkit.models.quiet import errors_only, no_progress_bars
 from lockkit.models.weight_files import counted, listed
+from lockkit.output_folders import new_folder
 
 MAGIC = b"GGUF"
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockkit.errors import UsageError, first_line
-from lockkit.files import CARD, EXPORT_MANIFEST, check_apart, check_output_folder, impostor, read_json
+from lockkit.files import CARD, EXPORT_MANIFEST, impostor, read_json
 from lockkit.models.config_checks import require_generation_config, reset_run_settings
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
@@ -18,6 +18,7 @@ from lockkit.models.locked import base_config, chain_config, locked_classes
 from lockkit.models.origin import LEGAL_FILES
 from lockkit.models.quiet import no_progress_bars
 from lockkit.models.weight_files import ADAPTER_FILE
+from lockkit.output_folders import check_apart, check_output_folder
 from lockkit.settings import expanded
 
 if TYPE_CHECKING:
