@@ -336,24 +336,39 @@ def test_the_chain_of_a_layer_with_constant_output_is_constant(tmp_path):
         ("layers_0_mlp_up_proj", math.inf, "auto", r"model\.layers\.0\.mlp\.up_proj\.weight .*not finite"),
         ("embed_tokens", math.nan, "auto", r"model\.embed_tokens\.weight .*not finite"),
         ("lm_head", 1e6, "float16", r"lm_head\.weight .*too large for float16: change --dtype"),
+        ("layers_0_mlp_up", 1e12, "auto", r"layers\.0\.mlp\.up_proj\.weight .* up to .*e\+1.*too large to distil"),
     ],
 )
-def test_a_weight_that_is_not_finite_is_refused_before_any_work(tmp_path, name, factor, dtype, says):
+def test_a_weight_that_is_not_finite_or_too_large_is_refused_before_any_work(tmp_path, name, factor, dtype, says):
     original = save_tiny("llama", tmp_path / "original")
     change_weights(original, **{name: factor})
     with pytest.raises(UsageError, match=says):
         lock_model(str(original), tmp_path / "out", quick(data=str(tmp_path / "no text yet"), dtype=dtype))
 
 
-def test_activations_that_overflow_are_refused(tmp_path):
+def test_a_text_of_no_finite_perplexity_is_refused(tmp_path):
     original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, layers_1_mlp_up=1e25, layers_1_mlp_down=1e25)
-    for source, says in (
-        ("stdlib", r"computes values that are not finite on .* tokens of stdlib.*: change MODEL or --data"),
-        ("self", "logits that are not finite"),
-    ):
-        with pytest.raises(UsageError, match=says):
-            lock_model(str(original), tmp_path / "out", quick(data=source))
+    change_weights(original, model_norm=1e4, lm_head=1e4)
+    with pytest.raises(UsageError, match=r"not finite on .* tokens of stdlib.*: change MODEL or --data"):
+        lock_model(str(original), tmp_path / "out", quick())
+
+
+def test_a_model_that_overflows_while_it_samples_is_refused(tmp_path):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, model_norm=1e2, lm_head=1e4)
+    weights = load_file(original / "model.safetensors")
+    save_file({name: value.half() for name, value in weights.items()}, original / "model.safetensors", {"format": "pt"})
+    config = json.loads((original / "config.json").read_text()) | {"dtype": "float16"}
+    (original / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="logits that are not finite"):
+        lock_model(str(original), tmp_path / "out", quick(data="self"))
+
+
+def test_mlp_outputs_whose_squares_overflow_are_refused_before_distillation(tmp_path):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, layers_0_post_attention_layernorm=1e4, layers_0_mlp=1e4)
+    with pytest.raises(UsageError, match=r"MLP of layer 0 .* computes values up to .*squares are too large"):
+        lock_model(str(original), tmp_path / "out", quick())
 
 
 GENERATION_SETTINGS = [

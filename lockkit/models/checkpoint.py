@@ -83,7 +83,9 @@ def _head(file: Path) -> list[StoredTensor]:
             slices = {name: tensors.get_slice(name) for name in list(tensors.keys())}
             return [StoredTensor(file, name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{file} {impostor(file) or _other_format(file) or _incomplete(error)}, or change MODEL") from error
+        raise UsageError(
+            f"{file} {impostor(file) or _other_format(file) or _incomplete(error)}, or change MODEL"
+        ) from error
 
 
 def _other_format(file: Path) -> str | None:
