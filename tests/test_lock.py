@@ -27,6 +27,7 @@ from lockkit.lock.initialise import scrub_teacher_rows, start_from_teacher
 from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers
 from lockkit.lock.run import lock_model
+from lockkit.lock.sampling import draw
 from lockkit.measure.metrics import nmse
 from lockkit.measure.records import MeasuredText
 from lockkit.models.families import FAMILIES, Family, decoder_layers, mlp_weights
@@ -353,15 +354,17 @@ def test_a_text_of_no_finite_perplexity_is_refused(tmp_path):
         lock_model(str(original), tmp_path / "out", quick())
 
 
-def test_a_model_that_overflows_while_it_samples_is_refused(tmp_path):
+def test_logits_that_are_not_finite_are_not_sampled_from():
+    for value in (math.nan, math.inf):
+        with pytest.raises(UsageError, match="logits that are not finite"):
+            draw(torch.full((2, 600), value), [3], torch.Generator())
+
+
+def test_chains_of_no_finite_perplexity_end_the_lock_in_one_line(tmp_path):
     original = save_tiny("llama", tmp_path / "original")
     change_weights(original, model_norm=1e2, lm_head=1e4)
-    weights = load_file(original / "model.safetensors")
-    save_file({name: value.half() for name, value in weights.items()}, original / "model.safetensors", {"format": "pt"})
-    config = json.loads((original / "config.json").read_text()) | {"dtype": "float16"}
-    (original / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="logits that are not finite"):
-        lock_model(str(original), tmp_path / "out", quick(data="self"))
+    with pytest.raises(DistillationError, match="perplexity after phase 1 is inf: raise --tokens"):
+        lock_model(str(original), tmp_path / "out", quick(data="self", tokens=512))
 
 
 def test_mlp_outputs_whose_squares_overflow_are_refused_before_distillation(tmp_path):
