@@ -121,7 +121,9 @@ def test_an_audit_names_an_original_that_cannot_be_built_before_the_work(cli, or
     original = shutil.copytree(originals("llama"), tmp_path / "original")
     change(original / "config.json", hidden_act="foo")
     outcome = cli("attack", locks("llama"), "--original", original, "--out", tmp_path / "audit")
-    assert outcome.code == 2 and "config.json cannot be used (hidden_act is 'foo'" in outcome.err.replace("\n", " ")
+    said = " ".join(outcome.err.split())
+    assert outcome.code == 2 and "config.json cannot be used (hidden_act is 'foo'" in said
+    assert said.endswith("change --original")
     assert not (tmp_path / "audit").exists()
 
 
