@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
+
 
 class LockkitError(Exception):
     """A problem that a user can solve. The command line prints it as one line and exits with code 2."""
@@ -21,6 +25,16 @@ class DistillationError(LockkitError):
 
 class GateFailed(LockkitError):
     """A check completed, and a figure is beyond its limit. Exit code 1."""
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Let the errors about a model inside the `with` block name `option` instead of MODEL."""
+    try:
+        yield
+    except UsageError as error:
+        message = re.sub(r"\b(change|give) MODEL\b", rf"\1 {option}", str(error))
+        raise type(error)(message) from error
 
 
 def first_line(error: BaseException, most: int = 300) -> str:

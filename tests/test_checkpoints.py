@@ -256,6 +256,31 @@ def without_single_file(folder: Path, index: str) -> None:
     (folder / INDEX).write_text(index)
 
 
+def renamed(folder: Path, prefix: str) -> None:
+    """Put a prefix before the names of all tensors."""
+    file = folder / "model.safetensors"
+    save_file({prefix + name: value for name, value in load_file(file).items()}, file, {"format": "pt"})
+
+
+def without_tensors(folder: Path, *names: str) -> None:
+    """Remove tensors of `model.safetensors`."""
+    file = folder / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if name not in names}, file, {"format": "pt"})
+
+
+def split(folder: Path, index: bool) -> None:
+    """Move the second layer into another file, which nothing lists."""
+    weights = load_file(folder / "model.safetensors")
+    second = {name: value for name, value in weights.items() if ".layers.1." in name}
+    first = {name: value for name, value in weights.items() if name not in second}
+    name = "part-1.safetensors" if index else "model.safetensors"
+    (folder / "model.safetensors").unlink()
+    save_file(first, folder / name, {"format": "pt"})
+    save_file(second, folder / "part-2.safetensors", {"format": "pt"})
+    if index:
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(first, name)}))
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
 REFUSED = {
     "a Git LFS pointer": lambda f: (f / "model.safetensors").write_text(
@@ -293,10 +318,19 @@ REFUSED = {
     ),
     "num_hidden_layers is 1 .* weights have 2": lambda f: change_config(f, num_hidden_layers=1),
     "num_hidden_layers is 3 .* weights have 2": lambda f: change_config(f, num_hidden_layers=3),
-    r"lack 1 tensor \(model.norm.weight\)": lambda f: save_file(
-        {name: value for name, value in load_file(f / "model.safetensors").items() if name != "model.norm.weight"},
-        f / "model.safetensors",
+    r"lack 1 tensor \(model.norm.weight\)": lambda f: without_tensors(f, "model.norm.weight"),
+    r"lack 4 tensors \(.*input_layernorm.* and 1 more\)": lambda f: without_tensors(
+        f, UP, "model.norm.weight", "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
     ),
+    "lack lm_head.weight: set tie_word_embeddings to true": lambda f: without_tensors(f, "lm_head.weight"),
+    "weights have 1 decoder layer: correct": lambda f: without_tensors(
+        f, *(name for name in small_weights("llama", 0) if ".layers.1." in name)
+    ),
+    "part-2.safetensors has 9 tensors .* because .*index.json does not list it: correct": lambda f: split(f, True),
+    "part-2.safetensors has 9 tensors .* because .*model.safetensors is there: correct": lambda f: split(f, False),
+    "begin with module.: save the model itself": lambda f: renamed(f, "module."),
+    "begin with _orig_mod.: save the model before torch.compile": lambda f: renamed(f, "_orig_mod."),
+    "begin with base_model.model.: save the merged model": lambda f: renamed(f, "base_model.model."),
 }
 
 

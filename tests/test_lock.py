@@ -28,6 +28,7 @@ from lockkit.lock.initialise import scrub_teacher_rows, start_from_teacher
 from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers
 from lockkit.lock.run import lock_model
+from lockkit.lock.sampling import draw
 from lockkit.measure.metrics import nmse
 from lockkit.measure.records import MeasuredText
 from lockkit.models.families import FAMILIES, Family, decoder_layers, mlp_weights
@@ -337,24 +338,41 @@ def test_the_chain_of_a_layer_with_constant_output_is_constant(tmp_path):
         ("layers_0_mlp_up_proj", math.inf, "auto", r"model\.layers\.0\.mlp\.up_proj\.weight .*not finite"),
         ("embed_tokens", math.nan, "auto", r"model\.embed_tokens\.weight .*not finite"),
         ("lm_head", 1e6, "float16", r"lm_head\.weight .*too large for float16: change --dtype"),
+        ("layers_0_mlp_up", 1e12, "auto", r"layers\.0\.mlp\.up_proj\.weight .* up to .*e\+1.*too large to distil"),
     ],
 )
-def test_a_weight_that_is_not_finite_is_refused_before_any_work(tmp_path, name, factor, dtype, says):
+def test_a_weight_that_is_not_finite_or_too_large_is_refused_before_any_work(tmp_path, name, factor, dtype, says):
     original = save_tiny("llama", tmp_path / "original")
     change_weights(original, **{name: factor})
     with pytest.raises(UsageError, match=says):
         lock_model(str(original), tmp_path / "out", quick(data=str(tmp_path / "no text yet"), dtype=dtype))
 
 
-def test_activations_that_overflow_are_refused(tmp_path):
+def test_a_text_of_no_finite_perplexity_is_refused(tmp_path):
     original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, layers_1_mlp_up=1e25, layers_1_mlp_down=1e25)
-    for source, says in (
-        ("stdlib", r"computes values that are not finite on .* tokens of stdlib.*: change MODEL or --data"),
-        ("self", "logits that are not finite"),
-    ):
-        with pytest.raises(UsageError, match=says):
-            lock_model(str(original), tmp_path / "out", quick(data=source))
+    change_weights(original, model_norm=1e4, lm_head=1e4)
+    with pytest.raises(UsageError, match=r"not finite on .* tokens of stdlib.*: change MODEL or --data"):
+        lock_model(str(original), tmp_path / "out", quick())
+
+
+def test_logits_that_are_not_finite_are_not_sampled_from():
+    for value in (math.nan, math.inf):
+        with pytest.raises(UsageError, match="logits that are not finite"):
+            draw(torch.full((2, 600), value), [3], torch.Generator())
+
+
+def test_chains_of_no_finite_perplexity_end_the_lock_in_one_line(tmp_path):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, model_norm=1e2, lm_head=1e4)
+    with pytest.raises(DistillationError, match="perplexity after phase 1 is inf: raise --tokens"):
+        lock_model(str(original), tmp_path / "out", quick(data="self", tokens=512))
+
+
+def test_mlp_outputs_whose_squares_overflow_are_refused_before_distillation(tmp_path):
+    original = save_tiny("llama", tmp_path / "original")
+    change_weights(original, layers_0_post_attention_layernorm=1e4, layers_0_mlp=1e4)
+    with pytest.raises(UsageError, match=r"MLP of layer 0 .* computes values up to .*squares are too large"):
+        lock_model(str(original), tmp_path / "out", quick())
 
 
 GENERATION_SETTINGS = [

@@ -16,7 +16,7 @@ import torch
 from lockkit.attack.config import AuditConfig
 from lockkit.attack.tasks import Task, load_task
 from lockkit.devices import choose_device
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, naming
 from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.measure.totals import Outputs, TextFigures
 from lockkit.models.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Subject = Literal["original", "locked"]
 _Measured = Literal["original", "locked", "model"]
+_OPTIONS = {"locked": "LOCKED", "original": "--original"}
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads"),
@@ -90,8 +91,8 @@ class Bench:
     def __init__(self, locked: str, original: str, config: AuditConfig):
         self.config = config
         self.folders: dict[str, Path] = {
-            "locked": resolve_model(locked, "LOCKED"),
-            "original": resolve_model(original, "--original"),
+            "locked": resolve_model(locked, _OPTIONS["locked"]),
+            "original": resolve_model(original, _OPTIONS["original"]),
         }
         self.names = {"locked": public_name(locked), "original": public_name(original)}
         self.family = _matching_family(self.folders, locked, original)
@@ -243,7 +244,10 @@ class Bench:
 
 def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Family:
     """The family of both models. Raises a UsageError if they do not match, or if one cannot be loaded."""
-    configs = {name: load_config(folder) for name, folder in folders.items()}
+    configs = {}
+    for name, folder in folders.items():
+        with naming(_OPTIONS[name]):
+            configs[name] = load_config(folder)
     if not is_locked(configs["locked"]):
         raise UsageError(f"{locked} is not a locked model: give LOCKED a folder that `lockkit lock` wrote")
     if is_locked(configs["original"]):
@@ -257,8 +261,9 @@ def _matching_family(folders: dict[str, Path], locked: str, original: str) -> Fa
         sizes = [getattr(config, size, None) for config in configs.values()]
         if sizes[0] != sizes[1]:
             raise UsageError(f"{size} is {sizes[0]} in the lock and {sizes[1]} in {original}: change --original")
-    for name, folder in folders.items():  # raises an error if one of them cannot be loaded
-        Checkpoint(folder, empty_model(configs[name], family))
+    for name, folder in folders.items():
+        with naming(_OPTIONS[name]):
+            Checkpoint(folder, empty_model(configs[name], family))  # raises an error if it cannot be loaded
     return family
 
 

@@ -22,6 +22,7 @@ state after phase 1 is a candidate too, so phase 2 never makes the lock worse.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -171,6 +172,10 @@ class EndToEnd:
         started = time.perf_counter()
         before = self.meter.measure(self.stack.chain)
         before_kl, highest_perplexity = before.kl_divergence, max(before.perplexity, before.original_perplexity)
+        if not math.isfinite(highest_perplexity):
+            raise DistillationError(
+                f"the perplexity after phase 1 is {highest_perplexity}: raise --tokens, or lower --learning-rate"
+            )
         rate = self.config.end_to_end_learning_rate or self._find_rate(before_kl, highest_perplexity)
         self.stack.restart(rate, self.steps)
         return _Position(0, 0, before_kl, before_kl, highest_perplexity, rate, time.perf_counter() - started)
