@@ -137,8 +137,10 @@ def cache_folder() -> Path:
 
 
 # What a download can leave in place of a file, by its first bytes in lower case. A text may begin with "<", too.
+# Its first bytes, and what to say.
+GIT_LFS = b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
 _IMPOSTORS = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
+    GIT_LFS[0]: GIT_LFS[1],
     **dict.fromkeys(
         (b"<!doctype", b"<html", b"<head", b"<?xml"), "is a web page, not the file itself: download it again"
     ),

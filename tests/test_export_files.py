@@ -153,7 +153,7 @@ def test_exports_that_cannot_work_are_refused(models, tmp_path):
         export_model(str(tmp_path / "dynamic"), tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="add --overwrite"):
+    with pytest.raises(UsageError, match="exists already: change OUT"):
         export_model(llama, tmp_path / "out")
     with pytest.raises(UsageError, match="not written by lockkit"):
         export_model(llama, tmp_path / "out", overwrite=True)

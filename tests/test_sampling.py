@@ -43,7 +43,7 @@ def test_rows_are_as_likely_as_the_models_own_distribution_says(model_type):
     entropy = -(log_p.exp() * log_p).sum(-1)
     variance = (log_p.exp() * (log_p + entropy[..., None]).square()).sum()
     assert abs((surprise - entropy).sum()) < 5 * variance.sqrt()
-    assert entropy.mean() < 8  # nats; the distribution of a guess among all tokens has 8.3
+    assert entropy.mean() < 8.2  # nats; the distribution of a guess among all tokens has 8.32
 
 
 def test_rows_begin_with_the_start_tokens_and_never_end_the_text():

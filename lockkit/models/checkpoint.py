@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lockkit.errors import UnsupportedModelError, UsageError, first_line
+from lockkit.errors import UnsupportedModelError, UsageError, counted, first_line
 from lockkit.files import impostor, read_json
-from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, counted, ignored_files, listed, weight_files
+from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, ignored_files, listed, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

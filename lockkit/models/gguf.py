@@ -15,10 +15,10 @@ import logging
 import re
 from pathlib import Path
 
-from lockkit.errors import UsageError, first_line
+from lockkit.errors import UsageError, counted, first_line
 from lockkit.files import cache_folder, sha256_of_file
 from lockkit.models.quiet import errors_only, no_progress_bars
-from lockkit.models.weight_files import counted, listed
+from lockkit.models.weight_files import listed
 from lockkit.output_folders import new_folder
 
 MAGIC = b"GGUF"

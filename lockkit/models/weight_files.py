@@ -96,8 +96,3 @@ def listed(names: list[str]) -> str:
     """Up to three names and the number of the others, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun, in the plural unless the number is 1."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lockkit.errors import UsageError, first_line
+from lockkit.files import GIT_LFS
 
 # A file begins with a byte-order mark if its encoding is one of these. UTF-32 comes first: its mark begins as UTF-16's.
 _MARKS = [
@@ -49,7 +50,7 @@ _DECOMPRESS: dict[str, Callable[[Path], Any]] = {
 # What a file is that is no text, by its first bytes, in words that follow its name, and what to do.
 _NAMED_AS = "is {0} file, not text: give it a name that ends in {1}"
 _OTHER_KINDS: dict[bytes, str] = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder",
+    GIT_LFS[0]: GIT_LFS[1],
     b"PK\x03\x04": "is a zip archive: unpack it",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive: unpack it",
     b"Rar!\x1a\x07": "is a RAR archive: unpack it",
