@@ -88,6 +88,20 @@ def test_damaged_files_are_refused(copied):
         ExportSession(copied, check=False)
 
 
+def test_an_export_in_the_cache_of_the_hubs_client_is_read(exports, cli, tmp_path):
+    """There, every file is a link into the repository's folder `blobs`."""
+    snapshot = tmp_path / "models--me--model" / "snapshots" / "0123abc"
+    for file in exports("llama", True).iterdir():
+        blob = tmp_path / "models--me--model" / "blobs" / f"blob-of-{file.name}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    assert check_manifest(snapshot) == check_manifest(exports("llama", True))
+    done = cli("generate", snapshot, "--prompt", "import", "--max-new-tokens", 3)
+    assert done.code == 0, done.err
+
+
 def test_links_out_of_the_folder_are_refused(copied, tmp_path):
     (copied / "config.json").rename(tmp_path / "elsewhere.json")
     (copied / "config.json").symlink_to(tmp_path / "elsewhere.json")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, command_line
 from tiny import save_tiny
 
 from lockkit.files import LOCK_RECORD, read_json
@@ -23,7 +23,7 @@ def memory_of_lock(tmp_path, layers: int) -> dict:
     original, out = tmp_path / f"{layers}-layers", tmp_path / f"{layers}-locked"
     save_tiny("qwen3", original, num_hidden_layers=layers, **WIDE)
     quick = QUICK | {"tokens": 1_024, "end_to_end_tokens": 512}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in quick.items()]
+    options = command_line(quick)
     command = [sys.executable, "-m", "lockkit", "lock", original, out, *options, "--offload", "disk"]
     environment = os.environ | RETURN_FREED_MEMORY
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)

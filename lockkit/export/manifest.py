@@ -122,7 +122,7 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
     path = folder / EXPORT_MANIFEST
     if not path.is_file():
         raise UsageError(f"{folder} has no {EXPORT_MANIFEST}, so it is not an export of lockkit: change {option}")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if _is_outside(path, folder):
         raise UsageError(f"{path} is a link out of the folder: copy the file itself, or change {option}")
     raw = read_json(path, option)
     schema = raw.get("schema")
@@ -140,6 +140,17 @@ def read_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
         ) from error
 
 
+def _is_outside(path: Path, folder: Path) -> bool:
+    """Whether a path is a link out of its folder.
+
+    The Hub's client keeps the files of a repository in its folder `blobs`, and links to them from `snapshots/REVISION`.
+    Such links are not outside.
+    """
+    target, folder = path.resolve(), folder.resolve()
+    blobs = [folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else []
+    return not any(target.is_relative_to(root) for root in (folder, *blobs))
+
+
 def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
     """Compare an export with its manifest. Returns the manifest.
 
@@ -152,10 +163,9 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
             size or hash, or is read to run the export and not listed. The message names the first such file.
     """
     manifest = read_manifest(folder, option)
-    root = folder.resolve()
     for name, record in manifest.files.items():
         path = folder / name
-        if path.exists() and not path.resolve().is_relative_to(root):
+        if path.exists() and _is_outside(path, folder):
             raise UsageError(f"{path} is a link out of the folder: copy the file itself, or change {option}")
         if not path.is_file():
             raise UsageError(f"{path} is missing: export again, or change {option}")

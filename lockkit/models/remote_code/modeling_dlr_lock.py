@@ -23,7 +23,7 @@ def empty_chain(config: BaseConfig, chains: ChainConfig, gain: float) -> DLRNet:
 def swap_mlps(model: BaseForCausalLM | BaseModel, config: BaseConfig) -> None:
     """Replace the MLP of every decoder layer by an untrained chain, in place."""
     chains = ChainConfig.from_dict(config.dlr)
-    layers = getattr(model, model.base_model_prefix, model).layers
+    layers = getattr(model, "model", model).layers  # the base model has no `model`
     for layer, gain in zip(layers, chains.gains, strict=True):
         layer.mlp = empty_chain(config, chains, gain).to(model.dtype)
     # The base model's tensor-parallel plan names projections that no longer exist.
