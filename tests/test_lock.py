@@ -179,6 +179,15 @@ def test_phase_2_never_ends_worse_than_phase_1(originals, tmp_path, offload):
     assert record["fidelity"]["kl_divergence"] == pytest.approx(record["after_phase_1"]["kl_divergence"], rel=1e-4)
 
 
+def test_phase_2_ends_after_its_trials_if_none_is_better(originals, tmp_path, monkeypatch):
+    monkeypatch.setattr("lockkit.lock.end_to_end.TRIAL_RATES", (0.5, 1.0))  # too high for any model
+    record = lock_model(str(originals("llama")), tmp_path / "out", quick()).record
+    phase_2 = record["end_to_end"]
+    assert (phase_2["steps"], phase_2["tokens"], phase_2["learning_rate"], phase_2["best_step"]) == (0, 0, 0, 0)
+    assert phase_2["kl_divergence_after"] == phase_2["kl_divergence_before"]
+    assert record["fidelity"]["kl_divergence"] == pytest.approx(record["after_phase_1"]["kl_divergence"], rel=1e-4)
+
+
 def test_phase_2_has_the_gradients_of_plain_autograd(originals, tmp_path):
     """Backward passes layer by layer give the same gradients as one through the whole model."""
     from lockkit.lock.end_to_end import EndToEnd

@@ -12,8 +12,8 @@ Only the chains are trained. If the chains, the optimisers and the teacher do no
 is on disk while others are computed (`ChainStack`).
 
 The learning rate is searched for first, unless it is given. Short trials start from the state after phase 1, with
-rising rates. The search ends when a trial has a higher held-out KL than the one before. Trials are deterministic, so a
-lock that is interrupted during the search finds the same rate again.
+rising rates. The search ends when a trial has a higher held-out KL than the one before. If none is better than phase 1,
+phase 2 ends there. Trials are deterministic, so a lock that is interrupted during the search finds the same rate again.
 
 Held-out KL and perplexity are measured several times, the last time at the end. The state with the lowest KL is kept,
 among those whose perplexity is no higher than that after phase 1 or that of the original, whichever is higher. The
@@ -59,7 +59,7 @@ class EndToEndResult:
         steps: steps of training.
         best_step: the step after which the state was kept. 0 means the state after phase 1.
         tokens: tokens trained on.
-        learning_rate: the peak.
+        learning_rate: the peak; 0 if no trial was better than phase 1, and phase 2 ended there.
         seconds: wall time, over all runs of an interrupted lock.
         kl_divergence_before, kl_divergence_after: held-out KL, nats per token.
         text: the text of both.
@@ -131,17 +131,18 @@ class EndToEnd:
             DistillationError: the loss is not finite.
         """
         position = self._resume() or self._begin()
-        self._train(position)
+        if position.learning_rate:
+            self._train(position)
+            self.progress.finish(f"KL {position.before_kl:.5f} -> {position.best_kl:.5f} on {self.meter.text}")
         best = self.work.state("best") if position.best_step else None
         if best:
             self.stack.load(best[0])
         else:
             self.stack.reset()
-        self.progress.finish(f"KL {position.before_kl:.5f} -> {position.best_kl:.5f} on {self.meter.text}")
         return EndToEndResult(
-            steps=self.steps,
+            steps=position.step,
             best_step=position.best_step,
-            tokens=self.steps * self.batch_rows * self.train.shape[1],
+            tokens=position.step * self.batch_rows * self.train.shape[1],
             learning_rate=position.learning_rate,
             seconds=position.seconds,
             kl_divergence_before=position.before_kl,
@@ -177,14 +178,15 @@ class EndToEnd:
                 f"the perplexity after phase 1 is {highest_perplexity}: raise --tokens, or lower --learning-rate"
             )
         rate = self.config.end_to_end_learning_rate or self._find_rate(before_kl, highest_perplexity)
-        self.stack.restart(rate, self.steps)
+        if rate:
+            self.stack.restart(rate, self.steps)
         return _Position(0, 0, before_kl, before_kl, highest_perplexity, rate, time.perf_counter() - started)
 
     def _find_rate(self, before_kl: float, highest_perplexity: float) -> float:
-        """The rate whose trial reaches the lowest held-out KL, or the lowest rate if no trial is better than phase 1."""
+        """The rate whose trial reaches the lowest held-out KL; 0 if no trial is better than phase 1."""
         steps = min(self.steps, max(SHORTEST_TRIAL, round(TRIAL_SHARE * self.steps)))
         self.progress.start("phase 2, learning rate", len(TRIAL_RATES))
-        best, best_kl = TRIAL_RATES[0], before_kl
+        best, best_kl = 0.0, before_kl
         for rate in TRIAL_RATES:
             self.stack.restart(rate, steps)
             try:
@@ -197,7 +199,7 @@ class EndToEnd:
             if reached.perplexity > highest_perplexity or not reached.kl_divergence < best_kl:
                 break
             best, best_kl = rate, reached.kl_divergence
-        self.progress.finish(f"{best:g}")
+        self.progress.finish(f"{best:g}" if best else "no trial was better than phase 1, so phase 2 ends here")
         return best
 
     def _resume(self) -> _Position | None:
