@@ -103,9 +103,6 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-# --- folders
-
-
 @contextlib.contextmanager
 def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
     """Turn the errors of a full or read-only disk into one line that names the folder and the option to change.
@@ -136,9 +133,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockkit"
 
 
-# What a download can leave in place of a file, by its first bytes in lower case. A text may begin with "<", too.
-# Its first bytes, and what to say.
+# The first bytes of a Git LFS pointer, and what to say of it.
 GIT_LFS = b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder"
+# What a download can leave in place of a file, by its first bytes in lower case. A text may begin with "<", too.
 _IMPOSTORS = {
     GIT_LFS[0]: GIT_LFS[1],
     **dict.fromkeys(

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, command_line
-from safetensors.torch import load_file, save_file
+from conftest import QUICK
 from tiny import VOCAB, add_token, empty_chain, save_tiny
 from tokenizers import processors
 from torch import nn
 
 from lockkit.dlr import DLRNet
 from lockkit.errors import DistillationError, UsageError
-from lockkit.files import LOCK_RECORD
 from lockkit.lock.config import LockConfig, make_config
 from lockkit.lock.data import sampled_data
 from lockkit.lock.initialise import scrub_teacher_rows, start_from_teacher
 from lockkit.lock.meter import FidelityMeter
 from lockkit.lock.modulewise import LayerTask, chain_nmse, distil_layers
 from lockkit.lock.run import lock_model
-from lockkit.lock.sampling import draw
 from lockkit.measure.metrics import nmse
 from lockkit.measure.records import MeasuredText
 from lockkit.models.families import FAMILIES, Family, decoder_layers, mlp_weights
@@ -162,73 +153,6 @@ def test_a_layer_that_diverges_is_tried_again_at_half_the_rate(originals):
     assert careful.record()["learning_rate"] == 0.25 and result.nmse < 10
 
 
-def test_phase_2_improves_on_phase_1(originals, tmp_path):
-    """With the learning rate that it finds."""
-    config = quick(coupling=1, end_to_end_tokens=16_384)
-    record = lock_model(str(originals("llama")), tmp_path / "out", config).record
-    assert record["end_to_end"]["best_step"] > 0
-    assert record["end_to_end"]["kl_divergence_after"] < 0.95 * record["end_to_end"]["kl_divergence_before"]
-
-
-@pytest.mark.parametrize("offload", ["none", "disk"])
-def test_phase_2_never_ends_worse_than_phase_1(originals, tmp_path, offload):
-    # A learning rate that is too high for any model.
-    config = quick(end_to_end_learning_rate=0.5, offload=offload)
-    record = lock_model(str(originals("llama")), tmp_path / "out", config).record
-    assert record["end_to_end"]["best_step"] == 0
-    assert record["fidelity"]["kl_divergence"] == pytest.approx(record["after_phase_1"]["kl_divergence"], rel=1e-4)
-
-
-def test_phase_2_ends_after_its_trials_if_none_is_better(originals, tmp_path, monkeypatch):
-    monkeypatch.setattr("lockkit.lock.end_to_end.TRIAL_RATES", (0.5, 1.0))  # too high for any model
-    record = lock_model(str(originals("llama")), tmp_path / "out", quick()).record
-    phase_2 = record["end_to_end"]
-    assert (phase_2["steps"], phase_2["tokens"], phase_2["learning_rate"], phase_2["best_step"]) == (0, 0, 0, 0)
-    assert phase_2["kl_divergence_after"] == phase_2["kl_divergence_before"]
-    assert record["fidelity"]["kl_divergence"] == pytest.approx(record["after_phase_1"]["kl_divergence"], rel=1e-4)
-
-
-def test_phase_2_has_the_gradients_of_plain_autograd(originals, tmp_path):
-    """Backward passes layer by layer give the same gradients as one through the whole model."""
-    from lockkit.lock.end_to_end import EndToEnd
-    from lockkit.lock.stack import ChainStack
-    from lockkit.models.layered import StreamedModel
-    from lockkit.models.load import load_config
-    from lockkit.workers import Workers
-
-    folder = originals("gemma2")
-    model, family = load_model(folder, torch.float32)
-    config = quick()
-
-    def start(index):
-        mlp = decoder_layers(teacher)[index].mlp
-        chain = empty_chain(mlp_weights(mlp, family).shape, 5, 0.3, mlp.act_fn).requires_grad_(False)
-        start_from_teacher(chain, mlp_weights(mlp, family), index)
-        return chain
-
-    teacher, _ = load_model(folder, torch.float32)
-    rows = torch.randint(1, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
-    stream = StreamedModel(folder, load_config(folder), family, "cpu")
-    stack = ChainStack(stream, start, config)
-    gradients = []
-    for index in range(len(stream)):
-        _, optimiser = stack._take(index)
-        optimiser.optimiser.register_step_pre_hook(
-            lambda optimiser, *_: gradients.append([p.grad.clone() for p in optimiser.param_groups[0]["params"]])
-        )
-    expected = ChainStack(stream, start, config)
-    with torch.no_grad():
-        target = model(rows).logits
-    for index, layer in enumerate(decoder_layers(model)):
-        layer.requires_grad_(False).mlp = expected.chain(index)
-    log_student, log_teacher = (logits.flatten(0, 1).log_softmax(-1) for logits in (model(rows).logits, target))
-    torch.nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True).backward()
-    EndToEnd(stream, stack, rows, None, config, None, Workers(), NoProgress())._step(torch.arange(3), 0)
-    for index, found in enumerate(reversed(gradients)):
-        for one, other in zip(expected.chain(index).parameters(), found, strict=True):
-            torch.testing.assert_close(other, one.grad, rtol=1e-3, atol=1e-4 * one.grad.abs().max().item())
-
-
 @pytest.mark.parametrize(("model_type", "warned"), [("qwen3", True), ("demo", False)])
 def test_text_that_the_model_cannot_read_is_warned_of(originals, tmp_path, model_type, warned):
     class Lines(NoProgress):
@@ -301,87 +225,6 @@ def test_a_seed_fixes_every_weight(originals, tmp_path):
     first = locked("a", 0)
     assert locked("b", 0) == first
     assert locked("c", 1) != first
-
-
-def change_weights(folder: Path, **changes: float) -> None:
-    """Multiply tensors of a saved model, given by parts of their names."""
-    weights = load_file(folder / "model.safetensors")
-    for part, factor in changes.items():
-        for name in weights:
-            if part in name.replace(".", "_"):
-                weights[name] = weights[name] * factor
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"end_to_end_tokens": 0},
-        {"gain": 0.5, "layers_together": 2},
-        {"init": "random", "coupling": 0.5, "offload": "disk"},
-        {"compute_dtype": "bfloat16", "dtype": "float16"},
-    ],
-)
-def test_the_chain_of_a_layer_of_zeros_is_zero(tmp_path, settings):
-    original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, layers_1_mlp_down=0)
-    record = lock_model(str(original), tmp_path / "out", quick(**settings)).record
-    assert record["layers"][1]["nmse"] == 0 < record["layers"][0]["nmse"]
-    locked, _ = load_model(tmp_path / "out")
-    assert not any(block.down_proj.weight.any() for block in locked.model.layers[1].mlp.blocks)
-    assert all(block.down_proj.weight.any() for block in locked.model.layers[0].mlp.blocks)
-    assert all(weight.isfinite().all() for weight in locked.parameters())
-
-
-def test_the_chain_of_a_layer_with_constant_output_is_constant(tmp_path):
-    original = save_tiny("phi", tmp_path / "original")
-    change_weights(original, layers_1_mlp_fc2_weight=0)
-    record = lock_model(str(original), tmp_path / "out", quick(end_to_end_tokens=0)).record
-    assert record["layers"][1]["nmse"] < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("name", "factor", "dtype", "says"),
-    [
-        ("layers_1_self_attn_q_proj", math.nan, "auto", r"model\.layers\.1\.self_attn\.q_proj\.weight .*not finite"),
-        ("layers_0_mlp_up_proj", math.inf, "auto", r"model\.layers\.0\.mlp\.up_proj\.weight .*not finite"),
-        ("embed_tokens", math.nan, "auto", r"model\.embed_tokens\.weight .*not finite"),
-        ("lm_head", 1e6, "float16", r"lm_head\.weight .*too large for float16: change --dtype"),
-        ("layers_0_mlp_up", 1e12, "auto", r"layers\.0\.mlp\.up_proj\.weight .* up to .*e\+1.*too large to distil"),
-    ],
-)
-def test_a_weight_that_is_not_finite_or_too_large_is_refused_before_any_work(tmp_path, name, factor, dtype, says):
-    original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, **{name: factor})
-    with pytest.raises(UsageError, match=says):
-        lock_model(str(original), tmp_path / "out", quick(data=str(tmp_path / "no text yet"), dtype=dtype))
-
-
-def test_a_text_of_no_finite_perplexity_is_refused(tmp_path):
-    original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, model_norm=1e4, lm_head=1e4)
-    with pytest.raises(UsageError, match=r"not finite on .* tokens of stdlib.*: change MODEL or --data"):
-        lock_model(str(original), tmp_path / "out", quick())
-
-
-def test_logits_that_are_not_finite_are_not_sampled_from():
-    for value in (math.nan, math.inf):
-        with pytest.raises(UsageError, match="logits that are not finite"):
-            draw(torch.full((2, 600), value), [3], torch.Generator())
-
-
-def test_chains_of_no_finite_perplexity_end_the_lock_in_one_line(tmp_path):
-    original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, model_norm=1e2, lm_head=1e4)
-    with pytest.raises(DistillationError, match="perplexity after phase 1 is inf: raise --tokens"):
-        lock_model(str(original), tmp_path / "out", quick(data="self", tokens=512))
-
-
-def test_mlp_outputs_whose_squares_overflow_are_refused_before_distillation(tmp_path):
-    original = save_tiny("llama", tmp_path / "original")
-    change_weights(original, layers_0_post_attention_layernorm=1e4, layers_0_mlp=1e4)
-    with pytest.raises(UsageError, match=r"MLP of layer 0 .* computes values up to .*squares are too large"):
-        lock_model(str(original), tmp_path / "out", quick())
 
 
 GENERATION_SETTINGS = [
@@ -499,125 +342,3 @@ def test_divergence_is_reported_and_nothing_written(originals, tmp_path):
     with pytest.raises(DistillationError, match=r"diverged.*--learning-rate"):
         lock_model(str(originals("llama")), tmp_path / "out", quick(learning_rate=1e9))
     assert list(tmp_path.iterdir()) == []
-
-
-# --- the command
-
-
-def lock_arguments(original, out):
-    options = command_line(QUICK)
-    return ["lock", original, out, *options]
-
-
-def test_the_command_writes_the_folder(cli, originals, tmp_path):
-    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"))
-    assert done.code == 0, done.err
-    assert "over original" in done.out and "layer 1" in done.err
-    record = json.loads((tmp_path / "out" / LOCK_RECORD).read_text())
-    assert record["recipe"]["depth"] == QUICK["depth"]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{record['fidelity']['perplexity_ratio']:.4f}" in card
-    again = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"))
-    assert again.code == 2 and "--overwrite" in again.err
-    assert cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), "--overwrite").code == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_overwrite_never_removes_what_lockkit_did_not_write(cli, originals, tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    done = cli(*lock_arguments(originals("qwen3"), tmp_path), "--overwrite")
-    assert done.code == 2 and "not written by lockkit" in done.err
-    assert (tmp_path / "thesis.txt").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--depth", "49"], "--depth 49 is larger than the MLP's width 48"),
-        (["--depth", "1"], "--depth"),
-        (["--init", "magic"], "--init"),
-        (["--data", "/no/such/file.txt"], "there is no file or folder /no/such/file.txt: change --data"),
-        (["--data", "no-such-dataset"], "--data no-such-dataset is no local file or folder"),
-        (["--device", "meta"], "--device meta is not available"),
-        (["--learning-rate", "inf"], "--learning-rate"),
-        (["--device", "cuda:99"], "--device cuda:99 is not available"),
-        (["--config", "./no-such-recipe.yaml"], "--config"),
-        (["--tokens", "100000000"], "lower --tokens"),
-        (["--data", ""], "there is no file or folder : change --data"),
-        (["--seed", "99999999999999999999"], "--seed"),
-    ],
-)
-def test_bad_options_end_with_one_line_and_code_2(cli, originals, tmp_path, options, message):
-    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), *options)
-    assert done.code == 2
-    assert message in done.err and len(done.err.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_impossible_output_is_refused_before_any_work(cli, originals, tmp_path):
-    (tmp_path / "file").write_text("")
-    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "file" / "out"))
-    assert done.code == 2 and "change OUT" in done.err and "layer" not in done.err
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no text"), ("a few words", "too short: distill has 6 tokens")]
-)
-def test_empty_and_tiny_text_is_refused(cli, originals, tmp_path, content, message):
-    (tmp_path / "a.txt").write_text(content)
-    done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"), "--data", tmp_path / "a.txt")
-    assert done.code == 2 and message in done.err and "--data" in done.err
-    assert not (tmp_path / "out").exists()
-
-
-PROGRAM = "import resource, signal, sys\n{setup}\nfrom lockkit.cli.app import main\nsys.argv[0] = 'lockkit'\nmain()"
-
-
-def test_a_full_disk_keeps_finished_layers_only(originals, tmp_path):
-    # A limit on file size fails a write just as a full disk does.
-    setup = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300_000,) * 2)"
-    arguments = [str(a) for a in lock_arguments(originals("qwen3"), tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(setup=setup), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "disk is full" in done.stderr and "Traceback" not in done.stderr
-    assert "finished layers are kept in" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == [".out.lockkit-work"]
-    again = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(setup=""), *arguments], capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0 and "layer 0" not in again.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_ctrl_c_leaves_no_files(originals, tmp_path):
-    arguments = [str(a) for a in lock_arguments(originals("qwen3"), tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", PROGRAM.format(setup=""), *arguments, "--tokens", "90000"],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    seen = ""
-    while "layer 0" not in seen and process.poll() is None:
-        seen += process.stderr.read(1)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 2
-    assert rest.endswith("interrupted: nothing half-written is left\n") and "Traceback" not in rest  # nothing to resume
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_original_is_hashed_once(originals, tmp_path):
-    """Hashing opens the file in Python, loading does not."""
-    weights = str(originals("qwen3") / "model.safetensors")
-    opened = []
-
-    def watch(event: str, arguments: tuple) -> None:
-        if event == "open" and str(arguments[0]) == weights:
-            opened.append(arguments)
-
-    sys.addaudithook(watch)  # it stays, and notes opens of this one file
-    lock_model(str(originals("qwen3")), tmp_path / "locked", quick(depth=4, tokens=1_024, end_to_end_tokens=0))
-    assert len(opened) == 1

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lockkit.attack.chats import rendered_examples
 from lockkit.errors import UsageError, first_line
 from lockkit.models.identity import public_name
 from lockkit.text import Document, Need, documents, fill_shares, read_rows, rows_sha256, start_tokens
@@ -238,7 +239,7 @@ def chat_examples(path: Path, tokenizer: PreTrainedTokenizerBase, column: str | 
         messages = _messages(row, where, column)
         name = "text:" + _content(json.dumps(messages))[:16]
         try:
-            examples += [Example(name, turns) for turns in _rendered(messages, tokenizer)]
+            examples += [Example(name, turns) for turns in rendered_examples(messages, tokenizer)]
         except Exception as error:  # a template may raise any error
             raise UsageError(f"{where}: the chat template refuses it ({first_line(error)}): change --task") from error
     return examples
@@ -258,74 +259,6 @@ def _messages(row: Row, where: str, column: str | None) -> list[dict[str, str]]:
     if not any(message["role"] == "assistant" and message["content"] for message in messages):
         raise UsageError(f"{where}: no turn of the assistant, so nothing to learn: correct it, or change --task")
     return messages
-
-
-def _rendered(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
-    """A conversation as the turns of its examples: each text, and whether the assistant writes it.
-
-    What the assistant writes begins where the template's prompt for an answer ends. What follows the last answer is left
-    out. An answer that the template refuses is not learned, unless it refuses all.
-
-    Raises:
-        Exception: that of the template, if it refuses all answers.
-    """
-    if not tokenizer.chat_template:
-        return [[(f"### {m['role']}\n{m['content']}\n", m["role"] == "assistant") for m in messages]]
-    answers: list[tuple[str, str]] = []
-    refused: Exception | None = None
-    for count, message in enumerate(messages, 1):
-        if message["role"] == "assistant" and message["content"].strip():
-            try:
-                answers.append(_prompt_and_answer(messages[:count], tokenizer))
-            except Exception as error:  # a template may raise any error
-                refused = error
-    if not answers and refused:
-        raise refused
-    whole = ["".join(answer) for answer in answers]
-    if all(answers[number][0].startswith(before) for number, before in enumerate(whole[:-1], 1)):
-        starts = [0, *map(len, whole)]
-        pairs = [(prompt[start:], answer) for (prompt, answer), start in zip(answers, starts, strict=False)]
-        return [[turn for prompt, answer in pairs for turn in ((prompt, False), (answer, True))]]
-    return [[(prompt, False), (answer, True)] for prompt, answer in answers]
-
-
-def _prompt_and_answer(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text of a conversation, divided where its last turn begins, which is the assistant's.
-
-    Some templates render no conversation that ends with the assistant, and others none that does not.
-
-    Raises:
-        Exception: that of the template, if it renders neither.
-    """
-    prompt = None
-    try:
-        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:
-        if prompt is not None:
-            return prompt, messages[-1]["content"]
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    start = _start_of_answer(prompt or "", whole, [message["content"].strip() for message in messages])
-    return whole[:start], whole[start:]
-
-
-def _start_of_answer(prompt: str, whole: str, contents: list[str]) -> int:
-    """Where the last of the turns with these `contents` begins in `whole`, which need not begin with all of `prompt`."""
-    same = next(
-        (n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
-    )
-    if prompt and same == len(prompt):
-        return same
-    *earlier, last = contents
-    verbatim = whole.rfind(last)
-    question = next((content for content in reversed(earlier) if content), "")
-    asked = whole.rfind(question, 0, None if verbatim < 0 else verbatim)
-    # The end of a prompt can differ, for instance by a beginning of reasoning. What was asked is never learned.
-    if question and asked >= 0 and asked + len(question) <= same:
-        return same
-    if verbatim < 0:
-        raise ValueError("it changes the text of the last turn")
-    return verbatim
 
 
 def _content(text: str) -> str:
