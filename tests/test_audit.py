@@ -406,14 +406,14 @@ def test_effective_depth_is_from_valid_closed_form_unlocks_only(bench):
 def test_one_command_compares_locks(originals, tmp_path, monkeypatch):
     out, work = tmp_path / "table", tmp_path / "work"
     arguments = [
-        *("--out", out, "--work", work, "--model", originals("qwen3"), "--depth", 3, 4, "--init", "continuation"),
+        *("--out", out, "--work", work, "--model", originals("qwen3"), "--depth", 3, 4, "--init", "teacher"),
         *("--quick", "--data", "stdlib", "--attack", "full-ft", "--attack", "stack-solve", "--device", "cpu"),
     ]
     monkeypatch.setattr("sys.argv", ["compare_locks.py", *map(str, arguments)])
     tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "compare_locks.py"))
     tool["main"]()
     record, table = json.loads(out.with_suffix(".json").read_text()), out.with_suffix(".md").read_text()
-    assert [row["lock"] for row in record["rows"]] == ["continuation-3", "continuation-4"]
+    assert [row["lock"] for row in record["rows"]] == ["teacher-3", "teacher-4"]
     assert "Attacks: `full-ft`, `stack-solve`." in table
     # The baseline on the original runs once. The control of an unlock depends on the depth, so it runs for each.
     assert record["rows"][1]["runs"]["reused_from_controls"] == 1

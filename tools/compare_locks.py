@@ -61,7 +61,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="folder for locks and audits")
     parser.add_argument("--model", default="demo", help="the original (demo)")
     parser.add_argument("--depth", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--init", nargs="+", default=["continuation", "random"], choices=["continuation", "random"])
+    parser.add_argument("--init", nargs="+", default=["teacher", "random"], choices=["teacher", "random"])
     parser.add_argument(
         "--coupling", type=float, nargs="+", help="couplings to compare; by default only the default of `lockkit lock`"
     )

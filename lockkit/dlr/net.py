@@ -175,7 +175,7 @@ class DLRNet(nn.Module):
         """The chain's output, `[..., hidden]`, for the MLP's input `x`, `[..., hidden]`.
 
         `gain` replaces the chain's own gain. At gain 0 every block reads `x`, and the chain is an ordinary MLP whose
-        units are divided into groups. Distillation raises the gain from 0. Inference never sets it.
+        units are divided into groups.
         """
         stream = self.run_blocks(x, gain=gain)
         return stream if self.output_bias is None else stream + self.output_bias

@@ -25,17 +25,24 @@ class LockConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     depth: int = Field(32, ge=2, description="Blocks in each chain. Their ranks add up to the MLP's width.")
-    init: Literal["continuation", "random"] = Field(
-        "continuation",
-        description="Start of a chain. `continuation` takes the hidden units of the original MLP (the teacher) and "
-        "raises the coupling from 0; `random` takes noise, as the paper does.",
+    init: Literal["teacher", "random"] = Field(
+        "teacher",
+        description="Start of a chain. `teacher` takes the hidden units of the original MLP (the teacher) and fits them "
+        "by least squares to what each block reads; `random` takes noise, as the paper does.",
     )
-    coupling: float = Field(
-        0.25,
+    max_kl: float = Field(
+        0.002,
+        gt=0,
+        description="The loss that may be spent on the lock: KL divergence from the original, in nats per token, of all "
+        "layers together. A pilot measures each layer. The layer then gets the --coupling at which its chain, before "
+        "training, spends an equal share.",
+    )
+    coupling: float | None = Field(
+        None,
         gt=0,
         description="How strongly the blocks depend on each other: root mean square (rms) of the residual stream at the "
         "end of a chain, divided by that of the chain's input. A higher value makes a deeper function, which is harder to "
-        "distil.",
+        "distil. Default: one value per layer, by --max-kl; with --init random, 0.25.",
     )
     gain: float | None = Field(
         None,
@@ -56,9 +63,9 @@ class LockConfig(BaseModel):
         "(the English documentation of Python), `licences` (of the installed packages), or whatever --data takes. `none` "
         "for no such text.",
     )
-    tokens: int = Field(200_000, ge=1, description="Training tokens of phase 1, for each layer's chain by itself.")
+    tokens: int = Field(65_536, ge=1, description="Training tokens of phase 1, for each layer's chain by itself.")
     end_to_end_tokens: int = Field(
-        40_000, ge=0, description="Training tokens of phase 2, for all chains together on the logits; 0 skips phase 2."
+        0, ge=0, description="Training tokens of phase 2, for all chains together on the logits; 0 skips phase 2."
     )
     block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
     batch_tokens: int = Field(512, ge=8, description="Tokens per step of phase 1.")
@@ -69,23 +76,17 @@ class LockConfig(BaseModel):
         description="Tokens in each of two held-out sets. The first measures the layers and chooses the best state of "
         "phase 2; the second measures the result.",
     )
-    learning_rate: float = Field(
-        0.03,
+    learning_rate: float | None = Field(
+        None,
         gt=0,
         description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix. Halved for a layer that "
-        "diverges.",
+        "diverges. Default: 0.001, or 0.03 with --init random.",
     )
     end_to_end_learning_rate: float | None = Field(
         None,
         gt=0,
         description="Peak step size of phase 2 (Adam), as a share of the rms of each matrix. Default: chosen by short "
         "trials.",
-    )
-    ramp_share: float = Field(
-        0.25,
-        ge=0,
-        le=1,
-        description="Share of the steps of phase 1 in which --init continuation raises the coupling from 0.",
     )
     seed: int = Field(
         0,
@@ -127,6 +128,11 @@ class LockConfig(BaseModel):
         import torch
 
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.compute_dtype]
+
+    @property
+    def phase_1_learning_rate(self) -> float:
+        """`learning_rate`, or its default for this start."""
+        return self.learning_rate or (0.001 if self.init == "teacher" else 0.03)
 
     def check_depth(self, width: int) -> None:
         """Check that an MLP of `width` hidden units can be divided into `depth` blocks.

@@ -14,17 +14,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def start_from_teacher(chain: DLRNet, weights: MLPWeights, seed: int) -> None:
-    """Divide the teacher's hidden units among the blocks, in a random order determined by `seed`.
+@torch.no_grad()
+def start_from_teacher(chain: DLRNet, weights: MLPWeights, inputs: torch.Tensor) -> None:
+    """Divide the teacher's hidden units among the blocks: units with heavy tails go into the last blocks.
 
-    At gain 0 the chain then computes the same as the teacher.
+    At gain 0 the chain then computes the same as the teacher. At other gains, a unit disturbs all blocks after its own.
+    A unit that is rarely active, and then strongly, is no linear function of the input, so least_squares.py cannot undo
+    its effect on them. The measure of the tail is the kurtosis, E[a^4] / E[a^2]^2.
 
     Args:
         chain: changed in place.
         weights: the teacher's.
-        seed: of the order.
+        inputs: a sample of the teacher's inputs, `[tokens, hidden]`.
     """
-    order = torch.randperm(weights.up.shape[0], generator=torch.Generator().manual_seed(seed))
+    squares = weights.units(inputs, chain.activation).double().square()
+    kurtosis = squares.square().mean(0) / squares.mean(0).square()
+    order = kurtosis.nan_to_num(nan=0.0).argsort(stable=True)  # NaN: the unit is never active
     load_side_by_side(chain, weights.select(order))
 
 

@@ -73,12 +73,11 @@ class PackedChains(nn.Module):
             bias = torch.stack(down_biases).unsqueeze(1)
             self.output_bias = nn.Parameter(bias / self.bias_rms.clamp_min(SMALLEST_RMS))  # [group, 1, hidden]
 
-    def forward(self, x: torch.Tensor, coupling: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The outputs of the chains, `[group, tokens, hidden]`, in the dtype of `x`.
 
         Args:
             x: each chain's own input, `[group, tokens, hidden]`.
-            coupling: factor of the gains. At 0, the blocks do not depend on each other.
             dtype: of the computation; None for that of `x`.
         """
         compute = dtype or x.dtype
@@ -88,7 +87,7 @@ class PackedChains(nn.Module):
             (self.read * self.read_rms).to(compute),
             bias,
             (self.write * self.write_rms).to(compute),
-            (self.gains * coupling).to(compute),
+            self.gains.to(compute),
             self.activation,
             self.gated,
         ).to(x.dtype)

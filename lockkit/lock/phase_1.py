@@ -1,5 +1,7 @@
 """Phase 1 for a whole model, with one or several workers.
 
+Unless the recipe gives one coupling, a pilot (pilot.py) chooses that of each layer first. The first worker runs it.
+
 The layers are divided into groups. A wave is one group per worker. For each wave:
 
 1. Capture: every worker runs its share of the rows through the wave's layers, with one layer in memory at a time. The
@@ -21,6 +23,7 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.memory import layers_together
 from lockkit.lock.modulewise import LayerResult, LayerTask, distil_layers
+from lockkit.lock.pilot import choose_couplings
 from lockkit.lock.work import Work
 from lockkit.models.activation_cache import ActivationCache
 from lockkit.models.capture import LayerwiseCapture
@@ -28,6 +31,8 @@ from lockkit.models.families import mlp_weights
 from lockkit.models.layered import StreamedModel
 from lockkit.progress import Progress
 from lockkit.workers import Workers
+
+RANDOM_COUPLING = 0.25  # with `init: random`: a pilot would have to train the chains
 
 
 def distil_all_layers(
@@ -64,14 +69,37 @@ def distil_all_layers(
     with workers.together():
         cache = ActivationCache(work.folder / "activations", int(config.cache_gigabytes * 1e9))
         if not all(work.has_layer(index) for index in indices):
-            _distil_waves(stream, empty_chain, waves, data, config, cache, work, workers, progress)
+            couplings = _couplings(stream, empty_chain, data, config, cache, work, workers, progress)
+            _distil_waves(stream, empty_chain, couplings, waves, data, config, cache, work, workers, progress)
     records = [work.load_chain(work.layer_file(index), empty_chain)[1] for index in indices]
     return [LayerResult(**layer) for layer in records]
+
+
+def _couplings(
+    stream: StreamedModel,
+    empty_chain: Callable[[float], DLRNet],
+    data: DistillationData,
+    config: LockConfig,
+    cache: ActivationCache,
+    work: Work,
+    workers: Workers,
+    progress: Progress,
+) -> list[float]:
+    """The coupling of each layer. The result of a pilot is kept in the work folder."""
+    if config.init == "random" or config.coupling or config.gain:
+        return [config.coupling or RANDOM_COUPLING] * len(stream)
+    if workers.first and work.couplings() is None:
+        work.save_couplings(choose_couplings(stream, empty_chain, data, config, cache, progress))
+    workers.wait()
+    found = work.couplings()
+    assert found is not None, "the first worker has saved them"
+    return found
 
 
 def _distil_waves(
     stream: StreamedModel,
     empty_chain: Callable[[float], DLRNet],
+    couplings: list[float],
     waves: list[list[list[int]]],
     data: DistillationData,
     config: LockConfig,
@@ -97,7 +125,7 @@ def _distil_waves(
                         capture.advance(index, layer, inputs.get((name, index)))
         with workers.together():
             if workers.rank < len(wave):
-                _distil_group(stream, empty_chain, wave[workers.rank], inputs, config, work, progress)
+                _distil_group(stream, empty_chain, couplings, wave[workers.rank], inputs, config, work, progress)
         del inputs
     for name in parts:
         cache.release(f"{name}-hidden-{workers.rank}")
@@ -130,6 +158,7 @@ def _allocate(
 def _distil_group(
     stream: StreamedModel,
     empty_chain: Callable[[float], DLRNet],
+    couplings: list[float],
     group: list[int],
     inputs: dict[tuple[str, int], torch.Tensor],
     config: LockConfig,
@@ -143,7 +172,8 @@ def _distil_group(
     for index in group:
         mlp = stream.read_layer(index).mlp
         train, validation = (inputs[part, index].flatten(0, 1) for part in ("train", "validation"))
-        tasks.append(LayerTask(index, mlp, mlp_weights(mlp, stream.family), empty_chain, train, validation))
+        weights = mlp_weights(mlp, stream.family)
+        tasks.append(LayerTask(index, mlp, weights, empty_chain, train, validation, couplings[index]))
     for chain, result in distil_layers(tasks, config, progress):
         work.save_chain(work.layer_file(result.layer), chain, result.record())
     for index in group:

@@ -8,7 +8,8 @@ Schema `lockkit-lock/2`:
     dlr                                     depth, ranks and gains of the chains
     recipe                                  all settings (lockkit/lock/config.py)
     data                                    source, sizes and SHA-256 of the token ids, no text
-    layers                                  per layer: gain, NMSE, tokens, learning rate, seconds
+    layers                                  per layer: gain, coupling, NMSE before and after training, tokens, learning
+                                            rate, seconds
     after_phase_1, fidelity                 KL, top-1 agreement and perplexities, with the text that they were
                                             measured on (lockkit/measure/records.py); `fidelity` is that of the
                                             weights as saved

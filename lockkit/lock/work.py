@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from lockkit.dlr.net import DLRNet
 from lockkit.errors import UsageError
-from lockkit.files import readable_disk_errors, replaced, write_json
+from lockkit.files import read_json, readable_disk_errors, replaced, write_json
 from lockkit.output_folders import content, scratch_folder
 
 SCHEMA = "lockkit-work/1"
@@ -129,6 +129,16 @@ class Work:
     def load_rows(self) -> dict[str, torch.Tensor]:
         """Read what `save_rows` saved."""
         return load_file(self.folder / "rows.safetensors")
+
+    def couplings(self) -> list[float] | None:
+        """The coupling of each layer that the pilot chose; None before it."""
+        file = self.folder / "couplings.json"
+        return read_json(file, "--work")["couplings"] if file.is_file() else None
+
+    def save_couplings(self, couplings: list[float]) -> None:
+        """Save the pilot's result."""
+        with readable_disk_errors(self.folder, "--work"):
+            write_json(self.folder / "couplings.json", {"couplings": couplings})
 
     def layer_file(self, layer: int) -> Path:
         """The file of a layer's chain."""
