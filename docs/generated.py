@@ -1,7 +1,7 @@
 """The parts of the pages that follow from the code.
 
-A comment in a page, such as `<!-- generated: options lock -->`, is replaced by what `GENERATORS["options"]("lock")`
-returns, in Markdown. So no table of options, fields or attacks is written by hand.
+A comment in a page, such as `<!-- generated: schema lockkit-verify-1 -->`, is replaced by what
+`GENERATORS["schema"]("lockkit-verify-1")` returns, in Markdown. So no table of options, fields or attacks is written by hand.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+import yaml
 from pydantic import BaseModel
 
 import lockkit
 from lockkit.cli.app import make_app
-from lockkit.targets import Precision, Provider
+from lockkit.lock.config import LockConfig
+from lockkit.targets import LOCK_GATES, Precision, Provider
 
 ROOT = Path(__file__).parents[1]
 _GENERATED = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.M)
@@ -74,7 +76,21 @@ def gates() -> str:
         ]
         limits = ["off" if (limit := precision.row.limit(name)) is None else f"{limit:g}" for name in names]
         rows.append([f"`{precision}`", *arithmetic, *limits])
-    return table(heads, rows)
+    lock = ", ".join(f"`--{name.replace('_', '-')}` {limit:g}" for name, limit in LOCK_GATES.items())
+    return f"{table(heads, rows)}\n\nThe limits from the original to the lock are the same for all precisions: {lock}."
+
+
+def settings() -> str:
+    """The settings of a recipe, as a list of definitions."""
+    lines = []
+    for name, field in LockConfig.model_fields.items():
+        default = (
+            ""
+            if field.default is None
+            else f" Default: `{yaml.safe_dump(field.default, default_flow_style=True).partition(chr(10))[0]}`."
+        )
+        lines.append(f"`{name}`\n:   {field.description}{default}\n")
+    return "\n".join(lines)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -220,7 +236,7 @@ def requests() -> str:
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
-    "options": options,
+    "settings": settings,
     "commands": commands,
     "gates": gates,
     "attacks": attacks,
