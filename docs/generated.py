@@ -1,7 +1,8 @@
 """The parts of the pages that follow from the code.
 
 A comment in a page, such as `<!-- generated: schema lockkit-verify-1 -->`, is replaced by what
-`GENERATORS["schema"]("lockkit-verify-1")` returns, in Markdown. So no table of options, fields or attacks is written by hand.
+`GENERATORS["schema"]("lockkit-verify-1")` returns, in Markdown. So no list of options, fields or attacks is written by
+hand.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
-import yaml
 from pydantic import BaseModel
 
 import lockkit
@@ -34,15 +34,15 @@ def insert(markdown: str) -> str:
 def options(name: str) -> str:
     """The arguments and options of a command, as a list of definitions."""
     command = typer.main.get_command(make_app()).commands[name]  # type: ignore[attr-defined]
-    lines = []
+    texts = {}
     for parameter in command.params:
         if parameter.name == "help":
             continue
         option = parameter.param_type_name == "option"
         takes = "" if getattr(parameter, "is_flag", False) or not option else f" {parameter.metavar or ''}"
         title = (parameter.opts[0] + takes) if option else parameter.metavar or parameter.name.upper()
-        lines.append(f"`{title.strip()}`\n:   {' '.join((parameter.help or '').split())}\n")
-    return "\n".join(lines)
+        texts[f"`{title.strip()}`"] = " ".join((parameter.help or "").split())
+    return definitions(texts)
 
 
 def commands() -> str:
@@ -81,16 +81,12 @@ def gates() -> str:
 
 
 def settings() -> str:
-    """The settings of a recipe, as a list of definitions."""
-    lines = []
+    """The settings of a recipe."""
+    texts = {}
     for name, field in LockConfig.model_fields.items():
-        default = (
-            ""
-            if field.default is None
-            else f" Default: `{yaml.safe_dump(field.default, default_flow_style=True).partition(chr(10))[0]}`."
-        )
-        lines.append(f"`{name}`\n:   {field.description}{default}\n")
-    return "\n".join(lines)
+        default = "" if field.default is None else f" Default: `{json.dumps(field.default)}`."
+        texts[f"`{name}`"] = f"{field.description}{default}"
+    return definitions(texts)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
@@ -99,13 +95,20 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def definitions(texts: dict[str, str]) -> str:
+    """A list of definitions in Markdown, which a phone shows better than a table. A text may be empty."""
+    return "\n".join(f"{title}\n:   {text or '–'}\n" for title, text in texts.items())
+
+
 def attacks() -> str:
     """Every attack, its idea and its source."""
     from lockkit.attack.registry import registry
 
-    return "\n".join(
-        f"`{name}`{' (in `quick`)' if attack.in_quick else ''}\n:   {attack.description} *{attack.reference}*\n"
-        for name, attack in registry().items()
+    return definitions(
+        {
+            f"`{name}`{' (in `quick`)' if attack.in_quick else ''}": f"{attack.description} *{attack.reference}*"
+            for name, attack in registry().items()
+        }
     )
 
 
@@ -182,12 +185,10 @@ def schema(name: str) -> str:
 
 
 def _fields(record: dict[str, Any]) -> str:
-    described = any(field.get("description") for field in record["properties"].values())
-    rows = [
-        [f"`{name}`", _type(field), *([field.get("description", "")] if described else [])]
-        for name, field in record["properties"].items()
-    ]
-    return table(["entry", "type", *(["meaning"] if described else [])], rows)
+    fields = record["properties"]
+    if not any(field.get("description") for field in fields.values()):
+        return table(["entry", "type"], [[f"`{name}`", _type(field)] for name, field in fields.items()])
+    return definitions({f"`{name}`: {_type(field)}": field.get("description", "") for name, field in fields.items()})
 
 
 def _type(field: dict[str, Any]) -> str:
@@ -224,15 +225,17 @@ def requests() -> str:
             fields[name] = field
             places.setdefault(name, []).append(place)
     only = {name: field["enum"] for name, field in fields.items() if "enum" in field}
-    rows = [
-        [f"`{name}`", " and ".join(places[name]), field.get("description", "")]
+    supported = {
+        f"`{name}`{'' if len(places[name]) == 2 else f' ({places[name][0]} only)'}": field.get("description")
+        or _type(field)
         for name, field in fields.items()
         if name not in only
-    ]
+    }
     accepted = ", ".join(
-        f"`{name}` ({' or '.join(json.dumps(value) for value in values)})" for name, values in sorted(only.items())
+        f"`{name}` ({' or '.join(json.dumps(value) for value in values if value is not None)})"
+        for name, values in sorted(only.items())
     )
-    return f"{table(['field', 'in', 'meaning'], rows)}\n\nAccepted only with a value that asks for nothing: {accepted}."
+    return f"{definitions(supported)}\n\nAccepted only with a value that asks for nothing: {accepted}."
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
