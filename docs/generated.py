@@ -180,15 +180,25 @@ def schema(name: str) -> str:
     parts = [f"As [JSON Schema](schemas/{name}.json).", _fields(root)]
     for title, record in root.get("$defs", {}).items():
         if record.get("properties"):
-            parts.append(f"**{title}**: {' '.join(record.get('description', '').split())}\n\n{_fields(record)}")
+            parts.append(
+                f"**{title}**: {' '.join(record.get('description', '').partition('Attributes:')[0].split())}\n\n{_fields(record)}"
+            )
     return "\n\n".join(parts)
 
 
 def _fields(record: dict[str, Any]) -> str:
     fields = record["properties"]
-    if not any(field.get("description") for field in fields.values()):
+    # A meaning stands in the field's description, or in the docstring of its class.
+    listed = dict(
+        re.findall(r"^ +(\w+): (.+(?:\n {8}.+)*)", record.get("description", "").partition("Attributes:")[2], re.M)
+    )
+    listed["schema"] = listed.get("schema_version", "")
+    meanings = {name: field.get("description") or listed.get(name, "") for name, field in fields.items()}
+    if not any(meanings.values()):
         return table(["entry", "type"], [[f"`{name}`", _type(field)] for name, field in fields.items()])
-    return definitions({f"`{name}`: {_type(field)}": field.get("description", "") for name, field in fields.items()})
+    return definitions(
+        {f"`{name}`: {_type(field)}": " ".join(meanings[name].split()) for name, field in fields.items()}
+    )
 
 
 def _type(field: dict[str, Any]) -> str:
