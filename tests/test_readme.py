@@ -61,7 +61,7 @@ def test_what_is_typed_runs(originals, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").symlink_to(originals("qwen3"))
     (tmp_path / "corpus.txt").write_text(
-        "\n\n".join(document.text for document in itertools.islice(stdlib_documents(), 30))
+        "\n\n".join(document.text for document in itertools.islice(stdlib_documents(), 12))
     )
     for line in shell_lines(PAGES["docs/publishing.md"]):
         if line.startswith("openssl"):
