@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # transformers caches the code of locked models here instead of in the home folder.
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lockkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -23,5 +23,9 @@ test: .venv/ready
 	$(PY) -m mypy
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
+# README.md and docs/ as a site, in the folder site. A broken link is an error.
+docs: .venv/ready
+	$(PY) docs/build.py site
+
 clean:
-	rm -rf .venv .venv-consumers .cache demo-run .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-consumers .cache demo-run site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

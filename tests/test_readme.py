@@ -1,80 +1,87 @@
-"""README.md is true where that is cheap to check: commands, options, links, Python names, floors."""
+"""README is short, in order, and works: what it and docs type is run, with tiny models."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
-import tomllib
-from pathlib import Path
+import subprocess
 
 import pytest
-import typer.main
+from conftest import QUICK, command_line
+from test_attack import SMALL
+from test_docs import PAGES, TYPED, fenced, lockkit_words, shell_lines
 
-import lockkit
-from lockkit.cli.app import make_app
 from lockkit.models.families import FAMILIES
 from lockkit.models.locked import render_modeling_file
+from lockkit.text import stdlib_documents
+from lockkit.verify import VerifyConfig
 
-ROOT = Path(__file__).parents[1]
-COMMANDS = typer.main.get_command(make_app()).commands
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def fenced(language: str) -> list[str]:
-    """The contents of all blocks of code in this language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
-
-
-def command_lines() -> list[str]:
-    """All calls of `lockkit` in shell blocks, without comments; lines that end with a backslash are joined."""
-    lines = "".join(fenced("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"lockkit |torchrun .* -m lockkit ", line)]
-
-
-@pytest.mark.parametrize("line", command_lines())
-def test_every_command_exists_with_its_options(line):
-    words = shlex.split(line, comments=True)
-    name, *arguments = words[words.index("lockkit") + 1 :]
-    command = COMMANDS[name]
-    # Parsing checks option names, values and the number of arguments, and runs nothing.
-    command.make_context(name, arguments)
-
-
-def test_options_named_in_the_text_exist():
-    known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
-    named = set(re.findall(r"`(--[a-z0-9-]+)", README))
-    assert named - known - {"--help"} == {"--trust-remote-code"}  # named as an option that is gone
-
-
-def test_links_and_paths_lead_to_files_of_the_repository():
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    paths = re.findall(r"\b((?:lockkit|tests|tools|examples)/[\w./-]*\w)", README)
-    assert len(links) > 10 and len(paths) > 10
-    for path in {*links, *paths}:
-        assert (ROOT / path).exists(), path
+README = PAGES["README.md"]
+# Run in every page; in README also lock and attack, with little training. test_kernel.py, test_bench.py and the tests
+# of the server run the others.
+QUICK_COMMANDS = {"plan", "export", "verify", "generate", "card", "sign", "push", "report", "env"}
+LITTLE = QUICK | {"data": "corpus.txt", "tokens": 1_024, "end_to_end_tokens": 0, "validation_tokens": 128}
+ADDED = {
+    "lock": ["--overwrite", *command_line(LITTLE)],
+    "export": ["--overwrite"],
+    "verify": [
+        "--tokens=512",
+        "--block-tokens=64",
+        "--prompts=1",
+        "--new-tokens=4",
+        "--min-top1=0.8",
+        "--max-perplexity-ratio=1.2",
+    ],
+    "attack": [
+        "--attack=full-ft",
+        "--task=corpus.txt",
+        "--data=corpus.txt",
+        *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()),
+    ],
+    "push": ["--dry-run"],
+}
+IN_PYTHON = {
+    "LockConfig(depth=32)": "LockConfig(**LITTLE), overwrite=True",
+    'precision="int8")': 'precision="int8"), overwrite=True',
+    '["demo", "locked"]': '["my-model", "locked"], VerifyConfig(tokens=512, block_tokens=64, prompts=1)',
+    '"demo"': '"my-model"',
+}
 
 
-def test_python_names_exist_for_every_command():
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", README, re.M)
-    table = {command: re.findall(r"`(\w+)`", names) for command, names in rows}
-    assert set(table) == set(COMMANDS)
-    assert {name for names in table.values() for name in names} == set(lockkit.__all__) - {"__version__"}
-    for statement in re.findall(r"^from lockkit import (.*)$", README, re.M):
-        assert all(hasattr(lockkit, name) for name in statement.split(", "))
+def test_readme_is_one_page_in_order():
+    assert len(README.encode()) <= 9_000
+    assert re.findall(r"^## (.*)$", README, re.M) == [
+        "Is this for me?", "Install", "Quickstart", "Your own model", "Publish", "Run it", "Verify in CI", "Links",
+    ]  # fmt: skip
 
 
-def test_the_floors_are_those_of_the_contract():
-    (block,) = (block for block in fenced("") if block.startswith("cli"))
-    floors: list[list[str]] = []
-    for line in block.splitlines():
-        mark, name = re.match(r"(\| )?(\w+) +\S", line).groups()
-        if mark:
-            floors[-1].append(name)
-        else:
-            floors.append([name])
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
-    assert floors == [layer.split(" | ") for layer in layers]
+def test_what_is_typed_runs(originals, cli, tmp_path, monkeypatch):
+    """README from top to bottom, then the quick lines of docs. A tiny model stands for `demo` and for your own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(originals("qwen3"))
+    (tmp_path / "corpus.txt").write_text(
+        "\n\n".join(document.text for document in itertools.islice(stdlib_documents(), 12))
+    )
+    for line in shell_lines(PAGES["docs/publishing.md"]):
+        if line.startswith("openssl"):
+            subprocess.run(shlex.split(line), check=True, capture_output=True)
+    ran = set()  # since the last change of a folder
+    for name in TYPED:
+        for line in shell_lines(PAGES[name]):
+            words = ["my-model" if word == "demo" else word.removeprefix("./") for word in lockkit_words(line) or [""]]
+            in_readme = name == "README.md"
+            if words[0] not in QUICK_COMMANDS | ({"lock", "attack"} if in_readme else set()):
+                continue
+            words += [option for option in ADDED.get(words[0], []) if option.split("=")[0] not in words]
+            if in_readme or tuple(words) not in ran:
+                done = cli(*words)
+                assert done.code == 0, f"{name}: {line}\n{done.err}"
+                ran = {tuple(words)} | (set() if words[0] in ("lock", "export") else ran)
+        for block in fenced(PAGES[name], "python"):
+            for typed, little in IN_PYTHON.items():
+                block = block.replace(typed, little)
+            exec(block, {"LITTLE": LITTLE, "VerifyConfig": VerifyConfig})
 
 
 def test_the_size_of_the_code_in_a_locked_folder():

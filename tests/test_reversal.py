@@ -246,14 +246,14 @@ def test_a_whole_model_has_the_same_gradients_and_is_restored(locks):
     assert relative_error(step(), want) == 0
 
 
-def test_what_the_readme_says_saves_the_bytes_it_says(locks):
+def test_what_the_docs_say_saves_the_bytes_they_say(locks):
     from lockkit.models.load import load_model
 
     model, _ = load_model(locks("qwen3"), torch.float32)
     model.requires_grad_(True)
     ids = torch.randint(1, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (statement,) = re.findall(r"`(with reversal\(model\): [^`]+)`", readme)
+    page = (Path(__file__).parents[1] / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    (statement,) = re.findall(r"`(with reversal\(model\): [^`]+)`", page)
     saved = []
     for code in ("model(...).loss.backward()", statement):
         with SavedTensors(model.parameters()) as counter:
