@@ -20,6 +20,7 @@ _REPORTED = [
     "onnxruntime-genai-cuda",
     "safetensors",
     "tokenizers",
+    "xllamacpp",
 ]
 
 
