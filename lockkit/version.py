@@ -20,7 +20,6 @@ _REPORTED = [
     "onnxruntime-genai-cuda",
     "safetensors",
     "tokenizers",
-    "xllamacpp",
 ]
 
 

@@ -13,6 +13,7 @@ its way.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -54,6 +55,11 @@ def check_gguf(file: Path) -> None:
             raise UsageError(f"{file} is not a GGUF file: change --against")
     if importlib.util.find_spec("xllamacpp") is None:
         raise UsageError(f"{file} runs in llama.cpp, which needs xllamacpp: pip install 'lockkit[bench]'")
+
+
+def llama_cpp_version() -> dict[str, str]:
+    """The version of xllamacpp, by its name."""
+    return {"xllamacpp": importlib.metadata.version("xllamacpp")}
 
 
 def start_server(file: Path, rows: int, tokens: int, threads: int | None, at_once: int = 2048) -> Any:

@@ -26,7 +26,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.bench.config import BenchConfig, Runtime
-from lockkit.bench.llama_cpp import check_gguf, is_gguf
+from lockkit.bench.llama_cpp import check_gguf, is_gguf, llama_cpp_version
 from lockkit.bench.timed import Ready, Shape, Timing, worker
 from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
@@ -242,6 +242,7 @@ def _running(target: _Target, config: BenchConfig, kernel: Path | None) -> Itera
 
 def _result(models: list[_Running], shapes: list[Shape], config: BenchConfig) -> BenchResult:
     own = [model for model in models if model.target.is_export]
+    with_llama_cpp = any(model.target.runtime is Runtime.llama_cpp for model in models)
     runtimes = [model.target.runtime for model in own]
     ratios = []
     for shape in shapes:
@@ -258,9 +259,9 @@ def _result(models: list[_Running], shapes: list[Shape], config: BenchConfig) ->
         measurements=[_measurement(model, shape) for shape in shapes for model in models],
         models=[_loaded(model) for model in models],
         config=config,
-        versions=versions(),
+        versions=versions() | (llama_cpp_version() if with_llama_cpp else {}),
         git_hash=git_hash(),
-        machine={"processor": _processor(), "cores": os.cpu_count() or 1, "provider": config.provider.value},
+        machine={"processor": processor(), "cores": os.cpu_count() or 1, "provider": config.provider.value},
     )
 
 
@@ -321,7 +322,8 @@ def _weights(target: _Target, exported: list[str]) -> list[Path]:
     return [path for path in files if "onnx" in path.name]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's processor."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
