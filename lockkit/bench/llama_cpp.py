@@ -114,14 +114,16 @@ class LlamaCpp:
         """
         first = 0.0  # when the last row's first token arrived
         steps: list[list[float]] = [[] for _ in ids]  # milliseconds from a row's first token to each of its tokens
-        errors: list[dict[str, Any]] = []
+        ended, errors = set(), []  # the rows that ended; what went wrong
 
         def receive(event: dict[str, Any] | None) -> bool:
             nonlocal first
             now = time.perf_counter()
             if event and "error" in event:
                 errors.append(event["error"])
-            elif event and event["choices"][0]["finish_reason"] is None:
+            elif event and event["choices"][0]["finish_reason"]:
+                ended.add(event["choices"][0]["index"])
+            elif event:
                 row = steps[event["choices"][0]["index"]]
                 first = first if row else now
                 row.append(event["timings"]["predicted_ms"])
@@ -130,8 +132,9 @@ class LlamaCpp:
         request = {"prompt": ids.tolist(), "n_predict": new_tokens, "cache_prompt": False}
         with Path(os.devnull).open("wb") as nothing, _standard_error_in(nothing):  # errors are received, too
             self.server.handle_completions(request | _STREAMED | _GREEDY, receive)
-        if errors and errors[0].get("type") != _CONTEXT_TOO_SHORT:
-            raise LockkitError(f"{self.file} failed in llama.cpp ({errors[0].get('message')})")
+        if any(error.get("type") != _CONTEXT_TOO_SHORT for error in errors) or not (errors or len(ended) == len(ids)):
+            reason = errors[0].get("message") if errors else "it broke off"
+            raise LockkitError(f"{self.file} failed in llama.cpp ({reason})")
         if any(len(row) != new_tokens for row in steps):
             needed = ids.shape[1] + new_tokens
             raise UsageError(
