@@ -26,12 +26,13 @@ def write_gguf(
     without: tuple[str, ...] = (),
     block_count: int = 2,
     feed_forward: int = 64,
+    context: int = 256,
 ) -> dict[str, torch.Tensor]:
     """Write a tiny Qwen2 of two layers with matrices of 8 bits, 64 wide in their MLPs.
 
     Args:
         path: the file to write.
-        architecture, block_count, feed_forward: of its metadata.
+        architecture, block_count, feed_forward, context: of its metadata.
         without: names of tensors that it lacks.
 
     Returns:
@@ -40,7 +41,7 @@ def write_gguf(
     model = tiny_model("qwen2", intermediate_size=64)
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(block_count)
     writer.add_feed_forward_length(feed_forward)

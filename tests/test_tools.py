@@ -111,3 +111,27 @@ def test_train_demo_model_writes_a_model_and_resumes(run_tool, tmp_path):
     assert figures["seen_tokens"] == 4 * 2 * 64 and figures["train_tokens"] == figures["evaluate_tokens"] == 4096
     assert 1 < figures["baseline"] < figures["perplexity"] < 3 * 4096  # four steps hardly lower it
     assert f"| held-out perplexity | **{figures['perplexity']:.2f}** " in (out / "README.md").read_text()
+
+
+def test_servers_are_compared_under_the_same_load(run_tool, monkeypatch, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from test_gguf import write_gguf
+
+    monkeypatch.syspath_prepend(str(TOOLS))
+    save_tiny("qwen3", tmp_path / "model", max_position_embeddings=1024)
+    export_model(str(tmp_path / "model"), tmp_path / "export", ExportConfig())
+    write_gguf(tmp_path / "tiny.gguf", context=1024)
+    short = ("--clients", 1, 3, "--rounds", 2, "--seconds", 0.3, "--prompts", 4, "--threads", 1, "--max-batch", 2)
+    out = tmp_path / "results" / "servers"
+    code, printed = run_tool("compare_servers", tmp_path / "export", tmp_path / "tiny.gguf", *short, "--out", out)
+    assert code == 0
+    result = json.loads(out.with_suffix(".json").read_text())
+    kinds = [(row["clients"], row["server"]) for row in result["rows"]]
+    assert kinds == [(1, "lockkit serve"), (1, "llama.cpp"), (3, "lockkit serve"), (3, "llama.cpp")]
+    for row in result["rows"]:
+        assert row["errors"] == 0 and row["requests"] >= 2 * row["clients"] and len(row["rounds"]) == 2
+        assert 0 < row["first_text_seconds"]["p50"] <= row["latency_seconds"]["max"]
+    ours, theirs = result["tokens_of_one_answer_to_each_prompt"].values()
+    assert ours["prompt_tokens"] == theirs["prompt_tokens"] > 0  # both tokenise as `demo` does
+    assert set(result["throughput_over_llama_cpp"]) == {"1", "3"}
+    assert printed.strip() == out.with_suffix(".md").read_text().strip()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import inspect
 import json
 import os
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -102,22 +104,27 @@ def _percentiles(values: list[float]) -> dict[str, float] | None:
     }
 
 
-def make_questions(count: int, seed: int) -> list[Question]:
-    """Prompts of 1 to 12 lines: beginnings of functions of the standard library. 8 to 64 tokens are generated."""
+def make_questions(count: int, seed: int, stream: bool = False) -> list[Question]:
+    """Prompts of 1 to 12 lines: beginnings of functions of the standard library. 8 to 64 tokens are generated.
+
+    Args:
+        stream: stream every answer, not only those of every second question.
+    """
     source, chance = inspect.getsource(textwrap) + inspect.getsource(argparse), random.Random(seed)
     starts = [match.start() for match in re.finditer(r"^ *def ", source, re.M)]
     questions = []
     for number, start in enumerate(chance.sample(starts, count)):
         lines = source[start:].splitlines(keepends=True)[: chance.randint(1, 12)]
-        questions.append(Question("".join(lines), chance.randint(8, 64), stream=number % 2 == 1))
+        questions.append(Question("".join(lines), chance.randint(8, 64), stream=stream or number % 2 == 1))
     return questions
 
 
 class Asker:
-    """Sends requests over persistent connections."""
+    """Sends requests over persistent connections, or each over a connection of its own."""
 
-    def __init__(self, url: str, model: str, connections: int):
-        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    def __init__(self, url: str, model: str, connections: int, persistent: bool = True):
+        kept = connections if persistent else 0
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=kept)
         self.http = httpx2.AsyncClient(base_url=url, timeout=120, limits=limits)
         self.model = model
 
@@ -125,7 +132,7 @@ class Asker:
         """Send one request.
 
         Returns:
-            The answer (text, finish reason, tokens); for a streamed answer also the seconds until its first text.
+            The answer (text, finish reason, tokens, tokens of the prompt); for a streamed answer also the seconds until its first text.
 
         Raises:
             RuntimeError: the stream ended early.
@@ -139,33 +146,42 @@ class Asker:
             response.raise_for_status()
             answer = response.json()
             choice = answer["choices"][0]
-            return _answer(choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"]), None
+            return _answer(choice["text"], choice["finish_reason"], answer["usage"]), None
         body["stream_options"] = {"include_usage": True}
-        started, first, text, reason, tokens, done = time.perf_counter(), None, "", None, None, False
+        started, first, text, reason, usage, done = time.perf_counter(), None, "", None, {}, False
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
                     done = True
-                elif line:
+                elif line.startswith("data: "):
                     chunk = json.loads(line.removeprefix("data: "))
                     for choice in chunk["choices"]:
                         first = first or time.perf_counter() - started
                         text, reason = text + choice["text"], choice["finish_reason"] or reason
-                    tokens = (chunk["usage"] or {}).get("completion_tokens", tokens)
+                    usage = chunk.get("usage") or usage
         if not done:
             raise RuntimeError("the stream ended early")
-        return _answer(text, reason, tokens), first
+        return _answer(text, reason, usage), first
 
 
-def _answer(text: str, reason: str | None, tokens: int | None) -> dict:
-    return {"text": text, "reason": reason, "tokens": tokens}
+def _answer(text: str, reason: str | None, usage: dict) -> dict:
+    counts = {"tokens": usage.get("completion_tokens"), "prompt_tokens": usage.get("prompt_tokens")}
+    return {"text": text, "reason": reason, **counts}
 
 
 async def run_stage(
-    asker: Asker, questions: list[Question], expected: list[dict], clients: int, seconds: float, server: psutil.Process
+    asker: Asker,
+    questions: list[Question],
+    expected: list[dict] | None,
+    clients: int,
+    seconds: float,
+    server: psutil.Process,
 ) -> Stage:
-    """Run one stage and compare every answer with `expected`, the reference answers in the order of `questions`."""
+    """Run one stage and compare every answer with `expected`, the reference answers in the order of `questions`.
+
+    Without `expected`, no answer counts as wrong.
+    """
     stage, started = Stage(clients), time.perf_counter()
 
     async def client(number: int) -> None:
@@ -181,7 +197,7 @@ async def run_stage(
             stage.first_texts += [first] if first else []
             stage.requests += 1
             stage.tokens += answer["tokens"]
-            stage.wrong += answer != expected[index]
+            stage.wrong += expected is not None and answer != expected[index]
 
     async def watch_memory() -> None:
         while True:
@@ -216,6 +232,27 @@ async def measure(arguments: argparse.Namespace, url: str, server: psutil.Proces
     return stages
 
 
+def serve_command(export: Path, *options: object) -> list[str]:
+    """The command of `lockkit serve` on a free port."""
+    return [sys.executable, "-m", "lockkit", "serve", str(export), "--port", "0", *map(str, options)]
+
+
+@contextlib.contextmanager
+def running(command: list[str]) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Run a server, which ends with the block: its address, of which it writes ADDRESS/v1 to standard error, and itself."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        written = ""
+        while not (url := re.search(r"http://\S+(?=/v1)", written)):  # warnings may come before the address
+            if not (line := process.stderr.readline()):
+                sys.exit(written)
+            written += line
+        yield url[0], process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 def main() -> None:
     """Start the server, run the three stages, and exit with 1 if a condition at the top of this file is not met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -228,19 +265,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve-options", default="", help="further options of `lockkit serve`")
     arguments = parser.parse_args()
-    options = shlex.split(arguments.serve_options)
-    command = [sys.executable, "-m", "lockkit", "serve", str(arguments.export), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        written = ""
-        while not (url := re.search(r"http://\S+(?=/v1)", written)):  # warnings may come before the address
-            if not (line := process.stderr.readline()):
-                sys.exit(written)
-            written += line
-        stages = asyncio.run(measure(arguments, url[0], psutil.Process(process.pid)))
-    finally:
-        process.terminate()
-        process.wait(60)
+    command = serve_command(arguments.export, *shlex.split(arguments.serve_options))
+    with running(command) as (url, process):
+        stages = asyncio.run(measure(arguments, url, psutil.Process(process.pid)))
     speedup = stages[1]["tokens_per_second"] / stages[0]["tokens_per_second"]
     growth = stages[2]["memory_growth_after_warm_up"]
     passed = (

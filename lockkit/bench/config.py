@@ -13,11 +13,15 @@ _Positive = Annotated[int, Field(ge=1)]
 
 
 class Runtime(StrEnum):
-    """What runs a model. An export runs in onnxruntime or onnxruntime-genai, a Hugging Face folder in PyTorch."""
+    """What runs a model.
+
+    An export runs in onnxruntime or onnxruntime-genai, a Hugging Face folder in PyTorch, a GGUF file in llama.cpp.
+    """
 
     onnxruntime = "onnxruntime"
     genai = "onnxruntime-genai"
     pytorch = "pytorch"
+    llama_cpp = "llama.cpp"
 
 
 class BenchConfig(BaseModel):
@@ -28,7 +32,7 @@ class BenchConfig(BaseModel):
     runtimes: list[Runtime] = Field(
         [Runtime.onnxruntime, Runtime.genai],
         min_length=1,
-        description="Runtime of the exports. Hugging Face models always run in PyTorch.",
+        description="Runtime of the exports. Hugging Face models always run in PyTorch, GGUF files in llama.cpp.",
     )
     provider: Provider = Field(
         Provider.cpu, description="Where all models run: exports with this execution provider, PyTorch on that device."

@@ -1,7 +1,7 @@
 """Measures exports and models side by side.
 
 1. List what runs: EXPORT in every requested runtime; each other export in the same runtimes; each Hugging Face
-   model in PyTorch.
+   model in PyTorch; each GGUF file in llama.cpp.
 2. Load each of these in a process of its own.
 3. Run the rounds. In a round, all models run every batch size and prompt length in turn: the same prompt and the same
    number of new tokens, while the others wait. So a machine that slows down slows all of them. The first round is a
@@ -26,6 +26,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.bench.config import BenchConfig, Runtime
+from lockkit.bench.llama_cpp import check_gguf, is_gguf, llama_cpp_version
 from lockkit.bench.timed import Ready, Shape, Timing, worker
 from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
@@ -33,10 +34,13 @@ from lockkit.export.session import MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.weight_files import weight_files
 from lockkit.progress import NoProgress, Progress
+from lockkit.settings import expanded
+from lockkit.targets import Provider
 from lockkit.version import git_hash, versions
 
 SCHEMA: Final = "lockkit-bench/1"
 _STOP_SECONDS = 10  # that a process gets to end by itself
+_OF_EXPORTS = (Runtime.onnxruntime, Runtime.genai)
 
 
 class Ratio(BaseModel):
@@ -93,7 +97,7 @@ class BenchResult(BaseModel):
 class _Target:
     """A model and the runtime it is measured in."""
 
-    folder: Path
+    folder: Path  # or the GGUF file
     name: str
     runtime: Runtime
     is_export: bool  # EXPORT itself, not one that it is compared with
@@ -144,7 +148,7 @@ def bench(
 
     Args:
         export: a folder that `lockkit export` wrote.
-        against: exports, folders with another program's `model.onnx`, or Hugging Face models.
+        against: exports, folders with another program's `model.onnx`, Hugging Face models, or GGUF files.
         config: see `BenchConfig`.
         progress: told of the rounds.
 
@@ -187,11 +191,11 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
     from lockkit.models.load import resolve_model
 
     check_manifest(export)
-    runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime is not Runtime.pytorch]
+    runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime in _OF_EXPORTS]
     if not runtimes:
         raise UsageError("an export runs in onnxruntime or onnxruntime-genai: change --runtime")
     targets = [_Target(export, _name(export), runtime, True) for runtime in runtimes]
-    for folder, other in {Path(other): other for other in against}.items():
+    for folder, other in {Path(expanded(other)): other for other in against}.items():
         if (folder / MODEL_FILE).is_file():
             known = [
                 runtime
@@ -199,6 +203,11 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
                 if runtime is not Runtime.genai or (folder / "genai_config.json").is_file()
             ]
             targets += [_Target(folder, _name(folder), runtime, False) for runtime in known or [Runtime.onnxruntime]]
+        elif is_gguf(folder):
+            check_gguf(folder)
+            if config.provider is not Provider.cpu:
+                raise UsageError(f"{other} is measured on the CPU: leave it out of --against, or leave out --provider")
+            targets.append(_Target(folder, _name(folder), Runtime.llama_cpp, False))
         else:
             targets.append(_Target(resolve_model(other), _name(folder), Runtime.pytorch, False))
     return targets
@@ -233,13 +242,14 @@ def _running(target: _Target, config: BenchConfig, kernel: Path | None) -> Itera
 
 def _result(models: list[_Running], shapes: list[Shape], config: BenchConfig) -> BenchResult:
     own = [model for model in models if model.target.is_export]
+    with_llama_cpp = any(model.target.runtime is Runtime.llama_cpp for model in models)
     runtimes = [model.target.runtime for model in own]
     ratios = []
     for shape in shapes:
         for model in models:
             if model.target.is_export:
                 continue
-            # Another export is compared with EXPORT in the same runtime; a PyTorch model with EXPORT in each.
+            # Another export is compared with EXPORT in the same runtime; any other model with EXPORT in each.
             same = model.target.runtime in runtimes
             ratios += [
                 _ratio(mine, model, shape) for mine in own if not same or mine.target.runtime is model.target.runtime
@@ -249,9 +259,9 @@ def _result(models: list[_Running], shapes: list[Shape], config: BenchConfig) ->
         measurements=[_measurement(model, shape) for shape in shapes for model in models],
         models=[_loaded(model) for model in models],
         config=config,
-        versions=versions(),
+        versions=versions() | (llama_cpp_version() if with_llama_cpp else {}),
         git_hash=git_hash(),
-        machine={"processor": _processor(), "cores": os.cpu_count() or 1, "provider": config.provider.value},
+        machine={"processor": processor(), "cores": os.cpu_count() or 1, "provider": config.provider.value},
     )
 
 
@@ -291,21 +301,29 @@ def _loaded(model: _Running) -> Loaded:
     folder = model.target.folder
     manifest = folder / EXPORT_MANIFEST
     record = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    files = [folder / name for name in record["files"]] if record else folder.iterdir()
-    graph = [path for path in files if "onnx" in path.name]
-    weights = weight_files(folder) if model.target.runtime == Runtime.pytorch else graph
     return Loaded(
         model=model.target.name,
         runtime=model.target.runtime.value,
         locked=record.get("locked"),
         precision=record.get("precision"),
-        size_bytes=sum(path.stat().st_size for path in weights),
+        size_bytes=sum(path.stat().st_size for path in _weights(model.target, list(record.get("files", [])))),
         load_seconds=model.load_seconds,
         peak_memory_bytes=max(timing.peak_memory_bytes for timings in model.timings.values() for timing in timings),
     )
 
 
-def _processor() -> str:
+def _weights(target: _Target, exported: list[str]) -> list[Path]:
+    """The files with a model's weights. `exported` are the names in the manifest, if it has one."""
+    if target.runtime is Runtime.llama_cpp:
+        return [target.folder]
+    if target.runtime is Runtime.pytorch:
+        return weight_files(target.folder)
+    files = [target.folder / name for name in exported] or target.folder.iterdir()
+    return [path for path in files if "onnx" in path.name]
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.is_file() else []
     found = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

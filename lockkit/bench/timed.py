@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lockkit.bench.config import BenchConfig, Runtime
+from lockkit.bench.llama_cpp import LlamaCpp
 from lockkit.environment import peak_resident_bytes
 from lockkit.errors import LockkitError
 
@@ -53,14 +55,36 @@ class TimedModel(Protocol):
 
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None: ...
 
-    def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
-        """Drop the cache, read `ids`, int64 `[batch, seq]`, and choose the next token of each row."""
+    def generate(self, ids: np.ndarray, new_tokens: int) -> list[float]:
+        """Drop the cache, read `ids`, int64 `[batch, seq]`, and add `new_tokens` to each row, always the likeliest.
 
+        Returns:
+            For each new token, the clock (`time.perf_counter`) when all rows had it.
+        """
+
+
+class _Stepwise(ABC):
+    """A model that a caller steps through the tokens."""
+
+    @abstractmethod
+    def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
+        """Drop the cache, read `ids` and choose the next token of each row."""
+
+    @abstractmethod
     def step(self) -> None:
         """Choose one more token for each row."""
 
+    def generate(self, ids: np.ndarray, new_tokens: int) -> list[float]:
+        """See `TimedModel`."""
+        self.prompt(ids, new_tokens)
+        times = [time.perf_counter()]
+        for _ in range(new_tokens - 1):
+            self.step()
+            times.append(time.perf_counter())
+        return times
 
-class _Onnxruntime:
+
+class _Onnxruntime(_Stepwise):
     """An export in plain onnxruntime. Its caches stay on the device."""
 
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
@@ -82,7 +106,7 @@ class _Onnxruntime:
         self.next_ids = logits[:, -1:].argmax(-1)
 
 
-class _Genai:
+class _Genai(_Stepwise):
     """An export in onnxruntime-genai."""
 
     generator: Any  # onnxruntime_genai.Generator, a new one for each prompt
@@ -113,7 +137,7 @@ class _Genai:
         self.generator.generate_next_token()
 
 
-class _Pytorch:
+class _Pytorch(_Stepwise):
     """A Hugging Face model in eager PyTorch: in float32 on the CPU, in the stored type on CUDA."""
 
     next_ids: torch.Tensor  # int64 [batch, 1]
@@ -150,6 +174,7 @@ _RUNTIMES: dict[Runtime, type[TimedModel]] = {
     Runtime.onnxruntime: _Onnxruntime,
     Runtime.genai: _Genai,
     Runtime.pytorch: _Pytorch,
+    Runtime.llama_cpp: LlamaCpp,
 }
 
 
@@ -182,12 +207,7 @@ def worker(
 
 def _time(model: TimedModel, shape: Shape, new_tokens: int) -> Timing:
     ids = np.random.default_rng(0).integers(1, 1000, shape)
-    clock = time.perf_counter
-    start = clock()
-    model.prompt(ids, new_tokens)
-    times = [clock()]
-    for _ in range(new_tokens - 1):
-        model.step()
-        times.append(clock())
+    start = time.perf_counter()
+    times = model.generate(ids, new_tokens)
     steps = [after - before for before, after in itertools.pairwise(times)]
     return Timing(times[0] - start, steps, peak_resident_bytes())

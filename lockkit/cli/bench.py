@@ -24,7 +24,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--against",
-            help="Model to compare with: another export, a folder with model.onnx, or a Hugging Face model.",
+            help="Model to compare with: another export, a folder with model.onnx, a Hugging Face model, or a .gguf "
+            "file, which runs in llama.cpp.",
         ),
     ] = None,
     *,
@@ -50,6 +51,7 @@ def bench(
         lockkit bench locked-onnx --against demo-onnx --against demo
         lockkit bench locked-onnx --against demo-onnx --kernel \\
             --batch-size 1 --batch-size 8 --prompt-length 512
+        lockkit bench locked-int4 --against original-q4_k_m.gguf --threads 4
         lockkit bench locked-cuda --against demo-cuda --provider cuda \\
             --json bench.json --plot bench.svg
     """

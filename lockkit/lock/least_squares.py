@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from lockkit.dlr.net import DLRNet
+from lockkit.dlr.net import DLRBlock, DLRNet
 from lockkit.dlr.view import block_weights
 
 RIDGE_SHARE = 1e-4  # of the mean square of the inputs
@@ -55,7 +55,7 @@ def fit_to_stream(chain: DLRNet, inputs: torch.Tensor) -> None:
         stream_input.addmm_(units, down.T)
 
 
-def _units(chain: DLRNet, block: torch.nn.Module, t: torch.Tensor) -> torch.Tensor:
+def _units(chain: DLRNet, block: DLRBlock, t: torch.Tensor) -> torch.Tensor:
     return block.units(block.pre_activations(t), chain.activation)
 
 
