@@ -29,7 +29,7 @@ from lockkit.bench.config import BenchConfig, Runtime
 from lockkit.bench.timed import Ready, Shape, Timing, worker
 from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
-from lockkit.export.session import MODEL_FILE
+from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.weight_files import weight_files
 from lockkit.progress import NoProgress, Progress
@@ -292,7 +292,7 @@ def _loaded(model: _Running) -> Loaded:
     manifest = folder / EXPORT_MANIFEST
     record = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     files = [folder / name for name in record["files"]] if record else folder.iterdir()
-    graph = [path for path in files if "onnx" in path.name]
+    graph = [path for path in files if "onnx" in path.name and path.name != ALL_LOGITS_FILE]  # nothing times that one
     weights = weight_files(folder) if model.target.runtime == Runtime.pytorch else graph
     return Loaded(
         model=model.target.name,

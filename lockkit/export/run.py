@@ -6,8 +6,9 @@
    another graph.
 3. Build the graph (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
 4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Replace each chain by one call of a
-   function (`chains.py`).
-5. Check that the graph is valid ONNX, that all weights exist, and that it has no training information.
+   function (`chains.py`). This graph becomes `model_all_logits.onnx`; the one in `model.onnx` has logits of the last
+   position only (`last_position.py`).
+5. Check that both graphs are valid ONNX, that all weights exist, and that they have no training information.
 6. Write the card, with the licence files of the model, and the manifest. Rename the folder to OUT.
 """
 
@@ -22,8 +23,7 @@ from typing import TYPE_CHECKING
 
 from lockkit.errors import LockkitError
 from lockkit.export.config import ExportConfig
-from lockkit.export.manifest import Manifest, write_manifest
-from lockkit.export.session import MODEL_FILE
+from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, Manifest, write_manifest
 from lockkit.files import CARD
 from lockkit.models.identity import weight_hashes
 from lockkit.output_folders import new_folder
@@ -95,7 +95,8 @@ def export_model(
         _write_description(network, base, source, folder)
         _builders().build_graph(network, base, family, folder, config, progress)
         _finish_graph(folder, chain_config(network.config))
-        check_graph(folder / MODEL_FILE)
+        for graph in (MODEL_FILE, ALL_LOGITS_FILE):
+            check_graph(folder / graph)
         copy_legal_files(origin, source, folder)
         (folder / CARD).write_text(export_card(manifest, origin), encoding="utf-8")
         manifest = write_manifest(folder, manifest)
@@ -145,11 +146,12 @@ def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: P
 
 
 def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
-    """Rename the file of the weights, and replace each chain by one call of a function."""
+    """Rename the file of the weights, replace each chain by one call of a function, and write both graphs."""
     import onnx
     from onnx.external_data_helper import uses_external_data
 
     from lockkit.export.chains import name_chains
+    from lockkit.export.last_position import keep_last_position
 
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     for tensor in model.graph.initializer:
@@ -158,6 +160,8 @@ def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
     (folder / f"{MODEL_FILE}.data").rename(folder / WEIGHTS_FILE)
     if chains:
         name_chains(model, chains)
+    onnx.save(model, folder / ALL_LOGITS_FILE)
+    keep_last_position(model)
     onnx.save(model, folder / MODEL_FILE)
 
 
