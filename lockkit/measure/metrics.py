@@ -6,10 +6,10 @@ NaN logits never counts as an agreement.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -43,8 +43,11 @@ def kl_of_log_probabilities(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
 
 def top1_agreement(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Whether the most likely token is the same in both logits, `[..., vocab]`: bool `[...]`."""
-    nan = reference.isnan().any(dim=-1) | candidate.isnan().any(dim=-1)
-    return (reference.argmax(dim=-1) == candidate.argmax(dim=-1)) & ~nan
+    (highest, first), (other, second) = (
+        reference.max(dim=-1),
+        candidate.max(dim=-1),
+    )  # NaN is the maximum if there is one
+    return (first == second) & ~(highest.isnan() | other.isnan())
 
 
 def absolute_difference(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -53,7 +56,8 @@ def absolute_difference(reference: torch.Tensor, candidate: torch.Tensor) -> tor
     return torch.where(reference == candidate, torch.zeros_like(difference), difference)
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """The predictions of two models at the same positions, each `[tokens, vocab]`.
 
     Attributes:
@@ -65,6 +69,11 @@ class Pair(NamedTuple):
     q: torch.Tensor
     log_p: torch.Tensor
     log_q: torch.Tensor
+
+    @functools.cached_property
+    def difference(self) -> torch.Tensor:
+        """`absolute_difference` of the logits, which two figures need."""
+        return absolute_difference(self.p, self.q)
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,8 @@ PREDICTION_FIGURES: Mapping[str, PairFigure] = {
 }
 # Figures of two implementations of one model, whose logits should be equal.
 LOGIT_FIGURES: Mapping[str, PairFigure] = {
-    "max_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).amax(-1), largest=True),
-    "mean_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).mean(-1)),
+    "max_difference": PairFigure(lambda pair: pair.difference.amax(-1), largest=True),
+    "mean_difference": PairFigure(lambda pair: pair.difference.mean(-1)),
     **PREDICTION_FIGURES,
 }
 
