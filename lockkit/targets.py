@@ -140,15 +140,14 @@ class PrecisionRow:
         weights: number format of the weights in matrix products, by its name in `onnx_ir.DataType`.
         arithmetic: number format of everything else, by provider. Other providers do not support this precision.
         gates: default limits of `lockkit verify`, by gate (lockkit/verify/figures.py), besides `LOCK_GATES`. None is off.
-        bits: bits of a quantised weight; None if weights are not quantised. `--block-size` weights share one scale.
-        quantises_lookup: the embedding table is quantised too, if the output head uses the same matrix.
+        bits: bits of a quantised weight; None if weights are not quantised. `--block-size` weights share one scale. The
+            embedding table is quantised too if the output head uses the same matrix.
     """
 
     weights: str
     arithmetic: Mapping[Provider, ElementType]
     gates: Mapping[str, float | None]
     bits: int | None = None
-    quantises_lookup: bool = False
 
     def limit(self, gate: str) -> float | None:
         """The default limit of a gate. None is off."""
@@ -203,7 +202,7 @@ class Precision(StrEnum):
             weights="INT8",
             arithmetic={Provider.cpu: FLOAT, Provider.cuda: FLOAT16},
             gates={"max_kl": 1e-2, "min_top1": 0.97, "max_perplexity_ratio": 1.03, "min_continuations": None},
-            bits=8,  # the lookup stays as it is, because onnxruntime has no embedding lookup of 8 bits
+            bits=8,
         ),
     )
     int4 = (
@@ -213,7 +212,6 @@ class Precision(StrEnum):
             arithmetic={Provider.cpu: FLOAT, Provider.cuda: FLOAT16},
             gates={"max_kl": 2e-1, "min_top1": 0.80, "max_perplexity_ratio": 1.20, "min_continuations": None},
             bits=4,
-            quantises_lookup=True,
         ),
     )
 

@@ -11,7 +11,9 @@ pyproject.toml. Families need these corrections of it:
 * RoPE scalings are ignored, refused or computed wrongly upstream, depending on the family. So the tables of cosines and
   sines are computed from the model's own frequencies (`_LockkitBuilder`, `_Gemma3`);
 * SmolLM3: layers without RoPE read an input that the graph does not have (`_SmolLM3`);
-* Nemotron: biases of the MLP are ignored upstream (`_Nemotron`).
+* Nemotron: biases of the MLP are ignored upstream (`_Nemotron`);
+* int8: an embedding table that is also the output head is written twice upstream, once in the type of the arithmetic
+  (`_LockkitBuilder`).
 
 To add a family: one entry in `BUILDERS`, with a class if it needs corrections.
 """
@@ -99,6 +101,16 @@ class _LockkitBuilder(upstream.Model):
     def is_packed_attn_supported(self) -> bool:
         # That operator has no cache here. Without it, fp32 on CUDA uses MultiHeadAttention.
         return False
+
+    def make_tied_embeddings_init(self, config: PreTrainedConfig) -> None:
+        # The builder looks up tables of 4 bits only. onnxruntime looks up those of 8 bits, too.
+        super().make_tied_embeddings_init(config)
+        self.tied_quantized_embeddings = self.extra_options["shared_embeddings"] and self.is_lm_head_quantized()
+
+    def make_tied_quantized_embedding_input_names(self) -> tuple[int, str, str, str]:
+        # The builder expects the names of another method of quantisation at 8 bits.
+        bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[self.onnx_dtype]
+        return bits, f"lm_head.MatMul.weight_Q{bits}", "lm_head.MatMul.weight_scales", ""
 
     def make_mlp(self, layer_id: int, mlp: torch.nn.Module, root_input: str) -> None:
         if isinstance(mlp, DLRNet):
@@ -336,7 +348,7 @@ def _dtypes(export: ExportConfig) -> tuple[ir.DataType, ir.DataType]:
 
 def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
     """The options of the builder."""
-    options: dict[str, Any] = {
+    return {
         "hf_token": None,
         "hf_remote": False,
         # The cache of every layer is as long as the text. Consumers other than genai expect this.
@@ -346,9 +358,6 @@ def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
         "block_size": export.block_size,
         "shared_embeddings": bool(config.tie_word_embeddings),
     }
-    if config.tie_word_embeddings and export.precision.row.quantises_lookup:
-        options["op_types_to_quantize"] = ("MatMul", "Gather")
-    return options
 
 
 def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> PreTrainedConfig:
