@@ -5,8 +5,8 @@
    configuration, and the tokenizer's files, byte for byte. To a runtime, a locked model is a model of its family with
    another graph.
 3. Build the graph (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
-4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Replace each chain by one call of a
-   function (`chains.py`). This graph becomes `model_all_logits.onnx`; the one in `model.onnx` has logits of the last
+4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Read a tied embedding table where it is
+   (`tied_table.py`). Replace each chain by one call of a function (`chains.py`). This graph becomes `model_all_logits.onnx`; the one in `model.onnx` has logits of the last
    position only (`last_position.py`).
 5. Check that both graphs are valid ONNX, that all weights exist, and that they have no training information.
 6. Write the card, with the licence files of the model, and the manifest. Rename the folder to OUT.
@@ -152,12 +152,14 @@ def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
 
     from lockkit.export.chains import name_chains
     from lockkit.export.last_position import keep_last_position
+    from lockkit.export.tied_table import read_table_in_place
 
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             next(entry for entry in tensor.external_data if entry.key == "location").value = WEIGHTS_FILE
     (folder / f"{MODEL_FILE}.data").rename(folder / WEIGHTS_FILE)
+    read_table_in_place(model)
     if chains:
         name_chains(model, chains)
     onnx.save(model, folder / ALL_LOGITS_FILE)
