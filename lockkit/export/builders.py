@@ -42,6 +42,7 @@ from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.models.families import Family
 from lockkit.progress import NoProgress, Progress
+from lockkit.targets import Precision
 
 
 class _LockkitBuilder(upstream.Model):
@@ -293,6 +294,7 @@ def build_graph(
     family: Family,
     folder: Path,
     export: ExportConfig,
+    precision: Precision,
     progress: Progress | None = None,
 ) -> None:
     """Write `model.onnx`, `model.onnx.data` and `genai_config.json` into `folder`.
@@ -302,7 +304,8 @@ def build_graph(
         config: the original's configuration, see `lockkit.models.locked.base_config`.
         family: the model's family.
         folder: contains `config.json`, the tokenizer and `generation_config.json` already.
-        export: precision, provider and block size.
+        export: provider and block size.
+        precision: of the weights.
         progress: reports layers, and the writing.
 
     Raises:
@@ -320,10 +323,10 @@ def build_graph(
     try:
         with _silence(), torch.no_grad():
             builder = builder_class(
-                prepared, *_dtypes(export), export.provider.value, str(folder), _options(prepared, export)
+                prepared, *_dtypes(export, precision), export.provider.value, str(folder), _options(prepared, export)
             )
             builder.model_type = GENAI_NAMES.get(family.model_type, builder.model_type)
-            _refuse_what_attention_lacks(builder, export)
+            _refuse_what_attention_lacks(builder, export, precision)
             progress.start("building the graph", builder.num_layers)
             builder.make_model(str(folder))
             progress.finish()
@@ -340,10 +343,10 @@ def build_graph(
         raise LockkitError(f"the graph of this {name} model could not be built ({reason}): change MODEL") from error
 
 
-def _dtypes(export: ExportConfig) -> tuple[ir.DataType, ir.DataType]:
+def _dtypes(export: ExportConfig, precision: Precision) -> tuple[ir.DataType, ir.DataType]:
     """The types of the graph's arithmetic and of its weights."""
-    arithmetic = export.precision.arithmetic(export.provider)
-    return ir.DataType(arithmetic.onnx), ir.DataType[export.precision.row.weights]
+    arithmetic = precision.arithmetic(export.provider)
+    return ir.DataType(arithmetic.onnx), ir.DataType[precision.row.weights]
 
 
 def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
@@ -386,7 +389,7 @@ def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> P
     return config
 
 
-def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) -> None:
+def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig, precision: Precision) -> None:
     """Raise UsageError if the model needs something that MultiHeadAttention does not have.
 
     MultiHeadAttention has no soft cap, no sliding window, and in fp16 no cache on the CPU. It replaces
@@ -398,7 +401,7 @@ def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) 
     if builder.attention_attrs["softcap"] or windowed or builder.io_dtype == ir.DataType.FLOAT16:
         raise UsageError(
             f"the attention of this model (head size {builder.head_size}, soft cap or sliding window) does not exist "
-            f"in {export.precision.value} on {export.provider.value}: change --precision"
+            f"in {precision.value} on {export.provider.value}: change --precision"
         )
 
 

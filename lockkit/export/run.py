@@ -27,6 +27,7 @@ from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, Manifest, write
 from lockkit.files import CARD
 from lockkit.models.identity import weight_hashes
 from lockkit.output_folders import new_folder
+from lockkit.targets import Precision, default_precision
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:
@@ -83,17 +84,19 @@ def export_model(
     from lockkit.models.origin import copy_legal_files, origin_of
 
     config = config or ExportConfig()
-    config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
+    if config.precision:
+        config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
     source = resolve_model_apart(model, Path(out), overwrite)
     load_tokenizer(source)
     network, family = load_model(source)
+    precision = config.precision or default_precision(str(network.dtype).removeprefix("torch."), config.provider)
     base = base_config(network.config, family)
     base.use_cache = True
-    manifest = _manifest(network.config, family, source, config)
+    manifest = _manifest(network.config, family, source, config, precision)
     origin = origin_of(model, source)
     with new_folder(Path(out), overwrite) as folder:
         _write_description(network, base, source, folder)
-        _builders().build_graph(network, base, family, folder, config, progress)
+        _builders().build_graph(network, base, family, folder, config, precision, progress)
         _finish_graph(folder, chain_config(network.config))
         for graph in (MODEL_FILE, ALL_LOGITS_FILE):
             check_graph(folder / graph)
@@ -113,7 +116,9 @@ def _builders() -> ModuleType:
     return builders
 
 
-def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig) -> Manifest:
+def _manifest(
+    config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig, precision: Precision
+) -> Manifest:
     """The manifest, without the list of files."""
     from lockkit.models.locked import chain_config
 
@@ -125,9 +130,9 @@ def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: Ex
         locked=chains is not None,
         depth=chains.depth if chains else None,
         gains=list(chains.gains) if chains else None,
-        precision=export.precision.value,
+        precision=precision.value,
         provider=export.provider.value,
-        block_size=export.block_size if export.precision.quantised else None,
+        block_size=export.block_size if precision.quantised else None,
         source_sha256=weight_hashes(source),
         files={},
     )
