@@ -331,6 +331,26 @@ def test_chains_are_quantised(precision, bits, provider, models, tmp_path):
     assert np.isfinite(ExportSession(result.folder).forward(token_ids(1, 8))[0]).all()
 
 
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_quantised_table_that_is_also_the_head_is_stored_once(precision, bits, tmp_path):
+    save_tiny("gemma3_text", tmp_path / "model", hidden_size=64)
+    result = export_model(str(tmp_path / "model"), tmp_path / "out", ExportConfig(precision=precision))
+    graph = check_graph(result.folder / "model.onnx").graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    head = next(node for node in graph.node if node.op_type == "MatMulNBits" and "lm_head" in node.name)
+    places = [
+        {entry.key: entry.value for entry in tensors[name].external_data} for name in (lookup.input[0], head.input[1])
+    ]
+    assert places[0] == places[1] and int(places[0]["length"]) == VOCAB * 64 * bits // 8
+    assert lookup.input[2] == head.input[2]  # the scales
+    others = tensors.keys() - {lookup.input[0], head.input[1]}
+    assert all(np.prod(tensors[name].dims) < VOCAB * 64 for name in others)
+    ids = token_ids(2, 20)
+    got, want = ExportSession(result.folder).forward(ids)[0], pytorch_logits(tmp_path / "model", ids)
+    assert kl_divergence(want, got) < (1e-3 if bits == 8 else 0.1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_the_graph_is_valid_with_its_functions(precision, models, tmp_path):
     export_model(str(models("qwen3", True)), tmp_path / "out", ExportConfig(precision=precision))
