@@ -132,6 +132,15 @@ def test_a_fault_in_one_mode_is_detected_in_that_mode(fault, caught_by):
     assert found.parity[0].kl_divergence < 1e-10  # prefill alone does not detect it
 
 
+def test_a_large_vocabulary_leaves_two_rows_to_check(monkeypatch):
+    monkeypatch.setattr(parity, "_BATCH_LOGITS", 48 * 4096)  # of one row
+    model = tiny_model("qwen3")
+    found, outcomes = measured_with(model, model, "ignores the mask")
+    assert [mode.tokens for mode in found.parity[:3]] == [6 * 47, 2 * 12, 2 * 12]
+    failed = {outcome.figure for outcome in outcomes if not outcome.passed}
+    assert failed & set(MODES) == {"padded_batch", "last_position"}
+
+
 def test_nan_fails_every_gate():
     model = tiny_model("qwen3")
     broken = tiny_model("qwen3")

@@ -203,6 +203,8 @@ class ExportSession:
         import numpy as np
 
         order = np.argsort(~real, axis=1, kind="stable")  # tokens first, padding last
+        if (order == np.arange(order.shape[1])).all():
+            return self._run(input_ids, mask, None)
         sorted_logits, cache = self._run(
             np.take_along_axis(input_ids, order, 1), np.take_along_axis(mask, order, 1), None
         )

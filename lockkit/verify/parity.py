@@ -25,11 +25,22 @@ from lockkit.verify.figures import Continuations, Parting
 # Logits of one batch: 256 MB in float32.
 _BATCH_LOGITS = 64_000_000
 MAX_BATCH_ROWS = 8
+_CHECK_ROWS = 4  # in the cache and padding checks
 
 
 def batch_rows(block_tokens: int, vocab_size: int) -> int:
     """The number of rows in a batch, limited by the memory of their logits."""
     return max(1, min(MAX_BATCH_ROWS, _BATCH_LOGITS // (block_tokens * vocab_size)))
+
+
+def rows_to_check(rows: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The first of `rows`, `[rows, block]`, for the checks with a cache and padding: at least two, since one has no padding.
+
+    Where the logits of two rows need too much memory, the rows are shortened.
+    """
+    count = min(_CHECK_ROWS, max(2, batch_rows(rows.shape[1], vocab_size)))
+    several = rows if len(rows) > 1 else rows.repeat(2, 1)
+    return several[:count, : max(8, _BATCH_LOGITS // (count * vocab_size))]
 
 
 def measure_text(

@@ -40,7 +40,6 @@ from lockkit.verify.references import find_references, held_out_rows
 from lockkit.verify.result import VerifyResult
 from lockkit.version import git_hash, versions
 
-_CHECK_ROWS = 4  # in the cache and padding checks
 _MAX_STEPS = 64  # of one token, in the cache check
 
 
@@ -151,11 +150,13 @@ def score(
         config: the settings.
         progress: reports the steps.
     """
-    block, reference = rows.shape[1], references[compared_with]
-    batch = parity.batch_rows(block, reference.next_logits(rows[:1, :1])[0].shape[-1])
+    reference = references[compared_with]
+    vocab_size = reference.next_logits(rows[:1, :1])[0].shape[-1]
+    batch = parity.batch_rows(rows.shape[1], vocab_size)
     figures = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
     some, random = _in_random_order(rows, config)
-    checked = some[: min(_CHECK_ROWS, batch)] if len(some) > 1 else some.repeat(2, 1)
+    checked = parity.rows_to_check(some, vocab_size)
+    block = checked.shape[1]
     progress.start("cache and padding", 3)
     lengths = torch.randint(1, block, (len(checked),), generator=random).tolist()
     lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always included
