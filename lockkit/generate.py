@@ -111,7 +111,7 @@ def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -
 
     runner: Runner
     if (Path(name) / EXPORT_MANIFEST).is_file():
-        session = ExportSession(Path(name), provider=provider)
+        session = ExportSession(Path(name), provider=provider, last_only=True)
         runner, folder, config = OnnxRunner(session), session.folder, session.config
     else:
         folder = resolve_model(name, option)
@@ -217,8 +217,8 @@ def _tokens(model: TextModel, prompt_ids: list[int], room: int, config: Generate
     random = torch.Generator().manual_seed(config.seed)
     ids, cache = torch.tensor([prompt_ids]), None
     for _ in range(room):
-        logits, cache = model.runner.extend(ids, cache)
-        token = next_token(logits[0, -1], config.temperature, random)
+        logits, cache = model.runner.next_logits(ids, cache)
+        token = next_token(logits[0], config.temperature, random)
         if token in model.end_ids:
             return
         yield token

@@ -1,7 +1,7 @@
 """One interface to a language model, for PyTorch and for an ONNX export.
 
-Token ids are int64 tensors, `[batch, seq]`. Logits are float32 tensors on the CPU, `[batch, seq, vocab]`. A cache is what
-the runner returned; None starts an empty one. Use each cache once, because PyTorch changes it in place.
+Token ids are int64 tensors, `[batch, seq]`. Logits are float32 tensors on the CPU. A cache is what the runner returned;
+None starts an empty one. Use each cache once, because PyTorch changes it in place.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from lockkit.measure.totals import Outputs
+from lockkit.models.layered import LayeredModel
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,28 +21,17 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """A causal language model that computes logits."""
+    """A causal language model."""
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, without a cache."""
+    def outputs(self, ids: torch.Tensor) -> Outputs:
+        """The outputs at all positions of token ids, `[batch, seq]`, without a cache."""
 
-    def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, that follow those in `cache`; and the new cache."""
-
-    def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of rows of unequal lengths, and of one more token per row.
-
-        Args:
-            rows: token ids, `[seq]` each.
-            next_ids: the token after each row, `[rows]`.
-
-        Returns:
-            `[seq + 1, vocab]` for each row, without padding.
-        """
+    def next_logits(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """Logits after the last of token ids, `[batch, seq]`, that follow those in `cache`: `[batch, vocab]`; new cache."""
 
 
 class TorchRunner:
-    """A PyTorch model. Rows of unequal lengths run one by one without padding, as the reference for padded batches.
+    """A PyTorch model.
 
     Args:
         model: on any device.
@@ -48,39 +40,56 @@ class TorchRunner:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.device = next(model.parameters()).device
+        self._layered = LayeredModel(model, self.device)
 
     @torch.inference_mode()
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float().cpu()
+    def outputs(self, ids: torch.Tensor) -> Outputs:
+        """Hidden states, `[batch, seq, hidden]`, and the head. So the logits of all positions are never in memory."""
+        return Outputs(self._layered.hidden(ids), self._head)
 
     @torch.inference_mode()
-    def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        output = self.model(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
-        return output.logits.float().cpu(), output.past_key_values
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._layered.head(hidden).float().cpu()
 
-    def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
-        longer = [torch.cat([row, token[None]]) for row, token in zip(rows, next_ids, strict=True)]
-        return [self.logits(row[None])[0] for row in longer]
+    @torch.inference_mode()
+    def next_logits(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        ids = ids.to(self.device)
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1].float().cpu(), output.past_key_values
 
 
 class OnnxRunner:
-    """An ONNX export in onnxruntime. Rows of unequal lengths run as one batch, padded on the right.
+    """An ONNX export in onnxruntime.
 
     Args:
-        session: the export.
+        session: the export. With `last_only`, it has `next_logits` and `next_of_unequal`; without, it has everything.
     """
 
     def __init__(self, session: ExportSession):
         self.session = session
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.extend(ids)[0]
+    def outputs(self, ids: torch.Tensor) -> Outputs:
+        return Outputs(self.extend(ids)[0])
 
     def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, that follow those in `cache`; and the new cache."""
         logits, cache = self.session.forward(ids.numpy(), None, cache)
         return torch.from_numpy(logits), cache
 
+    def next_logits(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
+        logits, cache = self.extend(ids, cache)
+        return logits[:, -1], cache
+
     def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of rows of unequal lengths and of one more token per row. The rows run as one batch, padded on the right.
+
+        Args:
+            rows: token ids, `[seq]` each.
+            next_ids: the token after each row, `[rows]`.
+
+        Returns:
+            `[seq + 1, vocab]` for each row, without padding. With `last_only`, those of its last two tokens, `[2, vocab]`.
+        """
         lengths = np.array([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).numpy()
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)

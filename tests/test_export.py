@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import torch
 from tiny import VOCAB, save_tiny, tiny_model
 
+from lockkit.errors import UsageError
 from lockkit.export import ExportConfig, ExportSession, export_model
 from lockkit.export.chains import expand_chains
+from lockkit.export.manifest import ALL_LOGITS_FILE, read_manifest, write_manifest
 from lockkit.export.run import check_graph
 from lockkit.models.families import FAMILIES, activation_name, mlp_weights
 from lockkit.models.load import DEMO, load_model
@@ -110,6 +114,10 @@ def assert_export_equals_model(model: Path, export: Path, length: int = 40) -> N
     want = pytorch_logits(model, ids)
     assert_same(session.forward(ids)[0], want, f"{model.name}, prefill")
     assert_same(token_by_token(session, ids, length // 3), want, f"{model.name}, token by token")
+    generating = ExportSession(export, last_only=True)
+    assert_same(generating.forward(ids)[0], want[:, -1:], f"{model.name}, last position")
+    last = token_by_token(generating, ids, length // 3)
+    assert_same(last, want[:, length // 3 - 1 :], f"{model.name}, last positions")
 
 
 @pytest.mark.parametrize("locked", [True, False], ids=["locked", "original"])
@@ -178,6 +186,84 @@ def test_padded_batches(model_type, side, models, exports):
         assert not prompt_logits[row][mask[row, :longest] == 0].any()
 
 
+@pytest.fixture(scope="session")
+def older(exports, tmp_path_factory):
+    """An export as earlier versions wrote it: one graph, with the logits of all positions."""
+    folder = tmp_path_factory.mktemp("older") / "onnx"
+    shutil.copytree(exports("qwen3", True), folder)
+    (folder / ALL_LOGITS_FILE).rename(folder / "model.onnx")
+    write_manifest(folder, read_manifest(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_heads(tmp_path_factory):
+    """A model whose heads are too small for GroupQueryAttention, and its export with MultiHeadAttention."""
+    folder = tmp_path_factory.mktemp("small")
+    save_tiny("llama", folder / "llama", hidden_size=32)
+    export_model(str(folder / "llama"), folder / "onnx")
+    return folder / "llama", folder / "onnx"
+
+
+@pytest.mark.parametrize("graph", ["GroupQueryAttention", "MultiHeadAttention", "older"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_position_of_each_row(graph, side, models, exports, older, small_heads):
+    model, folder = models("qwen3", True), older if graph == "older" else exports("qwen3", True)
+    if graph == "MultiHeadAttention":
+        model, folder = small_heads
+    session, lengths, longest = ExportSession(folder, last_only=True), [20, 1, 13], 20
+    texts = token_ids(3, longest + 1)
+    ids, mask = np.full((3, longest), 7), np.zeros((3, longest), np.int64)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(longest - length, longest)
+        ids[row, place], mask[row, place] = texts[row, :length], 1
+    found, cache = session.forward(ids, mask)
+    following = np.stack([texts[row, length : length + 1] for row, length in enumerate(lengths)])
+    then, _ = session.forward(following, np.concatenate([mask, np.ones((3, 1), np.int64)], axis=1), cache)
+    assert found.shape == then.shape == (3, 1, VOCAB)
+    for row, length in enumerate(lengths):
+        want = pytorch_logits(model, texts[row : row + 1, : length + 1])[0]
+        assert_same(found[row], want[length - 1 : length], f"row of {length}")
+        assert_same(then[row], want[length:], f"row of {length}, next token")
+
+
+def test_an_export_of_an_earlier_version_still_runs(older, models):
+    assert_export_equals_model(models("qwen3", True), older)
+
+
+def test_a_graph_of_last_positions_is_not_taken_for_one_of_all(exports, tmp_path):
+    shutil.copytree(exports("qwen3", True), tmp_path / "out")
+    (tmp_path / "out" / ALL_LOGITS_FILE).unlink()
+    with pytest.raises(UsageError, match="last position only"):
+        ExportSession(tmp_path / "out", check=False)
+    with pytest.raises(UsageError, match="is missing"):
+        ExportSession(tmp_path / "out")
+
+
+def test_genai_generates_the_same_tokens_for_rows_of_unequal_lengths(models, exports):
+    genai = pytest.importorskip("onnxruntime_genai")
+    lengths, new_tokens = [24, 9, 1], 8
+    texts = token_ids(3, max(lengths), seed=4)
+    loaded = genai.Model(str(exports("qwen3", True)))
+    pad = json.loads((exports("qwen3", True) / "genai_config.json").read_text())["model"]["pad_token_id"]
+    prompts = np.full((3, max(lengths)), pad, np.int32)  # padded on the right, as Tokenizer.encode_batch does
+    for row, length in enumerate(lengths):
+        prompts[row, :length] = texts[row, :length]
+    parameters = genai.GeneratorParams(loaded)
+    total = max(lengths) + new_tokens
+    parameters.set_search_options(batch_size=3, max_length=total, min_length=total, do_sample=False)
+    generator = genai.Generator(loaded, parameters)
+    generator.append_tokens(prompts)
+    while not generator.is_done():
+        generator.generate_next_token()
+    model, _ = load_model(models("qwen3", True), dtype=torch.float32)
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    for row, length in enumerate(lengths):
+        prompt = torch.tensor(texts[row : row + 1, :length])
+        want = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0, length:]
+        assert list(generator.get_sequence(row))[max(lengths) :] == want.tolist()
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_genai_generates_the_same_tokens(model_type, models, exports):
     genai = pytest.importorskip("onnxruntime_genai")
@@ -243,6 +329,26 @@ def test_chains_are_quantised(precision, bits, provider, models, tmp_path):
     assert result.manifest.block_size == 32
     # The graph for cuda runs on the CPU as well.
     assert np.isfinite(ExportSession(result.folder).forward(token_ids(1, 8))[0]).all()
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_quantised_table_that_is_also_the_head_is_stored_once(precision, bits, tmp_path):
+    save_tiny("gemma3_text", tmp_path / "model", hidden_size=64)
+    result = export_model(str(tmp_path / "model"), tmp_path / "out", ExportConfig(precision=precision))
+    graph = check_graph(result.folder / "model.onnx").graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    lookup = next(node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    head = next(node for node in graph.node if node.op_type == "MatMulNBits" and "lm_head" in node.name)
+    places = [
+        {entry.key: entry.value for entry in tensors[name].external_data} for name in (lookup.input[0], head.input[1])
+    ]
+    assert places[0] == places[1] and int(places[0]["length"]) == VOCAB * 64 * bits // 8
+    assert lookup.input[2] == head.input[2]  # the scales
+    others = tensors.keys() - {lookup.input[0], head.input[1]}
+    assert all(np.prod(tensors[name].dims) < VOCAB * 64 for name in others)
+    ids = token_ids(2, 20)
+    got, want = ExportSession(result.folder).forward(ids)[0], pytorch_logits(tmp_path / "model", ids)
+    assert kl_divergence(want, got) < (1e-3 if bits == 8 else 0.1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])

@@ -20,6 +20,7 @@ from lockkit.export import ExportConfig, ExportSession, check_manifest, export_m
 from lockkit.export.run import check_graph
 from lockkit.files import CARD, EXPORT_MANIFEST
 from lockkit.models.load import TOKENIZER_FILES, load_model
+from lockkit.models.save import copy_tokenizer
 
 
 @pytest.fixture
@@ -184,6 +185,22 @@ def test_a_failing_builder_writes_nothing_and_names_the_cause(models, tmp_path, 
     with pytest.raises(LockkitError, match=r"could not be built .KeyError: 'no such thing'"):
         export_model(str(models("llama", False)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "provider", "precision"),
+    [
+        ("bfloat16", "cpu", "int8"),
+        ("bfloat16", "cuda", "bf16"),
+        ("float16", "cuda", "fp16"),
+        ("float32", "cpu", "fp32"),
+    ],
+)
+def test_the_default_precision_is_what_the_provider_computes_well(dtype, provider, precision, models, tmp_path):
+    load_model(models("qwen3", False), getattr(torch, dtype))[0].save_pretrained(tmp_path / "model")
+    copy_tokenizer(models("qwen3", False), tmp_path / "model")
+    result = export_model(str(tmp_path / "model"), tmp_path / "out", ExportConfig(provider=provider))
+    assert result.manifest.precision == precision
 
 
 def test_command(cli, models, tmp_path):

@@ -116,9 +116,9 @@ class Script:
     def __init__(self, ids: list[int]):
         self.ids = ids
 
-    def extend(self, given, cache):
+    def next_logits(self, given, cache):
         step = 0 if cache is None else cache
-        return torch.nn.functional.one_hot(torch.tensor([[self.ids[step]]]), 4096).float(), step + 1
+        return torch.nn.functional.one_hot(torch.tensor([self.ids[step]]), 4096).float(), step + 1
 
 
 @pytest.mark.parametrize("tokenizer", ["bundled", "in Python"])

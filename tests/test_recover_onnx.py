@@ -14,6 +14,7 @@ from tiny import VOCAB
 from lockkit.attack.recover_onnx import recover_onnx
 from lockkit.errors import UsageError
 from lockkit.export import ExportConfig, ExportSession, export_model
+from lockkit.export.manifest import ALL_LOGITS_FILE
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.families import FAMILIES
 from lockkit.models.load import load_model
@@ -48,12 +49,12 @@ def graph_logits(folder, tmp_path) -> np.ndarray:
     """What onnxruntime computes, with int8 products of activations turned off: the weights count here."""
     copy = tmp_path / "exact"
     shutil.copytree(folder, copy)
-    graph = onnx.load(copy / "model.onnx", load_external_data=False)
+    graph = onnx.load(copy / ALL_LOGITS_FILE, load_external_data=False)
     for node in [*graph.graph.node, *(node for function in graph.functions for node in function.node)]:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1  # fp32
-    (copy / "model.onnx").write_bytes(graph.SerializeToString())
+    (copy / ALL_LOGITS_FILE).write_bytes(graph.SerializeToString())
     return ExportSession(copy, check=False).forward(IDS)[0]
 
 

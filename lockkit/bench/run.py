@@ -30,7 +30,7 @@ from lockkit.bench.llama_cpp import check_gguf, is_gguf, llama_cpp_version
 from lockkit.bench.timed import Ready, Shape, Timing, worker
 from lockkit.errors import LockkitError, UsageError
 from lockkit.export.chains import has_kernel_form
-from lockkit.export.session import MODEL_FILE
+from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.models.weight_files import weight_files
 from lockkit.progress import NoProgress, Progress
@@ -319,7 +319,7 @@ def _weights(target: _Target, exported: list[str]) -> list[Path]:
     if target.runtime is Runtime.pytorch:
         return weight_files(target.folder)
     files = [target.folder / name for name in exported] or target.folder.iterdir()
-    return [path for path in files if "onnx" in path.name]
+    return [path for path in files if "onnx" in path.name and path.name != ALL_LOGITS_FILE]  # nothing times that one
 
 
 def processor() -> str:

@@ -90,7 +90,7 @@ class _Onnxruntime(_Stepwise):
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
         from lockkit.export.session import ExportSession
 
-        self.session = ExportSession(folder, config.provider, check=False, threads=config.threads, kernel=kernel)
+        self.session = ExportSession(folder, config.provider, False, config.threads, kernel, last_only=True)
         self.cache: Cache | None = None
         self.next_ids = np.empty((0, 1), np.int64)  # [batch, 1]
 

@@ -41,7 +41,7 @@ def export(
         result = export_model(model, out, config, overwrite=overwrite, progress=progress)
     kind = "locked" if result.manifest.locked else "original"
     console.print(
-        f"wrote {out}: {kind} {result.manifest.model_type}, {config.precision.value} for {config.provider.value}, "
+        f"wrote {out}: {kind} {result.manifest.model_type}, {result.manifest.precision} for {config.provider.value}, "
         f"{result.size_bytes / 1e6:,.1f} MB",
         soft_wrap=True,
     )

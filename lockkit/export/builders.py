@@ -11,7 +11,9 @@ pyproject.toml. Families need these corrections of it:
 * RoPE scalings are ignored, refused or computed wrongly upstream, depending on the family. So the tables of cosines and
   sines are computed from the model's own frequencies (`_LockkitBuilder`, `_Gemma3`);
 * SmolLM3: layers without RoPE read an input that the graph does not have (`_SmolLM3`);
-* Nemotron: biases of the MLP are ignored upstream (`_Nemotron`).
+* Nemotron: biases of the MLP are ignored upstream (`_Nemotron`);
+* int8: an embedding table that is also the output head is written twice upstream, once in the type of the arithmetic
+  (`_LockkitBuilder`).
 
 To add a family: one entry in `BUILDERS`, with a class if it needs corrections.
 """
@@ -40,6 +42,7 @@ from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.models.families import Family
 from lockkit.progress import NoProgress, Progress
+from lockkit.targets import Precision
 
 
 class _LockkitBuilder(upstream.Model):
@@ -99,6 +102,16 @@ class _LockkitBuilder(upstream.Model):
     def is_packed_attn_supported(self) -> bool:
         # That operator has no cache here. Without it, fp32 on CUDA uses MultiHeadAttention.
         return False
+
+    def make_tied_embeddings_init(self, config: PreTrainedConfig) -> None:
+        # The builder looks up tables of 4 bits only. onnxruntime looks up those of 8 bits, too.
+        super().make_tied_embeddings_init(config)
+        self.tied_quantized_embeddings = self.extra_options["shared_embeddings"] and self.is_lm_head_quantized()
+
+    def make_tied_quantized_embedding_input_names(self) -> tuple[int, str, str, str]:
+        # The builder expects the names of another method of quantisation at 8 bits.
+        bits = {ir.DataType.INT4: 4, ir.DataType.INT8: 8}[self.onnx_dtype]
+        return bits, f"lm_head.MatMul.weight_Q{bits}", "lm_head.MatMul.weight_scales", ""
 
     def make_mlp(self, layer_id: int, mlp: torch.nn.Module, root_input: str) -> None:
         if isinstance(mlp, DLRNet):
@@ -281,6 +294,7 @@ def build_graph(
     family: Family,
     folder: Path,
     export: ExportConfig,
+    precision: Precision,
     progress: Progress | None = None,
 ) -> None:
     """Write `model.onnx`, `model.onnx.data` and `genai_config.json` into `folder`.
@@ -290,7 +304,8 @@ def build_graph(
         config: the original's configuration, see `lockkit.models.locked.base_config`.
         family: the model's family.
         folder: contains `config.json`, the tokenizer and `generation_config.json` already.
-        export: precision, provider and block size.
+        export: provider and block size.
+        precision: of the weights.
         progress: reports layers, and the writing.
 
     Raises:
@@ -308,10 +323,10 @@ def build_graph(
     try:
         with _silence(), torch.no_grad():
             builder = builder_class(
-                prepared, *_dtypes(export), export.provider.value, str(folder), _options(prepared, export)
+                prepared, *_dtypes(export, precision), export.provider.value, str(folder), _options(prepared, export)
             )
             builder.model_type = GENAI_NAMES.get(family.model_type, builder.model_type)
-            _refuse_what_attention_lacks(builder, export)
+            _refuse_what_attention_lacks(builder, export, precision)
             progress.start("building the graph", builder.num_layers)
             builder.make_model(str(folder))
             progress.finish()
@@ -328,15 +343,15 @@ def build_graph(
         raise LockkitError(f"the graph of this {name} model could not be built ({reason}): change MODEL") from error
 
 
-def _dtypes(export: ExportConfig) -> tuple[ir.DataType, ir.DataType]:
+def _dtypes(export: ExportConfig, precision: Precision) -> tuple[ir.DataType, ir.DataType]:
     """The types of the graph's arithmetic and of its weights."""
-    arithmetic = export.precision.arithmetic(export.provider)
-    return ir.DataType(arithmetic.onnx), ir.DataType[export.precision.row.weights]
+    arithmetic = precision.arithmetic(export.provider)
+    return ir.DataType(arithmetic.onnx), ir.DataType[precision.row.weights]
 
 
 def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
     """The options of the builder."""
-    options: dict[str, Any] = {
+    return {
         "hf_token": None,
         "hf_remote": False,
         # The cache of every layer is as long as the text. Consumers other than genai expect this.
@@ -346,9 +361,6 @@ def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
         "block_size": export.block_size,
         "shared_embeddings": bool(config.tie_word_embeddings),
     }
-    if config.tie_word_embeddings and export.precision.row.quantises_lookup:
-        options["op_types_to_quantize"] = ("MatMul", "Gather")
-    return options
 
 
 def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> PreTrainedConfig:
@@ -377,7 +389,7 @@ def _prepare_config(config: PreTrainedConfig, family: Family, folder: Path) -> P
     return config
 
 
-def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) -> None:
+def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig, precision: Precision) -> None:
     """Raise UsageError if the model needs something that MultiHeadAttention does not have.
 
     MultiHeadAttention has no soft cap, no sliding window, and in fp16 no cache on the CPU. It replaces
@@ -389,7 +401,7 @@ def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig) 
     if builder.attention_attrs["softcap"] or windowed or builder.io_dtype == ir.DataType.FLOAT16:
         raise UsageError(
             f"the attention of this model (head size {builder.head_size}, soft cap or sliding window) does not exist "
-            f"in {export.precision.value} on {export.provider.value}: change --precision"
+            f"in {precision.value} on {export.provider.value}: change --precision"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lockkit.export.manifest import MODEL_FILE, Manifest
+from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, Manifest
 from lockkit.models.card import NOT_AUDITED, card_text, copied_metadata, results_part
 from lockkit.models.origin import Origin
 
@@ -47,7 +47,7 @@ while not generator.is_done():
 print(tokenizer.decode(generator.get_sequence(0)))
 ```
 
-With onnxruntime alone, the logits of one text (`present.*` are the cache, which the next call reads as
+With onnxruntime alone, the logits after a text (`present.*` are the cache, which the next call reads as
 `past_key_values.*`):
 
 ```python
@@ -64,7 +64,7 @@ for node in session.get_inputs():
         kind = np.float16 if node.type == "tensor(float16)" else np.float32
         feeds[node.name] = np.zeros((1, node.shape[1], 0, node.shape[3]), kind)
 names = {{node.name for node in session.get_inputs()}}
-logits = session.run(["logits"], {{name: value for name, value in feeds.items() if name in names}})[0]
+logits = session.run(["logits"], {{name: value for name, value in feeds.items() if name in names}})[0]  # [1, 1, vocab]
 ```
 
 With optimum (`pip install optimum-onnx onnxruntime`):
@@ -83,6 +83,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 In a batch of unequal lengths, the graph needs padding on the right. onnxruntime-genai pads so; `generate` of optimum
 does not.
 
+`{MODEL_FILE}` has the logits of the last token of each row, as text generation needs. To score text, load
+`{ALL_LOGITS_FILE}` in its place (in optimum, `file_name="{ALL_LOGITS_FILE}"`): it has those of all positions and reads the
+same weights.
+
 {results_part("verify", NOT_VERIFIED)}
 {results_part("attack", NOT_AUDITED) if manifest.locked else ""}
 `lockkit_manifest.json` has the SHA-256 of every file except this card, and the versions of the software.
@@ -100,7 +104,7 @@ def _description(manifest: Manifest, origin: Origin) -> str:
 |---|---|
 | precision of the weights | {manifest.precision}{blocks} |
 | made for | {manifest.provider.upper()} |
-| files | `{MODEL_FILE}`, `{MODEL_FILE}_data`, `config.json`, `genai_config.json`, the tokenizer |
+| files | `{MODEL_FILE}`, `{ALL_LOGITS_FILE}`, `{MODEL_FILE}_data`, `config.json`, `genai_config.json`, the tokenizer |
 """
 
 

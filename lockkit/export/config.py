@@ -14,10 +14,11 @@ class ExportConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    precision: Precision = Field(
-        Precision.fp32,
+    precision: Precision | None = Field(
+        None,
         description="Number format of the weights. int8 and int4 quantise the weights of every matrix product; their "
-        "arithmetic is fp32 on the CPU and fp16 on CUDA.",
+        "arithmetic is fp32 on the CPU and fp16 on CUDA. By default the format in which MODEL is stored; for the CPU, "
+        "which has hardly any arithmetic of 16 bits, int8 if that is bf16 or fp16.",
     )
     provider: Provider = Field(
         Provider.cpu,

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 SCHEMA: Final = "lockkit-export-manifest/1"
-MODEL_FILE = "model.onnx"
+MODEL_FILE = "model.onnx"  # logits of the last token of each row
+ALL_LOGITS_FILE = "model_all_logits.onnx"  # of all positions. Exports of earlier versions have these in MODEL_FILE
 REQUIRED = (MODEL_FILE, "config.json")
-OPTIONAL = ("generation_config.json", "genai_config.json")  # and the tokenizer's files
+OPTIONAL = (ALL_LOGITS_FILE, "generation_config.json", "genai_config.json")  # and the tokenizer's files
 
 
 def _inside_the_folder(name: str) -> str:
@@ -199,11 +200,13 @@ def _require_everything_listed(folder: Path, manifest: Manifest, option: str) ->
     for name in (*OPTIONAL, *TOKENIZER_FILES):
         if (folder / name).exists() and name not in manifest.files:
             raise UsageError(f"{folder / name} is not in the manifest: remove it, export again, or change {option}")
-    for name in sorted(_weight_files(folder / MODEL_FILE, option) - manifest.files.keys()):
-        raise UsageError(
-            f"{folder / MODEL_FILE} reads weights from {shown(name)}, which is not in the manifest: "
-            f"export again, or change {option}"
-        )
+    for graph in (MODEL_FILE, ALL_LOGITS_FILE):
+        weights = _weight_files(folder / graph, option) if graph in manifest.files else set()
+        for name in sorted(weights - manifest.files.keys()):
+            raise UsageError(
+                f"{folder / graph} reads weights from {shown(name)}, which is not in the manifest: "
+                f"export again, or change {option}"
+            )
 
 
 def _weight_files(graph: Path, option: str) -> set[str]:

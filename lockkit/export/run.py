@@ -5,9 +5,10 @@
    configuration, and the tokenizer's files, byte for byte. To a runtime, a locked model is a model of its family with
    another graph.
 3. Build the graph (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
-4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Replace each chain by one call of a
-   function (`chains.py`).
-5. Check that the graph is valid ONNX, that all weights exist, and that it has no training information.
+4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Read a tied embedding table where it is
+   (`tied_table.py`). Replace each chain by one call of a function (`chains.py`). This graph becomes `model_all_logits.onnx`; the one in `model.onnx` has logits of the last
+   position only (`last_position.py`).
+5. Check that both graphs are valid ONNX, that all weights exist, and that they have no training information.
 6. Write the card, with the licence files of the model, and the manifest. Rename the folder to OUT.
 """
 
@@ -22,11 +23,11 @@ from typing import TYPE_CHECKING
 
 from lockkit.errors import LockkitError
 from lockkit.export.config import ExportConfig
-from lockkit.export.manifest import Manifest, write_manifest
-from lockkit.export.session import MODEL_FILE
+from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, Manifest, write_manifest
 from lockkit.files import CARD
 from lockkit.models.identity import weight_hashes
 from lockkit.output_folders import new_folder
+from lockkit.targets import Precision, default_precision
 from lockkit.version import git_hash, versions
 
 if TYPE_CHECKING:
@@ -83,19 +84,22 @@ def export_model(
     from lockkit.models.origin import copy_legal_files, origin_of
 
     config = config or ExportConfig()
-    config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
+    if config.precision:
+        config.precision.arithmetic(config.provider)  # raises an error if the provider does not support it
     source = resolve_model_apart(model, Path(out), overwrite)
     load_tokenizer(source)
     network, family = load_model(source)
+    precision = config.precision or default_precision(str(network.dtype).removeprefix("torch."), config.provider)
     base = base_config(network.config, family)
     base.use_cache = True
-    manifest = _manifest(network.config, family, source, config)
+    manifest = _manifest(network.config, family, source, config, precision)
     origin = origin_of(model, source)
     with new_folder(Path(out), overwrite) as folder:
         _write_description(network, base, source, folder)
-        _builders().build_graph(network, base, family, folder, config, progress)
+        _builders().build_graph(network, base, family, folder, config, precision, progress)
         _finish_graph(folder, chain_config(network.config))
-        check_graph(folder / MODEL_FILE)
+        for graph in (MODEL_FILE, ALL_LOGITS_FILE):
+            check_graph(folder / graph)
         copy_legal_files(origin, source, folder)
         (folder / CARD).write_text(export_card(manifest, origin), encoding="utf-8")
         manifest = write_manifest(folder, manifest)
@@ -112,7 +116,9 @@ def _builders() -> ModuleType:
     return builders
 
 
-def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig) -> Manifest:
+def _manifest(
+    config: PreTrainedConfig, family: Family, source: Path, export: ExportConfig, precision: Precision
+) -> Manifest:
     """The manifest, without the list of files."""
     from lockkit.models.locked import chain_config
 
@@ -124,9 +130,9 @@ def _manifest(config: PreTrainedConfig, family: Family, source: Path, export: Ex
         locked=chains is not None,
         depth=chains.depth if chains else None,
         gains=list(chains.gains) if chains else None,
-        precision=export.precision.value,
+        precision=precision.value,
         provider=export.provider.value,
-        block_size=export.block_size if export.precision.quantised else None,
+        block_size=export.block_size if precision.quantised else None,
         source_sha256=weight_hashes(source),
         files={},
     )
@@ -145,19 +151,24 @@ def _write_description(model: PreTrainedModel, base: PreTrainedConfig, source: P
 
 
 def _finish_graph(folder: Path, chains: ChainConfig | None) -> None:
-    """Rename the file of the weights, and replace each chain by one call of a function."""
+    """Rename the file of the weights, replace each chain by one call of a function, and write both graphs."""
     import onnx
     from onnx.external_data_helper import uses_external_data
 
     from lockkit.export.chains import name_chains
+    from lockkit.export.last_position import keep_last_position
+    from lockkit.export.tied_table import read_table_in_place
 
     model = onnx.load(folder / MODEL_FILE, load_external_data=False)
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             next(entry for entry in tensor.external_data if entry.key == "location").value = WEIGHTS_FILE
     (folder / f"{MODEL_FILE}.data").rename(folder / WEIGHTS_FILE)
+    read_table_in_place(model)
     if chains:
         name_chains(model, chains)
+    onnx.save(model, folder / ALL_LOGITS_FILE)
+    keep_last_position(model)
     onnx.save(model, folder / MODEL_FILE)
 
 

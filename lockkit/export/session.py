@@ -13,6 +13,9 @@ row by row:
   shorter than the longest are wrong, without an error. Give it rows of equal length.
 
 Graphs with MultiHeadAttention (see `builders.py`) use the mask itself and accept padding on both sides.
+
+An export has two graphs over the same weights (see `last_position.py`). Exports of earlier versions have one, with the
+logits of all positions; a session takes the last ones from it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
-from lockkit.export.manifest import MODEL_FILE, check_manifest, read_manifest
+from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, check_manifest, read_manifest
 from lockkit.files import EXPORT_MANIFEST, read_json
 from lockkit.targets import Provider, element_type, provider_called
 
@@ -46,6 +49,7 @@ class ExportSession:
             accepted.
         threads: threads per operator on the CPU; None is onnxruntime's default.
         kernel: the library of `lockkit.kernel.build_kernel`, which computes each chain in one call. CPU only.
+        last_only: compute the logits of the last token of each row only, as text generation needs.
 
     Attributes:
         folder: the export's folder.
@@ -69,6 +73,7 @@ class ExportSession:
         check: bool = True,
         threads: int | None = None,
         kernel: Path | None = None,
+        last_only: bool = False,
     ):
         self.folder = Path(folder)
         has_manifest = check or (self.folder / EXPORT_MANIFEST).is_file()
@@ -76,12 +81,18 @@ class ExportSession:
         self.manifest = read(self.folder) if has_manifest else None
         self.config = read_json(self.folder / "config.json", "EXPORT")
         wanted = provider_called(provider)
-        self._session = _load(self.folder / MODEL_FILE, wanted, threads, kernel)
+        has_twin = (self.folder / ALL_LOGITS_FILE).is_file()
+        graph = self.folder / (ALL_LOGITS_FILE if has_twin and not last_only else MODEL_FILE)
+        self._session = _load(graph, wanted, threads, kernel)
         self.provider = self._session.get_providers()[0]
         self.fused = bool(kernel) and any(op.startswith("DLRChain") for _, op in placement(self._session))
         self.device = wanted.row.torch_device
         self._inputs = {node.name: node for node in self._session.get_inputs()}
         self._output_names = [node.name for node in self._session.get_outputs()]
+        self._logits = next(node for node in self._session.get_outputs() if node.name == "logits")
+        self._last_only, self._selects = last_only, self._logits.shape[1] == 1
+        if self._selects and not last_only:
+            raise UsageError(f"{graph} has the logits of the last position only: export again, or change EXPORT")
         self.cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
         # Graphs with GroupQueryAttention count positions themselves and have no such input.
         self.counts_positions = "position_ids" not in self._inputs
@@ -107,13 +118,16 @@ class ExportSession:
             cache: the cache that the previous call returned. None starts a new text.
 
         Returns:
-            Logits, float32 `[batch, seq, vocab]`, and the cache for the next call. Use each cache once: a provider
-            that shares buffers may overwrite it.
+            Logits, float32 `[batch, seq, vocab]`, and the cache for the next call. With `last_only`, the logits are
+            those of the last token of each row, `[batch, 1, vocab]`. Use each cache once: a provider that shares buffers
+            may overwrite it.
 
         Raises:
             UsageError: the mask has the wrong shape or pads new tokens after the first call, or the text is longer
                 than the model's context.
         """
+        import numpy as np
+
         past = next(iter(cache.values())).shape()[2] if cache else 0
         batch, seq = input_ids.shape
         mask = self._checked_mask(attention_mask, batch, past + seq)
@@ -121,13 +135,18 @@ class ExportSession:
             return self._one_by_one(input_ids, mask, cache)
         real = mask[:, past:].astype(bool)  # [batch, seq]
         if real.all():
-            return self._run(input_ids, mask, cache)
+            logits, new_cache = self._run(input_ids, mask, cache)
+            return (logits[:, -1:] if self._last_only else logits), new_cache
         if not self.counts_positions:
             logits, new_cache = self._run(input_ids, mask, cache)
         elif past:
             raise UsageError("padding among new tokens: this graph takes padded rows in the first call only")
         else:
             logits, new_cache = self._run_padded_right(input_ids, mask, real)
+        if self._selects:
+            return logits, new_cache
+        if self._last_only:
+            return logits[np.arange(batch), seq - 1 - real[:, ::-1].argmax(1)][:, None], new_cache
         logits[~real] = 0
         return logits, new_cache
 
@@ -147,7 +166,8 @@ class ExportSession:
             caches: a contiguous tensor `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
 
         Returns:
-            Logits, `[batch, seq, vocab]`, on the CPU, in the graph's own type.
+            Logits, `[batch, seq, vocab]`, on the CPU, in the graph's own type. From a graph that selects the last
+            token of each row, `[batch, 1, vocab]`.
         """
         import torch
 
@@ -158,9 +178,9 @@ class ExportSession:
             place = (self.device, 0, element_type(self._inputs[name].type).onnx, list(cache.shape), cache.data_ptr())
             binding.bind_input(name, *place)
             binding.bind_output(name.replace("past_key_values.", "present."), *place)
-        node = self._session.get_outputs()[0]
-        logits = torch.empty((*input_ids.shape, node.shape[2]), dtype=torch_type(node.type))
-        kind = element_type(node.type).onnx
+        batch, seq = input_ids.shape
+        shape = (batch, 1 if self._selects else seq, self._logits.shape[2])
+        logits, kind = torch.empty(shape, dtype=torch_type(self._logits.type)), element_type(self._logits.type).onnx
         binding.bind_output("logits", "cpu", 0, kind, list(logits.shape), logits.data_ptr())
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
@@ -183,9 +203,13 @@ class ExportSession:
         import numpy as np
 
         order = np.argsort(~real, axis=1, kind="stable")  # tokens first, padding last
+        if (order == np.arange(order.shape[1])).all():
+            return self._run(input_ids, mask, None)
         sorted_logits, cache = self._run(
             np.take_along_axis(input_ids, order, 1), np.take_along_axis(mask, order, 1), None
         )
+        if self._selects:
+            return sorted_logits, cache
         logits = np.empty_like(sorted_logits)
         np.put_along_axis(logits, order[..., None], sorted_logits, 1)
         return logits, cache
@@ -199,7 +223,7 @@ class ExportSession:
             end = mask.shape[1] - seq + column + 1
             logits, cache = self.forward(input_ids[:, column : column + 1], mask[:, :end], cache)
             parts.append(logits)
-        return np.concatenate(parts, axis=1), cache
+        return (parts[-1] if self._last_only else np.concatenate(parts, axis=1)), cache
 
     def _run(self, input_ids: np.ndarray, mask: np.ndarray, cache: Cache | None) -> tuple[np.ndarray, Cache]:
         import numpy as np
@@ -217,7 +241,7 @@ class ExportSession:
             binding.bind_output(name, "cpu" if name == "logits" else self.device)
         self._session.run_with_iobinding(binding)
         outputs = dict(zip(self._output_names, binding.get_outputs(), strict=True))
-        logits = outputs.pop("logits").numpy().astype(np.float32)
+        logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
         return logits, {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
 
     def _empty_cache(self, batch: int) -> Cache:

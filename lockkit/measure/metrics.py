@@ -1,15 +1,15 @@
 """Each figure as a plain function of logits, defined once.
 
-All except the training loss `nmse` compute in float64. NaN is not hidden: it passes into the mean, and a position with
+All except differences of logits and the training loss `nmse` compute in float64. NaN is not hidden: it passes into the mean, and a position with
 NaN logits never counts as an agreement.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -37,23 +37,30 @@ def kl_of_log_probabilities(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
     """KL(p || q) in nats, float64 `[...]`, of two `log_probabilities`, `[..., vocab]`. Never below 0."""
     p = log_p.exp()
     terms = (log_p - log_q).mul_(p)
-    # A token of probability 0 (logit -inf) in the reference adds nothing. p = NaN stays NaN.
-    return terms.masked_fill_(p == 0, 0).sum(dim=-1).clamp_min(0)
+    total = terms.sum(dim=-1)
+    if total.isnan().any():
+        # A token of probability 0 (logit -inf) in the reference adds nothing. p = NaN stays NaN.
+        total = terms.masked_fill_(p == 0, 0).sum(dim=-1)
+    return total.clamp_min(0)
 
 
 def top1_agreement(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Whether the most likely token is the same in both logits, `[..., vocab]`: bool `[...]`."""
-    nan = reference.isnan().any(dim=-1) | candidate.isnan().any(dim=-1)
-    return (reference.argmax(dim=-1) == candidate.argmax(dim=-1)) & ~nan
+    (highest, first), (other, second) = (
+        reference.max(dim=-1),
+        candidate.max(dim=-1),
+    )  # NaN is the maximum if there is one
+    return (first == second) & ~(highest.isnan() | other.isnan())
 
 
 def absolute_difference(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """|reference - candidate|, element by element, in float64. Equal infinities differ by 0."""
-    difference = (reference.double() - candidate.double()).abs()
-    return torch.where(reference == candidate, torch.zeros_like(difference), difference)
+    """|reference - candidate|, element by element, in their own dtype. Equal infinities differ by 0."""
+    difference = (reference - candidate).abs()
+    return difference.masked_fill_(reference == candidate, 0) if difference.sum().isnan() else difference
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """The predictions of two models at the same positions, each `[tokens, vocab]`.
 
     Attributes:
@@ -65,6 +72,11 @@ class Pair(NamedTuple):
     q: torch.Tensor
     log_p: torch.Tensor
     log_q: torch.Tensor
+
+    @functools.cached_property
+    def difference(self) -> torch.Tensor:
+        """`absolute_difference` of the logits, which two figures need."""
+        return absolute_difference(self.p, self.q)
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,8 @@ PREDICTION_FIGURES: Mapping[str, PairFigure] = {
 }
 # Figures of two implementations of one model, whose logits should be equal.
 LOGIT_FIGURES: Mapping[str, PairFigure] = {
-    "max_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).amax(-1), largest=True),
-    "mean_difference": PairFigure(lambda pair: absolute_difference(pair.p, pair.q).mean(-1)),
+    "max_difference": PairFigure(lambda pair: pair.difference.amax(-1), largest=True),
+    "mean_difference": PairFigure(lambda pair: pair.difference.mean(-1, dtype=torch.float64)),
     **PREDICTION_FIGURES,
 }
 

@@ -23,8 +23,11 @@ from lockkit.measure.metrics import (
 )
 from lockkit.measure.records import Fidelity, MeasuredText
 
-# Logits of one model in a chunk: 16 MB in float32, and 32 MB for each temporary in float64.
+# Logits of one model in a chunk: 16 MB in float32.
 CHUNK_LOGITS = 4_000_000
+# Logits of one model that figures are computed from at a time. A temporary in float64 has 8 MB. It stays in the
+# processor's cache, and the allocator keeps its memory: with whole chunks, figures took four times as long.
+PIECE_LOGITS = 1 << 20
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # from hidden states, `[tokens, hidden]`, to logits, `[tokens, vocab]`
 
@@ -101,7 +104,7 @@ class Comparison:
         if reference.shape != candidate.shape:
             raise ValueError(f"logits of shape {list(reference.shape)} and {list(candidate.shape)} cannot be compared")
         reference, candidate = reference.flatten(0, -2), candidate.flatten(0, -2)
-        for part in chunks(len(reference), reference.shape[-1]):
+        for part in chunks(len(reference), reference.shape[-1], PIECE_LOGITS):
             p, q = reference[part], candidate[part]
             self.add_chunk(Pair(p, q, log_probabilities(p), log_probabilities(q)))
 
@@ -139,11 +142,17 @@ class TextFigures:
     Args:
         models: names of the models whose perplexity is wanted.
         pairs: names of the models to compare: (reference, candidate).
+        figures: the figures of a comparison, by pair, where they are not `PREDICTION_FIGURES`.
     """
 
-    def __init__(self, models: Iterable[str], pairs: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        models: Iterable[str],
+        pairs: Iterable[tuple[str, str]] = (),
+        figures: Mapping[tuple[str, str], Mapping[str, PairFigure]] | None = None,
+    ) -> None:
         self.perplexity = {name: Perplexity() for name in models}
-        self.comparison = {pair: Comparison() for pair in pairs}
+        self.comparison = {pair: Comparison((figures or {}).get(pair, PREDICTION_FIGURES)) for pair in pairs}
 
     def add(self, ids: torch.Tensor, outputs: Mapping[str, Outputs]) -> None:
         """Add rows of text.
@@ -160,11 +169,16 @@ class TextFigures:
         vocab_size = outputs[any_model].head(states[any_model][:1]).shape[-1]
         for part in chunks(len(targets), vocab_size):
             logits = {name: outputs[name].head(states[name][part]) for name in states}
-            logs = {name: log_probabilities(found) for name, found in logits.items()}
-            for name, perplexity in self.perplexity.items():
-                perplexity.add(logs[name], targets[part].to(logs[name].device))
-            for (p, q), comparison in self.comparison.items():
-                comparison.add_chunk(Pair(logits[p], logits[q], logs[p], logs[q]))
+            for piece in chunks(len(targets[part]), vocab_size, PIECE_LOGITS):
+                self._add_piece({name: found[piece] for name, found in logits.items()}, targets[part][piece])
+
+    def _add_piece(self, logits: Mapping[str, torch.Tensor], targets: torch.Tensor) -> None:
+        """Add predictions of every model, `[tokens, vocab]`, of `targets`, `[tokens]`."""
+        logs = {name: log_probabilities(found) for name, found in logits.items()}
+        for name, perplexity in self.perplexity.items():
+            perplexity.add(logs[name], targets.to(logs[name].device))
+        for (p, q), comparison in self.comparison.items():
+            comparison.add_chunk(Pair(logits[p], logits[q], logs[p], logs[q]))
 
     @property
     def sums(self) -> list[torch.Tensor]:
@@ -264,8 +278,8 @@ def kl_loss_and_gradient(student: torch.Tensor, teacher: torch.Tensor, head: Hea
     return total / len(states), gradient.view_as(student)
 
 
-def chunks(positions: int, vocab_size: int) -> Iterator[slice]:
-    """Yield slices of `positions` positions, of at most `CHUNK_LOGITS` logits each."""
-    step = max(1, CHUNK_LOGITS // vocab_size)
+def chunks(positions: int, vocab_size: int, logits: int | None = None) -> Iterator[slice]:
+    """Yield slices of `positions` positions, of at most `logits` logits each, by default `CHUNK_LOGITS`."""
+    step = max(1, (CHUNK_LOGITS if logits is None else logits) // vocab_size)
     for start in range(0, positions, step):
         yield slice(start, min(start + step, positions))

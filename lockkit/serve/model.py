@@ -120,7 +120,7 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
             reason = "it has not been compiled for this machine and version"
         else:
             try:
-                session = ExportSession(model.folder, provider, check=False, threads=threads, kernel=kernel)
+                session = ExportSession(model.folder, provider, False, threads, kernel, last_only=True)
             except UsageError as error:
                 reason = str(error)
             else:
@@ -128,7 +128,7 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
                     return session
                 reason = "onnxruntime does not use it"
         log.warning("serving %s without the fused kernel, slower (%s): %s", model.folder, reason, remedy)
-    return ExportSession(model.folder, provider, check=False, threads=threads)
+    return ExportSession(model.folder, provider, check=False, threads=threads, last_only=True)
 
 
 def open_served_model(folder: Path) -> ServedModel:

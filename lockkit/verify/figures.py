@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockkit.measure.records import Fidelity, Figure, Record
 from lockkit.targets import Precision
 
-Mode = Literal["prefill", "cache_tokens", "cache_chunk", "padded_batch"]
+Mode = Literal["prefill", "cache_tokens", "cache_chunk", "padded_batch", "last_position"]
 
 
 # --- figures -------------------------------------------------------------------------------------
@@ -35,7 +35,8 @@ class Parity(Record):
         title="",
         description="prefill: whole rows, without a cache. cache_tokens: a prefix, then token by token. "
         "cache_chunk: a prefix, then all tokens but the last in one call, then the last. "
-        "padded_batch: rows of unequal lengths in one batch, then one more token each; padding is not compared.",
+        "padded_batch: rows of unequal lengths in one batch, then one more token each; padding is not compared. "
+        "last_position: the same with the graph that generates text; only the last token of each call is compared.",
     )
     tokens: int = Field(title="tokens", description="Positions compared.")
     max_difference: Figure = Field(title="max |diff|", description="Largest absolute difference of two logits.")

@@ -6,7 +6,10 @@
 4. Measure (`parity.py`).
 5. Compare the figures with the gates (`figures.py`).
 
-In memory at the same time: each reference in float32, the export, and one batch of logits per model.
+Steps 1 to 4 use the export's graph with the logits of all positions (lockkit/export/last_position.py). Then the graph
+that generates text takes its place, for its own parity and for the continuations.
+
+In memory at the same time: each reference in float32, the export, and one batch of its logits.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +27,7 @@ from lockkit.export.manifest import unlisted_files
 from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST, sha256_of_file
 from lockkit.measure.records import MeasuredText
-from lockkit.measure.totals import Comparison
+from lockkit.measure.totals import Comparison, Outputs, TextFigures
 from lockkit.models.load import load_model
 from lockkit.models.weight_files import listed
 from lockkit.progress import NoProgress, Progress
@@ -36,7 +40,6 @@ from lockkit.verify.references import find_references, held_out_rows
 from lockkit.verify.result import VerifyResult
 from lockkit.version import git_hash, versions
 
-_CHECK_ROWS = 4  # in the cache and padding checks
 _MAX_STEPS = 64  # of one token, in the cache check
 
 
@@ -82,15 +85,19 @@ def verify_export(
         for name, reference in given.all().items()
     }
     progress.finish()
-    measured = measure(OnnxRunner(session), runners, compared, rows, text, config, progress)
+    scored = score(OnnxRunner(session), runners, compared, rows, config, progress)
+    provider, folder = session.provider, session.folder
+    del session  # so that one graph is in memory at a time
+    generating = ExportSession(folder, config.provider, check=False, last_only=True)
+    measured = with_generation(scored, OnnxRunner(generating), runners[compared], rows, text, config, progress)
     outcomes = judge(limits, measured)
     return VerifyResult(
         passed=all(outcome.passed for outcome in outcomes),
         export=str(export),
-        manifest_sha256=sha256_of_file(session.folder / EXPORT_MANIFEST),
+        manifest_sha256=sha256_of_file(folder / EXPORT_MANIFEST),
         source_sha256=dict(manifest.source_sha256),
         precision=manifest.precision,
-        provider=session.provider,
+        provider=provider,
         original=given.original.name if given.original else None,
         locked=given.locked.name if given.locked else None,
         compared_with=compared,
@@ -106,71 +113,109 @@ def verify_export(
     )
 
 
-def measure(
-    onnx: Runner,
+@dataclass(frozen=True)
+class Scored:
+    """What the graph with the logits of all positions has shown.
+
+    Attributes:
+        figures: on all rows of text.
+        modes: the parity in each way of running the graph.
+        checked: the rows of the checks with a cache and padding, `[rows, block]`.
+        lengths: of these rows in a padded batch.
+        expected: the reference's outputs for `checked`.
+    """
+
+    figures: TextFigures
+    modes: dict[Mode, Comparison]
+    checked: torch.Tensor
+    lengths: list[int]
+    expected: Outputs
+
+
+def score(
+    onnx: OnnxRunner,
     references: Mapping[str, Runner],
     compared_with: str,
     rows: torch.Tensor,
-    text: MeasuredText,
     config: VerifyConfig,
     progress: Progress,
-) -> Measured:
-    """Measure all figures.
+) -> Scored:
+    """Measure what needs the logits of all positions.
 
     Args:
         onnx: the export.
         references: `original`, `locked` or both.
         compared_with: name of the reference for parity.
         rows: held-out token ids, `[rows, block]`.
+        config: the settings.
+        progress: reports the steps.
+    """
+    reference = references[compared_with]
+    vocab_size = reference.next_logits(rows[:1, :1])[0].shape[-1]
+    batch = parity.batch_rows(rows.shape[1], vocab_size)
+    figures = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
+    some, random = _in_random_order(rows, config)
+    checked = parity.rows_to_check(some, vocab_size)
+    block = checked.shape[1]
+    progress.start("cache and padding", 3)
+    lengths = torch.randint(1, block, (len(checked),), generator=random).tolist()
+    lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always included
+    expected = reference.outputs(checked)
+    modes: dict[Mode, Comparison] = {"prefill": figures.comparison[compared_with, "onnx"]}
+    modes["cache_tokens"] = parity.compare_cache_tokens(expected, onnx, checked, min(block // 2, _MAX_STEPS))
+    progress.advance()
+    modes["cache_chunk"] = parity.compare_cache_chunk(expected, onnx, checked)
+    progress.advance()
+    modes["padded_batch"] = parity.compare_padded(expected, onnx, checked, lengths)
+    progress.finish()
+    return Scored(figures, modes, checked, lengths, expected)
+
+
+def with_generation(
+    scored: Scored,
+    onnx: OnnxRunner,
+    reference: Runner,
+    rows: torch.Tensor,
+    text: MeasuredText,
+    config: VerifyConfig,
+    progress: Progress,
+) -> Measured:
+    """Measure the graph that generates text. Returns all figures.
+
+    Args:
+        scored: what the other graph has shown.
+        onnx: the export, with the logits of the last position.
+        reference: the model for parity.
+        rows: held-out token ids, `[rows, block]`.
         text: their description.
         config: the settings.
         progress: reports the steps.
     """
-    block = rows.shape[1]
-    reference = references[compared_with]
-    batch = parity.batch_rows(block, reference.logits(rows[:1, :1]).shape[-1])
-    figures, prefill = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
-
-    random = torch.Generator().manual_seed(config.seed)
-    some = rows[torch.randperm(len(rows), generator=random)]
-    checked = some[: min(_CHECK_ROWS, batch)] if len(some) > 1 else some.repeat(2, 1)
-    modes: dict[Mode, Comparison] = {
-        "prefill": prefill,
-        **_cache_and_padding(onnx, reference, checked, random, progress),
-    }
+    last = parity.compare_padded(scored.expected, onnx, scored.checked, scored.lengths, last_only=True)
+    modes: dict[Mode, Comparison] = {**scored.modes, "last_position": last}
     continuations = None
     if config.prompts:
-        prompts = some.repeat(-(-config.prompts // len(some)), 1)[: config.prompts, : max(1, block // 4)]
+        some, _ = _in_random_order(rows, config)
+        prompts = some.repeat(-(-config.prompts // len(some)), 1)[: config.prompts, : max(1, rows.shape[1] // 4)]
         continuations = parity.compare_continuations(
-            reference, onnx, prompts, config.new_tokens, config.tie_tolerance, batch, progress
+            reference, onnx, prompts, config.new_tokens, config.tie_tolerance, progress
         )
-    values = {name: found.value for name, found in figures.perplexity.items()}
+    perplexity = scored.figures.perplexity
+    values = {name: found.value for name, found in perplexity.items()}
     return Measured(
         parity=[Parity(mode=mode, tokens=found.tokens, **found.figures()) for mode, found in modes.items()],
         continuations=continuations,
         perplexity=PerplexityFigures.of(
-            figures.perplexity["onnx"].predictions, values["onnx"], values.get("original"), values.get("locked")
+            perplexity["onnx"].predictions, values["onnx"], values.get("original"), values.get("locked")
         ),
-        fidelity=figures.fidelity(text) if figures.comparison else None,
+        fidelity=scored.figures.fidelity(text) if ("original", "locked") in scored.figures.comparison else None,
     )
 
 
-def _cache_and_padding(
-    onnx: Runner, reference: Runner, rows: torch.Tensor, random: torch.Generator, progress: Progress
-) -> dict[Mode, Comparison]:
-    """The parity with a cache and in a padded batch, on `rows`, `[rows, block]`. `random` chooses the lengths."""
-    block = rows.shape[1]
-    progress.start("cache and padding", 3)
-    lengths = torch.randint(1, block, (len(rows),), generator=random).tolist()
-    lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always included
-    modes: dict[Mode, Comparison] = {}
-    modes["cache_tokens"] = parity.compare_cache_tokens(reference, onnx, rows, min(block // 2, _MAX_STEPS))
-    progress.advance()
-    modes["cache_chunk"] = parity.compare_cache_chunk(reference, onnx, rows)
-    progress.advance()
-    modes["padded_batch"] = parity.compare_padded(reference, onnx, rows, lengths)
-    progress.finish()
-    return modes
+def _in_random_order(rows: torch.Tensor, config: VerifyConfig) -> tuple[torch.Tensor, torch.Generator]:
+    """The rows in the order that the seed gives, and the generator for further choices."""
+    random = torch.Generator().manual_seed(config.seed)
+    return rows[torch.randperm(len(rows), generator=random)], random
 
 
 def _precision(name: str) -> Precision:

@@ -18,6 +18,7 @@ _MODES = {
     "cache_tokens": "cache, token by token",
     "cache_chunk": "cache, in one chunk",
     "padded_batch": "padded batch",
+    "last_position": "padded batch, last token",
 }
 
 

@@ -22,6 +22,7 @@ from serving import running_server, tiny_chat_model
 from tiny import save_tiny
 
 from lockkit.export import ExportConfig, export_model
+from lockkit.export.manifest import ALL_LOGITS_FILE
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.models.load import load_model, load_tokenizer
@@ -97,6 +98,8 @@ def test_optimum_generates_the_same_from_the_export(locked, run_there, tmp_path)
     assert not found["lockkit"]
     assert found["tokens"] == tokens
     torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(logits), rtol=1e-3, atol=1e-3)
+    assert len(found["all_logits"]) == len(load_tokenizer(locked)(PROMPT)["input_ids"]) > 1
+    torch.testing.assert_close(torch.tensor(found["all_logits"][-1]), torch.tensor(logits), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +129,14 @@ def test_the_example_needs_onnxruntime_and_tokenizers_only(qwen3, run_there):
 
 
 def test_lm_evaluation_harness_gives_the_export_the_score_of_the_pytorch_model(qwen3, run_there, tmp_path):
+    scoring = shutil.copytree(qwen3 / "onnx", tmp_path / "scoring")  # genai reads the graph's name in its configuration
+    genai = (scoring / "genai_config.json").read_text()
+    (scoring / "genai_config.json").write_text(genai.replace('"model.onnx"', f'"{ALL_LOGITS_FILE}"'))
     found = run_there(
         "evaluate_with_lm_eval.py", tmp_path,
         "hf", f"pretrained={qwen3 / 'locked'},trust_remote_code=True,dtype=float32",
-        "onnxruntime", f"pretrained={qwen3 / 'onnx'}",
-        "onnxruntime-genai", f"pretrained={qwen3 / 'onnx'}",
+        "onnxruntime", f"pretrained={qwen3 / 'onnx' / ALL_LOGITS_FILE}",
+        "onnxruntime-genai", f"pretrained={scoring}",
         folder=LM_EVAL,
     )  # fmt: skip
     assert not found["lockkit"]
