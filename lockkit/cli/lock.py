@@ -27,7 +27,8 @@ def lock(
     """Distil MODEL into its locked form and write it to OUT.
 
     Every MLP is replaced by a chain: a deep low-rank residual network of the same parameter count.
-    Phase 1 trains each layer's chain by itself; phase 2 trains all chains together on the logits.
+    Each layer's chain is fitted and trained by itself (phase 1). --max-kl says how much quality the lock may cost.
+    If --end-to-end-tokens asks for it, all chains are then trained together on the logits (phase 2).
     OUT is an ordinary Hugging Face folder. If the command is interrupted, run it again to resume.
 
     Examples:

@@ -48,9 +48,9 @@ def plan(
     deepest = result.rows[-1]
     console.print(
         f"Memory needed to make a lock of depth {deepest.depth}, besides that of the libraries: about "
-        f"{deepest.lock_memory_bytes / 1e9:,.1f} GB with one layer in memory at a time (--offload disk), "
-        f"{deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with all layers in memory in phase 2 (--offload none). "
-        "--data self also needs the whole model in memory."
+        f"{deepest.lock_memory_bytes / 1e9:,.1f} GB at default settings; "
+        f"{deepest.lock_memory_all_layers_bytes / 1e9:,.1f} GB with phase 2 and all layers in memory "
+        "(--end-to-end-tokens, --offload none)."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lockkit.devices import PeakMemory, available_bytes
 from lockkit.dlr.cost import mlp_parameters
@@ -12,13 +12,23 @@ from lockkit.dlr.net import block_ranks
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.meter import ROWS_IN_A_BATCH
+from lockkit.lock.modulewise import FIT_TOKENS
+from lockkit.lock.pilot import MEASURED_TOKENS
+from lockkit.lock.sampling import ROWS_AT_ONCE
 from lockkit.measure.totals import CHUNK_LOGITS
 from lockkit.models.capture import TOKENS_IN_A_BATCH
 from lockkit.models.families import mlp_weights
 from lockkit.models.layered import StreamedModel
 from lockkit.models.save import SHARD_BYTES
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
 FLOAT_BYTES = 4
+HALF_BYTES = 2
+# Memory of a tokenizer per token of the vocabulary: Gemma's 262,144 tokens took 0.22 GB.
+TOKENIZER_BYTES_PER_TOKEN = 850
 SHARE_TO_USE = 0.6  # of free memory
 # In training, a chain is in memory six times: published form, packed, scaled, gradient, and Adam's two moments.
 COPIES_OF_A_CHAIN = 6
@@ -34,24 +44,26 @@ BUFFER_BYTES = 60_000_000
 class MemoryPrediction:
     """Predicted peak memory of a lock by purpose, in bytes, without the interpreter and libraries.
 
-    Training steps with their activation cache, comparing logits, and writing follow one after the other, so only the
-    largest of the three counts.
+    Sampling text, training steps with their activation cache, comparing logits, and writing follow one after the other,
+    so only the largest of the four counts.
 
     Attributes:
         outside_layers_bytes: the original's weights outside its decoder layers.
         decoder_layers_bytes: the original's decoder layers that are in memory at the same time.
         chains_bytes: the chains in memory, with gradients and optimiser.
-        step_bytes: activations of one training step.
+        sampling_bytes: the model and its caches while it writes the text (`--data self`).
+        step_bytes: activations of one training step, or of the fit before it.
         activation_cache_bytes: hidden states and MLP inputs of phase 1.
         logits_bytes: logits while the locked model is compared with the original.
         writing_bytes: tensors collected for the next file of the checkpoint.
-        buffer_bytes: caches of libraries and the allocator.
+        buffer_bytes: the tokenizer, caches of libraries and the allocator.
         phase_2_keeps_all_layers: phase 2 has all layers in memory, not one at a time.
     """
 
     outside_layers_bytes: int
     decoder_layers_bytes: int
     chains_bytes: int
+    sampling_bytes: int
     step_bytes: int
     activation_cache_bytes: int
     logits_bytes: int
@@ -62,8 +74,9 @@ class MemoryPrediction:
     @property
     def total_bytes(self) -> int:
         """The predicted peak."""
-        held = self.outside_layers_bytes + self.decoder_layers_bytes + self.chains_bytes + self.buffer_bytes
-        return held + max(self.step_bytes + self.activation_cache_bytes, self.logits_bytes, self.writing_bytes)
+        distilling = self.decoder_layers_bytes + self.chains_bytes
+        distilling += max(self.step_bytes + self.activation_cache_bytes, self.logits_bytes, self.writing_bytes)
+        return self.outside_layers_bytes + self.buffer_bytes + max(self.sampling_bytes, distilling)
 
     def line(self) -> str:
         """One line for the user."""
@@ -91,6 +104,7 @@ def predicted_memory(stream: StreamedModel, config: LockConfig, data: Distillati
         outside_parameters=sum(p.numel() for n, p in stream.model.named_parameters() if ".layers." not in n),
         vocab_size=stream.config.vocab_size,
         tokens=tokens + data.validation.numel(),
+        sampling_bytes=sampling_bytes(stream.config, stream.model) if data.source == "self" else 0,
         together=layers_together(stream, config),
         in_memory=keeps_everything(stream, config),
         config=config,
@@ -105,6 +119,7 @@ def predict(
     outside_parameters: int,
     vocab_size: int,
     tokens: int,
+    sampling_bytes: int,
     together: int,
     in_memory: bool,
     config: LockConfig,
@@ -118,6 +133,7 @@ def predict(
         outside_parameters: parameters outside the decoder layers.
         vocab_size: number of logits per token.
         tokens: tokens whose activations are cached.
+        sampling_bytes: see `sampling_bytes`; 0 if the text is not sampled.
         together: layers that phase 1 trains in one batched computation.
         in_memory: phase 2 keeps all layers in memory.
         config: the recipe.
@@ -129,16 +145,19 @@ def predict(
         outside_layers_bytes=FLOAT_BYTES * outside_parameters,
         decoder_layers_bytes=FLOAT_BYTES * layer_parameters * max(kept, together),
         chains_bytes=FLOAT_BYTES * mlp_parameters(shape) * COPIES_OF_A_CHAIN * max(kept, together),
+        sampling_bytes=sampling_bytes,
         step_bytes=max(
+            fit_bytes(shape, config.depth, min(FIT_TOKENS, tokens)),
             together * step_bytes(shape, config.depth, min(config.batch_tokens, tokens)),
             step_bytes(shape, config.depth, min(config.end_to_end_batch_tokens, tokens)),
             # attention and MLP of one layer, while MLP inputs are captured
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters),
+        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters)
+        + FLOAT_BYTES * layers * MEASURED_TOKENS * shape.hidden_size,  # the pilot's variants
         writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
-        buffer_bytes=BUFFER_BYTES,
+        buffer_bytes=BUFFER_BYTES + TOKENIZER_BYTES_PER_TOKEN * vocab_size,
         phase_2_keeps_all_layers=kept > 1,
     )
 
@@ -149,6 +168,26 @@ def logits_bytes(vocab_size: int, block: int, outside_bytes: int) -> int:
     The last measurement loads the written model, so its embeddings and head are in memory beside the original's.
     """
     return METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
+
+
+def sampling_bytes(config: PreTrainedConfig, model: nn.Module) -> int:
+    """Bytes of a model that samples text: its weights as stored in 16 bits, its cache, and the logits of one step.
+
+    Args:
+        config: of the model.
+        model: all its parameters; their values are not needed.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * head_width * ROWS_AT_ONCE * LockConfig().block_tokens
+    logits = ROWS_AT_ONCE * config.vocab_size + 2 * CHUNK_LOGITS
+    return HALF_BYTES * (sum(p.numel() for p in model.parameters()) + cache + logits)
+
+
+def fit_bytes(shape: MLPShape, depth: int, tokens: int) -> int:
+    """Bytes of the least-squares fit: inputs, streams and units of `tokens` tokens, and moments in float64."""
+    values = 2 * shape.hidden_size + max(block_ranks(shape.intermediate_size, depth))
+    return FLOAT_BYTES * (tokens * values + 2 * 6 * shape.hidden_size**2)
 
 
 def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:

@@ -39,8 +39,8 @@ class PlanRow:
         saved_bytes_ratio: the same, over that of the original's MLPs.
         expected_decode_slowdown: estimated factor for decoding one token on a CPU.
         lock_memory_bytes: predicted peak memory of `lockkit lock` at default settings, without the interpreter and
-            libraries, with one layer in memory at a time.
-        lock_memory_all_layers_bytes: the same, with all layers in memory.
+            libraries.
+        lock_memory_all_layers_bytes: the same with phase 2, with all layers in memory.
     """
 
     depth: int
@@ -95,7 +95,8 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     folder = resolve_model(model)
     config = load_config(folder)
     family = require_unlocked(config, model)
-    from lockkit.lock.memory import predict
+    from lockkit.lock.data import effective_source
+    from lockkit.lock.memory import predict, sampling_bytes
     from lockkit.models.checkpoint import Checkpoint
     from lockkit.models.layered import empty_model
 
@@ -110,6 +111,7 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
         validated(LockConfig, {"depth": depth}).check_depth(width)
     rows = []
     recipe = LockConfig()
+    phase_2_tokens = recipe.end_to_end_batch_tokens
 
     def memory(depth: int, in_memory: bool) -> int:
         return predict(
@@ -119,9 +121,10 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
             outside_parameters=parameters - layers * layer_parameters,
             vocab_size=config.vocab_size,
             tokens=recipe.tokens + recipe.validation_tokens,
+            sampling_bytes=sampling_bytes(config, network) if effective_source(recipe, model) == "self" else 0,
             together=1,
             in_memory=in_memory,
-            config=recipe.model_copy(update={"depth": depth}),
+            config=recipe.model_copy(update={"depth": depth, "end_to_end_tokens": phase_2_tokens if in_memory else 0}),
         ).total_bytes
 
     for depth in depths or [depth for depth in DEPTHS if depth <= width]:
