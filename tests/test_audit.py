@@ -113,7 +113,7 @@ def test_standard_repeats_the_cheapest_attacks_and_rows_of_the_original_are_reus
     lock, original = locks("qwen3"), str(originals("qwen3"))
     config = audit_config(
         "standard",
-        **TINY | {"tasks": ["signatures", "docstrings"], "seeds": 2, "learning_rates": [1e-3, 3e-3], "steps": 8},
+        **TINY | {"tasks": ["signatures", "docstrings"], "seeds": 2, "learning_rates": [1e-3, 3e-3], "steps": 16},
     )
     attacks = ["full-ft", "linearised-stack", "reversal", "checkpointing"]
     summary = run_audit(str(lock), original, tmp_path / "a", config, attacks)

@@ -28,9 +28,9 @@ for arguments in json.loads(sys.argv.pop()):
         codes.append(stop.code)
 print(json.dumps(codes), file=sys.stderr)
 """
-README = Path(__file__).parents[1] / "README.md"
+DOCS = Path(__file__).parents[1] / "docs"
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-SHORT = ("--tokens", "64", "--block-tokens", "16", "--prompts", "1", "--new-tokens", "2", "--data", README)
+SHORT = ("--tokens", "64", "--block-tokens", "16", "--prompts", "1", "--new-tokens", "2", "--data", DOCS)
 
 
 @pytest.fixture(scope="module")

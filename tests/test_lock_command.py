@@ -110,7 +110,7 @@ def test_a_full_disk_keeps_finished_layers_only(originals, tmp_path):
 def test_ctrl_c_leaves_no_files(originals, tmp_path):
     arguments = [str(a) for a in lock_arguments(originals("qwen3"), tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", PROGRAM.format(setup=""), *arguments, "--tokens", "90000"],
+        [sys.executable, "-u", "-c", PROGRAM.format(setup=""), *arguments, "--tokens", "90000", "--batch-tokens", "16"],
         stderr=subprocess.PIPE,
         text=True,
     )

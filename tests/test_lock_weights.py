@@ -93,7 +93,7 @@ def test_chains_of_no_finite_perplexity_end_the_lock_in_one_line(tmp_path):
     original = save_tiny("llama", tmp_path / "original")
     change_weights(original, model_norm=1e2, lm_head=1e4)
     with pytest.raises(DistillationError, match="perplexity after phase 1 is inf: raise --tokens"):
-        lock_model(str(original), tmp_path / "out", quick(data="self", tokens=512))
+        lock_model(str(original), tmp_path / "out", quick(data="self", tokens=512, init="random"))
 
 
 def test_mlp_outputs_whose_squares_overflow_are_refused_before_distillation(tmp_path):

@@ -169,7 +169,7 @@ def test_the_code_in_the_card_of_an_export_runs(exports, capfd):  # noqa: F811
     assert capfd.readouterr().out.startswith("Once upon a time")
     values: dict = {}
     exec(with_onnxruntime, values)
-    assert values["logits"].shape[:2] == values["ids"].shape
+    assert values["logits"].shape[:2] == (1, 1)  # of the last token
     compile(with_optimum, "card", "exec")  # tests/consumers runs optimum, in another environment
 
 

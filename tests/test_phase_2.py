@@ -55,11 +55,12 @@ def test_phase_2_has_the_gradients_of_plain_autograd(originals, tmp_path):
     folder = originals("gemma2")
     model, family = load_model(folder, torch.float32)
     config = quick()
+    inputs = torch.randn(50, 32)
 
     def start(index):
         mlp = decoder_layers(teacher)[index].mlp
         chain = empty_chain(mlp_weights(mlp, family).shape, 5, 0.3, mlp.act_fn).requires_grad_(False)
-        start_from_teacher(chain, mlp_weights(mlp, family), torch.randn(50, 32))
+        start_from_teacher(chain, mlp_weights(mlp, family), inputs)
         return chain
 
     teacher, _ = load_model(folder, torch.float32)
