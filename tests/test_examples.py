@@ -34,6 +34,33 @@ def test_demo_runs_all_steps_and_reports_what_it_measured(tmp_path):
         assert (tmp_path / "run" / name).is_file()
 
 
+def test_a_real_model_gets_one_table_and_a_second_run_repeats_nothing(originals, tmp_path):
+    """With a tiny model and one precision."""
+    lock = " ".join(command_line(QUICK | {"tokens": 1_024, "end_to_end_tokens": 0}))
+    command = [
+        *(
+            sys.executable,
+            DEMO.parent / "real" / "real.py",
+            "--model",
+            originals("qwen3"),
+            "--folder",
+            tmp_path / "run",
+        ),
+        *("--precisions", "fp32", "--no-audit", "--lock-options", lock),
+        *("--verify-options", "--tokens 256 --block-tokens 64 --prompts 1 --new-tokens 2 --max-perplexity-ratio 0.5"),
+        *("--bench-options", "--prompt-length 8 --new-tokens 2 --rounds 1 --runtime onnxruntime"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "run" / "real.md").read_text()
+    fidelity = json.loads((tmp_path / "run" / "locked" / "lockkit.json").read_text())["fidelity"]
+    assert f"| stdlib | {fidelity['tokens']} | " in table and f"| {fidelity['kl_divergence']:.4f} |" in table
+    assert "| fp32 | failed |" in table and "a gate failed" in table  # no ratio is below 0.5
+    assert "locked-fp32 | onnxruntime |" in table and "| pytorch |" in table
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0 and "$ lockkit" not in again.stdout
+
+
 def test_slurm_script_locks_with_several_workers(originals, tmp_path):
     """With stand-ins for Slurm's own programs, which no test machine has: one node, two tasks on the CPU."""
     programs = {

@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--lock-options", default="", help="more options of `lockkit lock`, in one string")
     parser.add_argument("--verify-options", default="", help="more options of `lockkit verify`, in one string")
     parser.add_argument("--bench-options", default="--prompt-length 512", help="more options of `lockkit bench`")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of the exports")
     parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
     args = parser.parse_args()
     folder: Path = args.folder
@@ -66,30 +67,30 @@ def main() -> None:
     model = args.model or _packaged_gemma(folder)
 
     steps, locked = Steps(folder), folder / "locked"
-    steps.run("plan", folder / "plan.json", "plan", model, "--json", str(folder / "plan.json"))
+    steps.run("plan", None, "plan", model)
     steps.run("lock", locked, "lock", model, str(locked), *shlex.split(args.lock_options))
-    for precision in PRECISIONS:
+    for precision in args.precisions:
         for name, source in (("locked", str(locked)), ("original", model)):
             out = folder / f"{name}-{precision}"
             steps.run(f"export {name} {precision}", out, "export", source, str(out), "--precision", precision)
-    for precision in PRECISIONS:
+    for precision in args.precisions:
         out, export = folder / f"verify-{precision}.json", str(folder / f"locked-{precision}")
         references = ["--reference", model, "--reference", str(locked)]
         more = shlex.split(args.verify_options)
         steps.run(f"verify {precision}", out, "verify", export, *references, "--json", str(out), *more)
     bench = folder / "bench.json"
-    exports = [f"{name}-{precision}" for precision in reversed(PRECISIONS) for name in ("locked", "original")]
+    exports = [f"{name}-{precision}" for precision in reversed(args.precisions) for name in ("locked", "original")]
     against = [option for name in exports[1:] for option in ("--against", str(folder / name))]
     against += ["--against", model]  # in PyTorch, or a .gguf file in llama.cpp
     more = shlex.split(args.bench_options)
     steps.run("bench", bench, "bench", str(folder / exports[0]), *against, "--json", str(bench), *more)
-    steps.run("generate", None, "generate", model, str(folder / "locked-fp32"), "--prompt", PROMPT)
+    steps.run("generate", None, "generate", model, str(folder / f"locked-{args.precisions[0]}"), "--prompt", PROMPT)
     if not args.no_audit:
         audit = folder / "audit"
         steps.run("attack", audit / "summary.json", "attack", str(locked), "--original", model, "--out", str(audit))
 
     table = args.table or folder / "real.md"
-    table.write_text("\n".join(_table(folder, steps)) + "\n", encoding="utf-8")
+    table.write_text("\n".join(_table(folder, steps, args.precisions)) + "\n", encoding="utf-8")
     print(f"\nwrote {table}")
 
 
@@ -102,7 +103,7 @@ def _packaged_gemma(folder: Path) -> str:
     return str(assemble(folder / "gemma-3-270m.gguf"))
 
 
-def _table(folder: Path, steps: Steps) -> Iterator[str]:
+def _table(folder: Path, steps: Steps, precisions: list[str]) -> Iterator[str]:
     """The lines of the table, all from the files that the commands wrote."""
     record = json.loads((folder / "locked" / "lockkit.json").read_text())
     commit, cores = (record["git_hash"] or "unknown")[:12], record["machine"]["torch_threads"]
@@ -125,7 +126,7 @@ def _table(folder: Path, steps: Steps) -> Iterator[str]:
     yield "## The exports\n"
     yield "| precision | gates | perplexity over the original's | KL to PyTorch, worst | same top token, lowest |"
     yield "|---|---|---|---|---|"
-    for precision in PRECISIONS:
+    for precision in precisions:
         found = json.loads((folder / f"verify-{precision}.json").read_text())
         parity, perplexity = found["parity"], found["perplexity"]
         yield (
