@@ -60,8 +60,8 @@ def main() -> None:
     run("plan", "demo")
     lock_options = ["--depth", args.depth, "--overwrite", *shlex.split(args.lock_options)]
     lock_seconds = run("lock", "demo", locked, *lock_options)
-    run("export", locked, locked_onnx, "--overwrite")
-    run("export", "demo", original_onnx, "--overwrite")
+    run("export", locked, locked_onnx, "--precision", "fp32", "--overwrite")
+    run("export", "demo", original_onnx, "--precision", "fp32", "--overwrite")
     run("verify", locked_onnx, "--reference", "demo", "--reference", locked, "--json", str(report))
     run("generate", "demo", locked_onnx, "--prompt", PROMPT, "--max-new-tokens", "64")
     summarise(args.folder, lock_seconds, time.perf_counter() - started)
