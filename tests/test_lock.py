@@ -57,11 +57,11 @@ def test_a_chain_starts_as_the_teacher_whose_units_it_has(model_type, originals)
     model, family = load_model(originals(model_type), torch.float32)
     mlp = decoder_layers(model)[1].mlp
     weights = mlp_weights(mlp, family)
-    chain = empty_chain(weights.shape, 7, 1.0, getattr(mlp, "act_fn", None) or mlp.activation_fn)
+    chain = empty_chain(weights.shape, 7, 0.0, getattr(mlp, "act_fn", None) or mlp.activation_fn)
     x = torch.randn(50, weights.shape.hidden_size)
     start_from_teacher(chain, weights, x)
     with torch.no_grad():
-        torch.testing.assert_close(chain(x, gain=0.0), mlp(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(chain(x), mlp(x), rtol=1e-4, atol=1e-4)
 
 
 def test_nmse_is_one_for_the_mean_and_zero_for_the_teacher():

@@ -132,7 +132,8 @@ class Asker:
         """Send one request.
 
         Returns:
-            The answer (text, finish reason, tokens, tokens of the prompt); for a streamed answer also the seconds until its first text.
+            The answer (text, finish reason, tokens, tokens of the prompt); for a streamed answer also the seconds until
+            its first text.
 
         Raises:
             RuntimeError: the stream ended early.

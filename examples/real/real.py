@@ -34,19 +34,17 @@ class Steps:
 
     def run(self, name: str, result: Path | None, *arguments: str) -> None:
         """Run one command, unless `result` exists. Exit if it fails for another reason than a gate."""
-        if name in self.done and (result is None or result.exists()):
+        command = f"lockkit {shlex.join(arguments)}"
+        if result.exists() if result else name in self.done:
+            self.done.setdefault(name, {"command": command, "seconds": None, "passed": True})  # killed after its end
             print(f"{name}: done before", flush=True)
             return
-        print(f"\n$ lockkit {shlex.join(arguments)}", flush=True)
+        print(f"\n$ {command}", flush=True)
         started = time.perf_counter()
         code = subprocess.run([sys.executable, "-m", "lockkit", *arguments], check=False).returncode
         if code and not (code == GATE_FAILED and result is not None and result.exists()):
             sys.exit(code)
-        self.done[name] = {
-            "command": f"lockkit {shlex.join(arguments)}",
-            "seconds": time.perf_counter() - started,
-            "passed": code == 0,
-        }
+        self.done[name] = {"command": command, "seconds": time.perf_counter() - started, "passed": code == 0}
         self.file.write_text(json.dumps(self.done, indent=2) + "\n")
 
 
@@ -146,12 +144,19 @@ def _table(folder: Path, steps: Steps, precisions: list[str]) -> Iterator[str]:
             f"{found['decode_tokens_per_second']:.1f} | {each['peak_memory_bytes'] / 1e6:,.0f} | "
             f"{each['size_bytes'] / 1e6:,.0f} |"
         )
+    audit = folder / "audit" / "summary.json"
+    if audit.is_file():
+        yield "\n## The audit\n"
+        for task, found in json.loads(audit.read_text())["tasks"].items():
+            for resource, cost in found["amplification"].items():
+                yield f"* {task}, {resource}: {cost['says'] if cost else 'not measured'}"
     yield "\n## The steps\n"
     yield "| command | seconds | |"
     yield "|---|---|---|"
     for step in steps.done.values():
         command = step["command"].replace(f"{folder}/", "")
-        yield f"| `{command}` | {step['seconds']:.0f} | {'' if step['passed'] else 'a gate failed'} |"
+        seconds = "" if step["seconds"] is None else f"{step['seconds']:.0f}"
+        yield f"| `{command}` | {seconds} | {'' if step['passed'] else 'a gate failed'} |"
 
 
 if __name__ == "__main__":

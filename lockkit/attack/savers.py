@@ -78,7 +78,7 @@ def checkpoint_blocks(blocks: int | None) -> Callable[[nn.Module], contextlib.Ab
         def wrap(module: nn.Module) -> Callable:
             if not isinstance(module, DLRNet):
                 return _checkpointed(module)
-            return lambda x, gain=None: _chain_in_segments(module, x, gain, blocks)
+            return lambda x: _chain_in_segments(module, x, blocks)
 
         with _with_forward(mlps_of(model), wrap):
             yield
@@ -86,13 +86,13 @@ def checkpoint_blocks(blocks: int | None) -> Callable[[nn.Module], contextlib.Ab
     return saver
 
 
-def _chain_in_segments(chain: DLRNet, x: torch.Tensor, gain: float | None, blocks: int | None) -> torch.Tensor:
+def _chain_in_segments(chain: DLRNet, x: torch.Tensor, blocks: int | None) -> torch.Tensor:
     size = blocks or max(1, round(math.sqrt(len(chain.blocks))))
     if not torch.is_grad_enabled():
-        return DLRNet.forward(chain, x, gain)
+        return DLRNet.forward(chain, x)
     stream: torch.Tensor | None = None
     for first in range(0, len(chain.blocks), size):
-        stream = checkpoint(chain.run_blocks, x, stream, first, first + size, gain, use_reentrant=False)
+        stream = checkpoint(chain.run_blocks, x, stream, first, first + size, use_reentrant=False)
     assert stream is not None, "a chain has at least one block"
     return stream if chain.output_bias is None else stream + chain.output_bias
 

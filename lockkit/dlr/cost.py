@@ -47,7 +47,7 @@ def dlr_saved_values(shape: MLPShape, depth: int) -> int:
 
 
 # A model of the chain's overhead; it does not measure this machine.
-SECONDS_PER_BLOCK = 9e-6  # that one block adds to decoding a token on onnxruntime's CPU provider, measured (README)
+SECONDS_PER_BLOCK = 9e-6  # that one block adds to decoding a token on onnxruntime's CPU provider, measured
 ASSUMED_BYTES_PER_SECOND = 20e9  # memory bandwidth, to turn bytes of weights into seconds
 
 

@@ -149,9 +149,9 @@ class DLRNet(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(hidden_size)) if output_bias else None
         self.gain = gain
 
-    def block_input(self, x: torch.Tensor, stream: torch.Tensor | None, gain: float | None = None) -> torch.Tensor:
+    def block_input(self, x: torch.Tensor, stream: torch.Tensor | None) -> torch.Tensor:
         """The input of a block, `[..., hidden]`. The first block has no stream before it (None) and reads `x`."""
-        return x if stream is None else torch.add(x, stream, alpha=self.gain if gain is None else gain)
+        return x if stream is None else torch.add(x, stream, alpha=self.gain)
 
     def run_blocks(
         self,
@@ -159,23 +159,18 @@ class DLRNet(nn.Module):
         stream: torch.Tensor | None = None,
         first: int = 0,
         last: int | None = None,
-        gain: float | None = None,
     ) -> torch.Tensor:
         """Run blocks `[first, last)`, at least one, and return the stream after them.
 
         All tensors are `[..., hidden]`. `stream` is the stream before block `first`, None for the first block.
         """
         for block in self.blocks[first:last]:
-            update = block(self.block_input(x, stream, gain), self.activation)
+            update = block(self.block_input(x, stream), self.activation)
             stream = update if stream is None else stream + update
         assert stream is not None, "no blocks to run"
         return stream
 
-    def forward(self, x: torch.Tensor, gain: float | None = None) -> torch.Tensor:
-        """The chain's output, `[..., hidden]`, for the MLP's input `x`, `[..., hidden]`.
-
-        `gain` replaces the chain's own gain. At gain 0 every block reads `x`, and the chain is an ordinary MLP whose
-        units are divided into groups.
-        """
-        stream = self.run_blocks(x, gain=gain)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The chain's output, `[..., hidden]`, for the MLP's input `x`, `[..., hidden]`."""
+        stream = self.run_blocks(x)
         return stream if self.output_bias is None else stream + self.output_bias

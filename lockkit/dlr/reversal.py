@@ -41,16 +41,13 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 Gradients = tuple[torch.Tensor | None, ...]
 
 
-def reversible_chain(
-    chain: DLRNet, x: torch.Tensor, anchor_every: int | None = None, gain: float | None = None
-) -> torch.Tensor:
-    """`chain(x, gain)`, differentiable once; the backward pass recomputes the block inputs.
+def reversible_chain(chain: DLRNet, x: torch.Tensor, anchor_every: int | None = None) -> torch.Tensor:
+    """`chain(x)`, differentiable once; the backward pass recomputes the block inputs.
 
     Args:
         chain: its linear layers may have adapters or quantised weights, but no active dropout.
         x: the MLP's input, `[..., hidden]`.
         anchor_every: save the input of every `anchor_every`-th block; None saves only the last block's.
-        gain: replaces the chain's own gain, see `DLRNet.forward`.
 
     Returns:
         The chain's output, `[..., hidden]`. Under autocast, dtypes are those of the plain chain.
@@ -60,8 +57,8 @@ def reversible_chain(
     """
     _check_anchors(anchor_every)
     if not torch.is_grad_enabled():
-        return DLRNet.forward(chain, x, gain)
-    run = _Run(chain, x, chain.gain if gain is None else gain, anchor_every)
+        return DLRNet.forward(chain, x)
+    run = _Run(chain, x, anchor_every)
     stream: torch.Tensor | None = None
     for index, block in enumerate(chain.blocks):
         if run.plain:
@@ -89,7 +86,7 @@ def reversal(model: nn.Module, anchor_every: int | None = None) -> Iterator[None
     before = [vars(chain).get("forward") for chain in chains]
 
     def replacement(chain: DLRNet) -> Callable[..., torch.Tensor]:
-        return lambda x, gain=None: reversible_chain(chain, x, anchor_every, gain)
+        return lambda x: reversible_chain(chain, x, anchor_every)
 
     for chain in chains:
         vars(chain)["forward"] = replacement(chain)
@@ -125,8 +122,8 @@ class _Run:
     per chain, the gradients of all blocks' matrices would be in memory at the same time.
     """
 
-    def __init__(self, chain: DLRNet, x: torch.Tensor, gain: float, anchor_every: int | None):
-        self.chain, self.gain, self.anchor_every = chain, gain, anchor_every
+    def __init__(self, chain: DLRNet, x: torch.Tensor, anchor_every: int | None):
+        self.chain, self.anchor_every = chain, anchor_every
         # Call `forward` directly: the module hooks of PyTorch's FLOP counter fail in a backward pass.
         self.activation: Activation = getattr(chain.activation, "forward", chain.activation)
         linears = [layer for block in chain.blocks for layer in block.children()]
@@ -161,7 +158,7 @@ class _Run:
             self.input = saved.to(torch.promote_types(saved.dtype, torch.float32))
         else:
             assert self.input is not None, "the last block's input is always saved"
-            self.input = torch.sub(self.input, update(), alpha=self.gain)
+            self.input = torch.sub(self.input, update(), alpha=self.chain.gain)
         found = self.input.to(self.dtype)
         if index == 0:
             self.input = None
@@ -182,7 +179,7 @@ def _once(backward: Callable[[Any, torch.Tensor], Gradients]) -> Callable[[Any, 
 
 def _gradients_of_inputs(run: _Run, gradient: torch.Tensor, t_gradient: torch.Tensor, first: bool) -> Gradients:
     """Gradients of `x` and `s_l`, given those of `s_{l+1}` (`gradient`) and of `t_l = x + gain * s_l`."""
-    return t_gradient, None if first else torch.add(gradient, t_gradient.to(gradient.dtype), alpha=run.gain)
+    return t_gradient, None if first else torch.add(gradient, t_gradient.to(gradient.dtype), alpha=run.chain.gain)
 
 
 class _PlainBlock(torch.autograd.Function):
@@ -202,7 +199,7 @@ class _PlainBlock(torch.autograd.Function):
         down: torch.Tensor,
     ) -> torch.Tensor:
         with autocast(**run.autocast):
-            t = run.chain.block_input(x, stream, run.gain)
+            t = run.chain.block_input(x, stream)
             gated = [] if gate is None else [F.linear(t, gate, gate_bias)]
             before = [*gated, F.linear(t, up, up_bias)]  # pre-activations, [..., rank] each
             update = F.linear(DLRBlock.units(before, run.activation), down)
@@ -235,7 +232,7 @@ class _AnyBlock(torch.autograd.Function):
     ) -> torch.Tensor:
         block = run.chain.blocks[index]
         with autocast(**run.autocast):
-            t = run.chain.block_input(x, stream, run.gain)
+            t = run.chain.block_input(x, stream)
             units = block.units(block.pre_activations(t), run.activation)
             update = block.down_proj(units)
         ctx.run, ctx.index = run, index

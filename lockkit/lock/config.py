@@ -18,6 +18,10 @@ from lockkit.text import DataColumn, read_text
 if TYPE_CHECKING:
     import torch
 
+# Defaults that depend on the start of a chain. With `random`, a pilot would have to train the chains.
+LEARNING_RATES = {"teacher": 0.001, "random": 0.03}
+RANDOM_COUPLING = 0.25
+
 
 class LockConfig(BaseModel):
     """Settings of both phases of distillation (arXiv 2605.10777, phases 1 and 2)."""
@@ -35,14 +39,14 @@ class LockConfig(BaseModel):
         gt=0,
         description="The loss that may be spent on the lock: KL divergence from the original, in nats per token, of all "
         "layers together. A pilot measures each layer. The layer then gets the --coupling at which its chain, before "
-        "training, spends an equal share.",
+        "training, spends an equal share. Not used with --coupling, --gain or --init random.",
     )
     coupling: float | None = Field(
         None,
         gt=0,
         description="How strongly the blocks depend on each other: root mean square (rms) of the residual stream at the "
         "end of a chain, divided by that of the chain's input. A higher value makes a deeper function, which is harder to "
-        "distil. Default: one value per layer, by --max-kl; with --init random, 0.25.",
+        f"distil. Default: one value per layer, by --max-kl; {RANDOM_COUPLING:g} with --init random.",
     )
     gain: float | None = Field(
         None,
@@ -80,7 +84,7 @@ class LockConfig(BaseModel):
         None,
         gt=0,
         description="Peak step size of phase 1 (Adam), as a share of the rms of each matrix. Halved for a layer that "
-        "diverges. Default: 0.001, or 0.03 with --init random.",
+        f"diverges. Default: {LEARNING_RATES['teacher']:g}, or {LEARNING_RATES['random']:g} with --init random.",
     )
     end_to_end_learning_rate: float | None = Field(
         None,
@@ -132,7 +136,7 @@ class LockConfig(BaseModel):
     @property
     def phase_1_learning_rate(self) -> float:
         """`learning_rate`, or its default for this start."""
-        return self.learning_rate or (0.001 if self.init == "teacher" else 0.03)
+        return self.learning_rate or LEARNING_RATES[self.init]
 
     def check_depth(self, width: int) -> None:
         """Check that an MLP of `width` hidden units can be divided into `depth` blocks.

@@ -14,14 +14,16 @@ from lockkit.lock.data import DistillationData
 from lockkit.lock.meter import ROWS_IN_A_BATCH
 from lockkit.lock.modulewise import FIT_TOKENS
 from lockkit.lock.pilot import MEASURED_TOKENS
-from lockkit.lock.sampling import ROWS_AT_ONCE
-from lockkit.measure.totals import CHUNK_LOGITS
+from lockkit.lock.sampling import ROWS_AT_ONCE, samples_in_bfloat16
+from lockkit.measure.totals import CHUNK_LOGITS, PIECE_LOGITS
 from lockkit.models.capture import TOKENS_IN_A_BATCH
+from lockkit.models.checkpoint import stored_dtype
 from lockkit.models.families import mlp_weights
 from lockkit.models.layered import StreamedModel
 from lockkit.models.save import SHARD_BYTES
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedConfig
 
@@ -32,9 +34,10 @@ TOKENIZER_BYTES_PER_TOKEN = 850
 SHARE_TO_USE = 0.6  # of free memory
 # In training, a chain is in memory six times: published form, packed, scaled, gradient, and Adam's two moments.
 COPIES_OF_A_CHAIN = 6
-# The meter, per logit of one chunk: both models in float32; log probabilities and three temporaries in float64. The
-# loss of phase 2 needs less: it is computed in float32.
-METER_BYTES_PER_LOGIT = 48
+# The loss of phase 2, per logit of a chunk: logits, log probabilities and temporaries in float32.
+BYTES_PER_LOGIT_OF_PHASE_2 = 24
+# The meter, per logit of a piece: log probabilities of both models and three temporaries in float64.
+BYTES_PER_LOGIT_OF_A_PIECE = 40
 # The tokenizer's caches, scratch memory of matrix products, and memory that the allocator does not return. Measured on
 # models of 4 to 16 layers (tools/measure_memory.py).
 BUFFER_BYTES = 60_000_000
@@ -104,7 +107,11 @@ def predicted_memory(stream: StreamedModel, config: LockConfig, data: Distillati
         outside_parameters=sum(p.numel() for n, p in stream.model.named_parameters() if ".layers." not in n),
         vocab_size=stream.config.vocab_size,
         tokens=tokens + data.validation.numel(),
-        sampling_bytes=sampling_bytes(stream.config, stream.model) if data.source == "self" else 0,
+        sampling_bytes=0
+        if data.source != "self"
+        else sampling_bytes(
+            stream.config, stream.model, stored_dtype(stream.folder, stream.config), stream.device, data.train.shape[1]
+        ),
         together=layers_together(stream, config),
         in_memory=keeps_everything(stream, config),
         config=config,
@@ -154,7 +161,7 @@ def predict(
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters)
+        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters, config.end_to_end_tokens > 0)
         + FLOAT_BYTES * layers * MEASURED_TOKENS * shape.hidden_size,  # the pilot's variants
         writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
         buffer_bytes=BUFFER_BYTES + TOKENIZER_BYTES_PER_TOKEN * vocab_size,
@@ -162,32 +169,40 @@ def predict(
     )
 
 
-def logits_bytes(vocab_size: int, block: int, outside_bytes: int) -> int:
+def logits_bytes(vocab_size: int, block: int, outside_bytes: int, phase_2: bool) -> int:
     """The most memory that logits need: those of a chunk in the meter, whatever the vocabulary.
 
     The last measurement loads the written model, so its embeddings and head are in memory beside the original's.
     """
-    return METER_BYTES_PER_LOGIT * min(CHUNK_LOGITS, ROWS_IN_A_BATCH * block * vocab_size) + outside_bytes
+    logits = ROWS_IN_A_BATCH * block * vocab_size
+    chunk = (BYTES_PER_LOGIT_OF_PHASE_2 if phase_2 else 2 * FLOAT_BYTES) * min(CHUNK_LOGITS, logits)
+    return chunk + BYTES_PER_LOGIT_OF_A_PIECE * min(PIECE_LOGITS, logits) + outside_bytes
 
 
-def sampling_bytes(config: PreTrainedConfig, model: nn.Module) -> int:
-    """Bytes of a model that samples text: its weights as stored in 16 bits, its cache, and the logits of one step.
+def sampling_bytes(
+    config: PreTrainedConfig, model: nn.Module, stored: torch.dtype, device: torch.device, block: int
+) -> int:
+    """Bytes of a model that samples text: its weights, its cache, and the logits of one step (sampling.py).
 
     Args:
         config: of the model.
         model: all its parameters; their values are not needed.
+        stored: dtype of its files.
+        device: that samples.
+        block: tokens in a row.
     """
+    value_bytes = HALF_BYTES if samples_in_bfloat16(stored, device) else FLOAT_BYTES
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * head_width * ROWS_AT_ONCE * LockConfig().block_tokens
-    logits = ROWS_AT_ONCE * config.vocab_size + 2 * CHUNK_LOGITS
-    return HALF_BYTES * (sum(p.numel() for p in model.parameters()) + cache + logits)
+    cache = 2 * config.num_hidden_layers * heads * head_width * ROWS_AT_ONCE * block
+    values = sum(p.numel() for p in model.parameters()) + cache + ROWS_AT_ONCE * config.vocab_size
+    return value_bytes * values + 2 * FLOAT_BYTES * min(CHUNK_LOGITS, ROWS_AT_ONCE * config.vocab_size)
 
 
 def fit_bytes(shape: MLPShape, depth: int, tokens: int) -> int:
-    """Bytes of the least-squares fit: inputs, streams and units of `tokens` tokens, and moments in float64."""
+    """Bytes of the least-squares fit: inputs, block inputs and units of `tokens` tokens, and six matrices in float64."""
     values = 2 * shape.hidden_size + max(block_ranks(shape.intermediate_size, depth))
-    return FLOAT_BYTES * (tokens * values + 2 * 6 * shape.hidden_size**2)
+    return FLOAT_BYTES * tokens * values + 6 * 2 * FLOAT_BYTES * shape.hidden_size**2
 
 
 def step_bytes(shape: MLPShape, depth: int, batch_tokens: int) -> int:

@@ -17,6 +17,7 @@ Layers are independent: each has its own seed, order of tokens and step size.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -144,7 +145,7 @@ def _distil(
     tokens = _steps(tasks, config) * _batch(tasks, config)
     results = []
     for number, task in enumerate(tasks):
-        better = not before[number] <= after[number]
+        better = after[number] < before[number] or math.isnan(before[number])
         chains[number] = trained[number] if better else chains[number]
         results.append(
             LayerResult(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 
 from lockkit.dlr.net import DLRNet
-from lockkit.lock.config import LockConfig
+from lockkit.lock.config import RANDOM_COUPLING, LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.memory import layers_together
 from lockkit.lock.modulewise import LayerResult, LayerTask, distil_layers
@@ -31,8 +31,6 @@ from lockkit.models.families import mlp_weights
 from lockkit.models.layered import StreamedModel
 from lockkit.progress import Progress
 from lockkit.workers import Workers
-
-RANDOM_COUPLING = 0.25  # with `init: random`: a pilot would have to train the chains
 
 
 def distil_all_layers(

@@ -24,7 +24,7 @@ from lockkit.lock.data import DistillationData
 from lockkit.lock.meter import mlp_replaced
 from lockkit.lock.modulewise import LayerTask, start_chain
 from lockkit.measure.metrics import kl_of_log_probabilities, log_probabilities
-from lockkit.measure.totals import chunks
+from lockkit.measure.totals import PIECE_LOGITS, chunks
 from lockkit.models.activation_cache import ActivationCache
 from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import mlp_weights
@@ -34,7 +34,7 @@ from lockkit.workers import Workers
 
 PILOT_COUPLING = 0.1
 MAX_COUPLING = 1.0
-FIT_TOKENS = 16_384
+CAPTURED_TOKENS = 16_384
 MEASURED_TOKENS = 1_024
 
 
@@ -60,7 +60,7 @@ def choose_couplings(
         UsageError: a layer's MLP cannot be distilled, see `start_chain`.
     """
     progress.start("pilot, KL of each layer", 2 * len(stream))
-    rows = _spread(data.train, FIT_TOKENS)
+    rows = _spread(data.train, CAPTURED_TOKENS)
     capture = LayerwiseCapture(stream, rows, cache, "pilot", Workers())
     inputs = cache.allocate("pilot-inputs", (*rows.shape, stream.config.hidden_size))
     original, arguments = stream.begin(_spread(data.validation, MEASURED_TOKENS))
@@ -100,12 +100,14 @@ def _divergences(
 ) -> list[float]:
     """Mean KL from the original of each variant, in nats per token, given last hidden states, `[rows, block, hidden]`."""
     states, others = original.flatten(0, 1), [variant.flatten(0, 1) for variant in variants]
-    totals = [0.0] * len(others)
-    parts = list(chunks(len(states), stream.config.vocab_size))
-    for number, part in enumerate(parts, 1):
-        own = log_probabilities(stream.head(states[part]))
-        for index, other in enumerate(others):
-            found = kl_of_log_probabilities(own, log_probabilities(stream.head(other[part])))
-            totals[index] += found.sum().item()
-        progress.advance(number * len(variants) // len(parts) - (number - 1) * len(variants) // len(parts))
-    return [total / len(states) for total in totals]
+    vocab_size, found = stream.config.vocab_size, []
+    for other in others:
+        total = 0.0
+        for part in chunks(len(states), vocab_size):
+            own, changed = stream.head(states[part]), stream.head(other[part])
+            for piece in chunks(len(own), vocab_size, PIECE_LOGITS):
+                kl = kl_of_log_probabilities(log_probabilities(own[piece]), log_probabilities(changed[piece]))
+                total += kl.sum().item()
+        found.append(total / len(states))
+        progress.advance()
+    return found

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lockkit.dlr.cost import (
     dlr_parameters,
     dlr_saved_values,
@@ -97,11 +99,12 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     family = require_unlocked(config, model)
     from lockkit.lock.data import effective_source
     from lockkit.lock.memory import predict, sampling_bytes
-    from lockkit.models.checkpoint import Checkpoint
+    from lockkit.models.checkpoint import Checkpoint, stored_dtype
     from lockkit.models.layered import empty_model
 
     network = empty_model(config, family)
-    if any(folder.glob("*.safetensors")):
+    has_weights = any(folder.glob("*.safetensors"))
+    if has_weights:
         Checkpoint(folder, network)  # raises an error if the weights are not this model's
     shape = mlp_weights(decoder_layers(network)[0].mlp, family).shape
     width, layers = shape.intermediate_size, config.num_hidden_layers
@@ -112,6 +115,10 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
     rows = []
     recipe = LockConfig()
     phase_2_tokens = recipe.end_to_end_batch_tokens
+    sampling = 0
+    if effective_source(recipe, model) == "self":
+        stored = stored_dtype(folder, config) if has_weights else torch.bfloat16  # as most models are published
+        sampling = sampling_bytes(config, network, stored, torch.device("cpu"), recipe.block_tokens)
 
     def memory(depth: int, in_memory: bool) -> int:
         return predict(
@@ -121,7 +128,7 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
             outside_parameters=parameters - layers * layer_parameters,
             vocab_size=config.vocab_size,
             tokens=recipe.tokens + recipe.validation_tokens,
-            sampling_bytes=sampling_bytes(config, network) if effective_source(recipe, model) == "self" else 0,
+            sampling_bytes=sampling,
             together=1,
             in_memory=in_memory,
             config=recipe.model_copy(update={"depth": depth, "end_to_end_tokens": phase_2_tokens if in_memory else 0}),

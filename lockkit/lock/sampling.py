@@ -37,8 +37,12 @@ GROUP_TOKENS = 512  # tokens of the vocabulary in a group
 def load_for_sampling(folder: Path, device: str) -> PreTrainedModel:
     """The model in `folder`: in bfloat16 if its weights have that dtype and the device is fast at it, else in float32."""
     model, _ = load_model(folder, "auto", device)
-    fast = model.dtype == torch.bfloat16 and has_fast_bfloat16(model.device)
-    return model if fast else model.float()
+    return model if samples_in_bfloat16(model.dtype, model.device) else model.float()
+
+
+def samples_in_bfloat16(stored: torch.dtype, device: torch.device) -> bool:
+    """Whether a model whose weights have the dtype `stored` is sampled from in bfloat16."""
+    return stored == torch.bfloat16 and has_fast_bfloat16(device)
 
 
 @torch.no_grad()

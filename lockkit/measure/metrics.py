@@ -1,7 +1,7 @@
 """Each figure as a plain function of logits, defined once.
 
-All except differences of logits and the training loss `nmse` compute in float64. NaN is not hidden: it passes into the mean, and a position with
-NaN logits never counts as an agreement.
+All except differences of logits and the training loss `nmse` compute in float64. NaN is not hidden: it passes into the
+mean, and a position with NaN logits never counts as an agreement.
 """
 
 from __future__ import annotations
@@ -46,11 +46,8 @@ def kl_of_log_probabilities(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.T
 
 def top1_agreement(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Whether the most likely token is the same in both logits, `[..., vocab]`: bool `[...]`."""
-    (highest, first), (other, second) = (
-        reference.max(dim=-1),
-        candidate.max(dim=-1),
-    )  # NaN is the maximum if there is one
-    return (first == second) & ~(highest.isnan() | other.isnan())
+    (highest, token), (other_highest, other_token) = reference.max(dim=-1), candidate.max(dim=-1)
+    return (token == other_token) & ~(highest.isnan() | other_highest.isnan())  # a maximum is NaN if any logit is
 
 
 def absolute_difference(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
