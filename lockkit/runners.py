@@ -62,7 +62,7 @@ class OnnxRunner:
     """An ONNX export in onnxruntime.
 
     Args:
-        session: the export. With `last_only`, it has `next_logits` and `next_of_unequal`; without, it has everything.
+        session: the export. With `last_only`, all logits are those of last tokens, so there are no `outputs`.
     """
 
     def __init__(self, session: ExportSession):

@@ -101,9 +101,8 @@ class Provider(StrEnum):
             onnxruntime="CPUExecutionProvider",
             torch_device="cpu",
             runs_kernel=True,
-            # onnxruntime has hardly any kernels for bf16 and fp16 here. In fp32, a model of 16 bits doubles in size. Gemma 3
-            # 270M in int8 has a third of the size of fp32, generates 2.6 times as fast, and differs from it by KL 0.007;
-            # bf16 arithmetic in PyTorch differs by 0.001.
+            # onnxruntime has hardly any kernels for bf16 and fp16 here. In fp32, a model of 16 bits doubles in size; in int8
+            # it has half. tools/results/fidelity.md has what that costs Gemma 3 270M.
             precisions={"float32": "fp32", "float16": "int8", "bfloat16": "int8"},
         ),
     )
@@ -201,7 +200,7 @@ class Precision(StrEnum):
     )
     # Quantisation changes the weights. For int8 and int4 on the bundled model, KL is 6e-5 and 7e-3 nats per token, top-1
     # agreement 0.99 and 0.92, and perplexity 1.0005 and 1.006 times the original's. Larger models lose more: in int8,
-    # Gemma 3 270M has KL 0.007 and 0.96. Most of that is from products with activations of 8 bits. The limits
+    # a locked Gemma 3 270M has KL 0.004 and 0.93 to 0.97 (tools/results/fidelity.md). The limits
     # detect a broken export (KL of several nats, top-1 agreement near 0) and a poor quantisation. How much loss is
     # acceptable depends on the use, so set the limits for your model.
     int8 = (

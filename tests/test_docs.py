@@ -34,7 +34,7 @@ PAGES = {
         *TYPED,
         "SECURITY.md",
         "CHANGELOG.md",
-        *(f"examples/{name}/README.md" for name in ("ci", "lm_eval", "serving")),
+        *(f"examples/{name}/README.md" for name in ("ci", "lm_eval", "real", "serving")),
     ]
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -75,7 +75,7 @@ def test_every_typed_line_exists_as_typed(name, line):
     elif words[0] == "curl":
         request = json.loads(words[words.index("-d") + 1])
         assert CompletionRequest.model_validate(request).prompt
-    elif words[0] == "sbatch":
+    elif words[0] in ("sbatch", "python"):
         assert (ROOT / words[1]).is_file()
     elif name == "examples/lm_eval/README.md":  # tests/consumers/evaluate_with_lm_eval.py does the same
         tasks = words[words.index("--tasks") + 1] if "--tasks" in words else "."

@@ -6,8 +6,8 @@
    another graph.
 3. Build the graph (`builders.py`): `model.onnx`, its weights and `genai_config.json`.
 4. Rename the file of the weights to `model.onnx_data`, which all runtimes find. Read a tied embedding table where it is
-   (`tied_table.py`). Replace each chain by one call of a function (`chains.py`). This graph becomes `model_all_logits.onnx`; the one in `model.onnx` has logits of the last
-   position only (`last_position.py`).
+   (`tied_table.py`). Replace each chain by one call of a function (`chains.py`). This graph becomes
+   `model_all_logits.onnx`; the one in `model.onnx` has logits of the last position only (`last_position.py`).
 5. Check that both graphs are valid ONNX, that all weights exist, and that they have no training information.
 6. Write the card, with the licence files of the model, and the manifest. Rename the folder to OUT.
 """

@@ -4,7 +4,7 @@
    prefill, and the fidelity of the locked model to the original.
 2. `compare_cache_tokens`, `compare_cache_chunk`, `compare_padded`: the candidate computes the same logits from a cache
    or in a padded batch. The reference always runs without a cache and without padding, so a fault in either cannot be
-   on both sides and cancel out. `compare_last` compares the graph that generates text in the same way.
+   on both sides and cancel out. `compare_padded` also compares the graph that generates text.
 3. `compare_continuations`: greedy text, as a user would see it.
 
 In memory at a time: one batch of the candidate's logits, and a chunk of each reference's (`lockkit.measure.totals`).
