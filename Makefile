@@ -4,7 +4,7 @@ PY := .venv/bin/python
 # transformers caches the code of locked models here instead of in the home folder.
 export HF_HOME := $(CURDIR)/.cache/huggingface
 
-.PHONY: demo real test docs clean
+.PHONY: demo real test docs gpu gpu-bundle clean
 
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lockkit needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
@@ -31,6 +31,16 @@ test: .venv/ready
 # README.md and docs/ as a site, in the folder site. A broken link is an error.
 docs: .venv/ready
 	$(PY) docs/build.py site
+
+# On a machine with an NVIDIA GPU, without network: everything that only a GPU can show, into .cache/gpu-day. It installs
+# nothing: without .venv, it takes the packages of $(PYTHON).
+gpu:
+	$(if $(wildcard .venv/ready),$(PY),$(PYTHON)) tools/gpu_day.py --out .cache/gpu-day
+
+# On a machine with network: what `make gpu` needs, as one archive in parts of at most 60 MB. WITHOUT=torch,... leaves out
+# packages that the machine with the GPU has.
+gpu-bundle: .venv/ready
+	$(PY) tools/gpu_day.py --bundle .cache/gpu-bundle $(if $(WITHOUT),--without $(WITHOUT))
 
 clean:
 	rm -rf .venv .venv-consumers .cache demo-run site .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

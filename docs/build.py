@@ -20,7 +20,7 @@ from sphinx.cmd.build import build_main
 
 CONTENTS = {
     "Make a lock": ["how-a-lock-is-made", "recipes", "text", "memory", "workers"],
-    "Run it": ["exports", "kernels", "serving", "publishing"],
+    "Run it": ["exports", "kernels", "gpu", "serving", "publishing"],
     "What a lock is worth": ["audit", "threat-model", "measured"],
     "Reference": ["cli", "api", "schemas", "troubleshooting", "glossary"],
     "Project": ["contributing", "CHANGELOG", "SECURITY"],

@@ -23,6 +23,7 @@ from lockkit.lock.config import LockConfig
 from lockkit.targets import LOCK_GATES, Precision, Provider
 
 ROOT = Path(__file__).parents[1]
+COMMON = {"help", "quiet", "verbose", "debug"}  # options of every command; the page explains them once
 _GENERATED = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.M)
 
 
@@ -36,7 +37,7 @@ def options(name: str) -> str:
     command = typer.main.get_command(make_app()).commands[name]  # type: ignore[attr-defined]
     texts = {}
     for parameter in command.params:
-        if parameter.name == "help":
+        if parameter.name in COMMON:
             continue
         option = parameter.param_type_name == "option"
         takes = "" if getattr(parameter, "is_flag", False) or not option else f" {parameter.metavar or ''}"
@@ -161,11 +162,13 @@ def _command_of(verb: str, name: str) -> str:
 
 def schema_models() -> dict[str, type[BaseModel]]:
     """The results that have a JSON schema, by the name of the schema."""
+    from lockkit.attack.recipe import Recipe
+    from lockkit.attack.record import Summary
     from lockkit.bench.run import BenchResult
     from lockkit.export.manifest import Manifest
     from lockkit.verify import VerifyResult
 
-    models: list[type[BaseModel]] = [VerifyResult, BenchResult, Manifest]
+    models: list[type[BaseModel]] = [VerifyResult, BenchResult, Manifest, Summary, Recipe]
     return {model.model_fields["schema_version"].default.replace("/", "-"): model for model in models}
 
 
@@ -248,6 +251,13 @@ def requests() -> str:
     return f"{definitions(supported)}\n\nAccepted only with a value that asks for nothing: {accepted}."
 
 
+def glossary() -> str:
+    """The words of reports and documentation."""
+    from lockkit.report.glossary import TERMS
+
+    return "\n".join(f"{term}\n:   {meaning}\n" for term, meaning in TERMS.items())
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "settings": settings,
     "commands": commands,
@@ -259,4 +269,5 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "docstring": docstring,
     "requests": requests,
     "documented": documented,
+    "glossary": glossary,
 }

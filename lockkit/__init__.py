@@ -14,6 +14,7 @@ The Python API has the same verbs as the command line, with the same settings an
     report     write_report
     card       write_card, write_bom
     sign       sign_folder, SignConfig, check_signature, CheckConfig
+    web        web_folder
     push       push_folder, PushConfig
     env        describe_environment
 
@@ -57,6 +58,7 @@ _HOMES = {
     "sign_folder": "lockkit.publish.sign",
     "CheckConfig": "lockkit.publish.config",
     "check_signature": "lockkit.publish.sign",
+    "web_folder": "lockkit.publish.web",
     "PushConfig": "lockkit.publish.config",
     "push_folder": "lockkit.publish.push",
     "describe_environment": "lockkit.environment",

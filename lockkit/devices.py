@@ -7,7 +7,7 @@ import re
 import psutil
 import torch
 
-from lockkit.environment import peak_resident_bytes
+from lockkit.environment import cpu_has_fast_bfloat16, peak_resident_bytes
 from lockkit.errors import UsageError
 from lockkit.workers import Workers
 
@@ -54,8 +54,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether a device computes products of matrices in bfloat16, not in float32 after a conversion."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return device.type == "cpu" and cpu_has_fast_bfloat16()
 
 
 class PeakMemory:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,18 @@ from lockkit.version import git_hash, versions
 
 SCHEMA = "lockkit-environment/1"
 
+# What each extra adds, and a module of it; without the module, what the extra is for does not work.
+EXTRAS = {
+    "cpu": ("onnxruntime", "exports on the CPU (`gpu` instead for an NVIDIA GPU)"),
+    "data": ("datasets", "Parquet, Arrow and Hub datasets"),
+    "gguf": ("gguf", "`.gguf` models"),
+    "sentencepiece": ("sentencepiece", "tokenizers without tokenizer.json"),
+    "report": ("matplotlib", "lockkit report and bench --plot"),
+    "attack": ("peft", "lockkit attack"),
+    "serve": ("fastapi", "lockkit serve"),
+    "sign": ("model_signing", "lockkit sign, verify --signature and card --bom"),
+    "bench": ("xllamacpp", "bench --against FILE.gguf"),
+}
 # Packages that install the same Python module. Only the one installed last works, without any message.
 CONFLICTING = {
     "onnxruntime": [
@@ -45,6 +59,8 @@ class Environment:
         memory_bytes: total memory.
         torch_devices: one line per device of PyTorch.
         onnxruntime_providers: execution providers that start.
+        operator: one line per processor on which the fused operator of `lockkit kernel` runs, or why it does not.
+        missing: one line per extra of lockkit that is not installed, with what it is for.
         problems: one line per problem, with a remedy.
     """
 
@@ -56,6 +72,8 @@ class Environment:
     memory_bytes: int
     torch_devices: list[str]
     onnxruntime_providers: list[str]
+    operator: list[str]
+    missing: list[str]
     problems: list[str]
 
     def record(self) -> dict[str, Any]:
@@ -63,8 +81,12 @@ class Environment:
         return schema_record(self)
 
 
-def describe_environment() -> Environment:
-    """The environment of this process."""
+def describe_environment(operator: Sequence[str] = ()) -> Environment:
+    """The environment of this process.
+
+    Args:
+        operator: what is known of the fused operator, see `Environment`.
+    """
     import psutil
 
     devices, cuda_in_torch = _torch_devices()
@@ -79,6 +101,12 @@ def describe_environment() -> Environment:
         memory_bytes=psutil.virtual_memory().total,
         torch_devices=devices,
         onnxruntime_providers=providers,
+        operator=list(operator),
+        missing=[
+            f"pip install 'lockkit[{extra}]' for {purpose}"
+            for extra, (module, purpose) in EXTRAS.items()
+            if importlib.util.find_spec(module) is None
+        ],
         problems=problems,
     )
 
@@ -115,7 +143,7 @@ def _onnxruntime_providers(gpu_present: bool) -> tuple[list[str], list[str]]:
     try:
         import onnxruntime
     except ImportError as error:
-        return [], [f"onnxruntime does not import ({error}): pip install onnxruntime-gpu"]
+        return [], [f"onnxruntime does not import ({error}): pip install 'lockkit[cpu]' or 'lockkit[gpu]'"]
     found, problems = [], []
     for row in (provider.row for provider in Provider):
         on_gpu = row.torch_device != "cpu"
@@ -170,3 +198,17 @@ def _conflicting_packages() -> list[str]:
                 f"pip uninstall {names}, then install one of them"
             )
     return problems
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """Whether this processor computes products of matrices in bfloat16, not in float32 after a conversion."""
+    names = ("avx512_bf16", "amx_bf16", "bf16")
+    information = Path("/proc/cpuinfo")
+    if information.is_file():  # Linux; PyTorch takes seconds to import
+        lines = information.read_text().splitlines()
+        flags = next((line.split() for line in lines if line.startswith(("flags", "Features"))), [])
+        return any(name in flags for name in names)
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in names)

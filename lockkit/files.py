@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 LOCK_RECORD = "lockkit.json"
 EXPORT_MANIFEST = "lockkit_manifest.json"
+WEB_MANIFEST = "lockkit_web.json"  # of a folder for transformers.js
 CARD = "README.md"  # the Hub's name of a model card
 BOM = "bom.cdx.json"
 SIGNATURE = "model.sig"
+CACHE_VARIABLE = "XDG_CACHE_HOME"  # the environment variable that moves `cache_folder`
 HIDDEN = ".lockkit-"  # begins the name of everything temporary inside an output folder
 ADDED_FILES = (CARD, BOM, SIGNATURE)  # written or changed after a lock or an export is finished
 # No space left, quota exceeded, file larger than this process may write.
@@ -130,7 +132,7 @@ def readable_disk_errors(out: Path, option: str = "OUT") -> Iterator[None]:
 
 def cache_folder() -> Path:
     """The folder of files that any run can make again: `$XDG_CACHE_HOME/lockkit`, by default `~/.cache/lockkit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockkit"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache") / "lockkit"
 
 
 # The first bytes of a Git LFS pointer, and what to say of it.
@@ -199,6 +201,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         if error.errno in FULL or not target.is_file() or not os.access(target, os.W_OK):
             raise
         target.write_bytes(data)
+
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to. An incomplete last line, which is just being written, is left out."""
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,9 +2,11 @@
 
 One loop serves both. It generates token by token with the KV cache:
 
-1. Tokenize the prompt. An empty prompt becomes the model's begin-of-text or end-of-text token.
+1. Tokenize the prompt, in the model's chat template if that is asked for. An empty prompt becomes the model's
+   begin-of-text or end-of-text token.
 2. Run the prompt, then each new token. The next token is the most likely one (temperature 0), or it is
-   sampled. With the same seed, the same logits give the same tokens, whatever computed the logits.
+   sampled. With the same seed, the same logits give the same tokens, whatever computed the logits. What is not set comes
+   from the model's generation_config.json.
 3. Stop at an end-of-text token, after `max_new_tokens`, or at the end of the model's context.
 """
 
@@ -12,14 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockkit.errors import UsageError
+from lockkit.errors import UsageError, first_line
 from lockkit.files import EXPORT_MANIFEST
 from lockkit.targets import Provider, provider_called
 from lockkit.text import require_embedded
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
     from lockkit.runners import Runner
 
+LOWEST_PENALTY = 0.01  # of repetition; divided by a much lower one, logits are no longer finite
+
 
 class GenerateConfig(BaseModel):
     """Settings of `generate`."""
@@ -38,11 +42,102 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     max_new_tokens: int = Field(64, ge=1, description="Tokens to generate at most.")
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 takes the most likely token, 1 samples.")
+    chat: bool = Field(False, description="The prompt is a user's message: put it into the model's chat template.")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="0 takes the most likely token, 1 samples. Default for this and the next three: the model's "
+        "generation_config.json; without one, 0 and no limits, or 1 if --top-k or --top-p is given.",
+    )
+    top_k: int | None = Field(None, ge=0, description="Sample only from this many most likely tokens; 0 for all.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="Sample only from the most likely tokens that together have this probability."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=LOWEST_PENALTY,
+        allow_inf_nan=False,
+        description="Above 1, tokens that were there before become less likely.",
+    )
     seed: int = Field(0, description="Seed of the sampling.")
     provider: Provider = Field(
         Provider.cpu, description="Where an export runs, in onnxruntime; cuda runs PyTorch there too, if it can."
     )
+    no_cuda_graphs: bool = Field(
+        False,
+        description="On a GPU, do not launch each step of an export as one CUDA graph, even if it can be captured.",
+    )
+
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect beside others: see `lockkit.settings.refuse_unused`."""
+        reason = "with --temperature 0, which takes the most likely token: change one of them"
+        found = dict.fromkeys(("top_k", "top_p", "seed"), reason) if self.temperature == 0 else {}
+        if self.provider == Provider.cpu:
+            found["no_cuda_graphs"] = "on the CPU: leave it out, or give --provider cuda"
+        return found
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; above 0, the logits are divided by it before sampling.
+        top_k: sample only from this many most likely tokens; 0 for all.
+        top_p: sample only from the most likely tokens that together have this probability (nucleus sampling,
+            Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
+        min_p: sample only from tokens whose probability is at least this share of the highest.
+        repetition_penalty: the logits of tokens that were there before are divided by it if they are positive, else
+            multiplied (Keskar et al. 2019, "CTRL", section 4.1).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @property
+    def takes_the_most_likely(self) -> bool:
+        """Whether the next token is simply the one with the highest logit."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+    def choose(self, logits: torch.Tensor, random: torch.Generator, before: Sequence[int] = ()) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: `[vocab]`; not changed.
+            random: generator for sampling.
+            before: all tokens so far, with the prompt.
+        """
+        import torch
+
+        if self.repetition_penalty != 1 and before:
+            logits, seen = logits.clone(), torch.tensor(sorted(set(before)))
+            found = logits[seen]
+            logits[seen] = torch.where(found > 0, found / self.repetition_penalty, found * self.repetition_penalty)
+        return next_token(logits, self.temperature, random, self.top_p, self.top_k, self.min_p)
+
+
+def sampling_defaults(folder: Path) -> dict[str, Any]:
+    """The fields of `Sampling` that a model's generation_config.json sets; none if it does not say to sample.
+
+    Values that the file cannot have are left out: the file is optional, so a damaged one is ignored.
+    """
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    names = ["repetition_penalty"]
+    if found.get("do_sample") is True:
+        names += ["temperature", "top_k", "top_p", "min_p"]
+        found.setdefault("temperature", 1.0)
+    lowest = {"repetition_penalty": LOWEST_PENALTY, "top_p": 1e-6, "min_p": 0, "temperature": 0, "top_k": 0}
+    values = {name: found[name] for name in names if type(found.get(name)) in (int, float)}
+    return {name: value for name, value in values.items() if lowest[name] <= value < float("inf")}
 
 
 @dataclass
@@ -57,6 +152,8 @@ class TextModel:
         end_ids: tokens that end the text.
         context: most tokens that the model can attend to; None if the configuration does not say.
         vocab_size: number of the model's embeddings.
+        notes: what a user should know about how it runs: the GPU, CUDA graphs, and an operator that cannot be used.
+        defaults: fields of `Sampling` that the model's generation_config.json sets.
     """
 
     name: str
@@ -66,6 +163,8 @@ class TextModel:
     end_ids: set[int]
     context: int | None
     vocab_size: int
+    notes: list[str] = field(default_factory=list)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -91,28 +190,32 @@ class Generation:
         return self.ends[tokens - 1] if tokens else 0
 
 
-def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -> TextModel:
-    """Load a model. PyTorch models run in float32, as in `lockkit verify`.
+def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL", cuda_graphs: bool = True) -> TextModel:
+    """Load a model. PyTorch models run in float32, as in `lockkit verify`; an export as in `lockkit serve`.
 
     Args:
         name: `demo`, a model folder, a `.gguf` file, an export, or a Hub id.
         provider: execution provider of an export, a name in `lockkit.targets.Provider`. A PyTorch
             model runs on the same device if PyTorch has it.
         option: the argument or option that `name` came from, for messages.
+        cuda_graphs: on a GPU, launch each step of an export as one CUDA graph, if it can be captured.
 
     Raises:
         UsageError: there is no such model, or it is damaged. The message names `option`.
     """
     import torch
 
-    from lockkit.export.session import ExportSession
+    from lockkit.kernel.opened import open_generating
     from lockkit.models.load import load_model, load_tokenizer, resolve_model
     from lockkit.runners import OnnxRunner, TorchRunner
 
     runner: Runner
+    notes: list[str] = []
     if (Path(name) / EXPORT_MANIFEST).is_file():
-        session = ExportSession(Path(name), provider=provider, last_only=True)
+        session = open_generating(Path(name), provider, cuda_graphs=cuda_graphs, check=True, warn=notes.append)
         runner, folder, config = OnnxRunner(session), session.folder, session.config
+        if session.device_note:
+            notes.append(f"on {session.device_note}")
     else:
         folder = resolve_model(name, option)
         model, _ = load_model(folder, torch.float32, provider_called(provider).reference_device)
@@ -127,6 +230,8 @@ def open_model(name: str, provider: str = Provider.cpu, option: str = "MODEL") -
         end_ids=end_ids,
         context=config.get("max_position_embeddings"),
         vocab_size=config["vocab_size"],
+        notes=notes,
+        defaults=sampling_defaults(folder),
     )
 
 
@@ -167,10 +272,10 @@ def generate(
 
     Raises:
         UsageError: the prompt does not fit into the model's context, is not valid text, or has a token without an
-            embedding; or it is empty and the model has no token for that.
+            embedding; it is empty and the model has no token for that; or there is no chat template to put it into.
     """
     config = config or GenerateConfig()
-    prompt_ids = _prompt_ids(model, prompt)
+    prompt_ids = _prompt_ids(model, prompt, config.chat)
     room = (
         config.max_new_tokens if model.context is None else min(config.max_new_tokens, model.context - len(prompt_ids))
     )
@@ -195,13 +300,15 @@ def generate(
     return Generation(text, ids, ends, "max_new_tokens" if room == config.max_new_tokens else "context")
 
 
-def _prompt_ids(model: TextModel, prompt: str) -> list[int]:
+def _prompt_ids(model: TextModel, prompt: str, chat: bool) -> list[int]:
     """The token ids of a prompt, at least one."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
         raise UsageError(f"the prompt is not valid UTF-8 (character {error.start}): change --prompt") from error
-    prompt_ids = model.tokenizer(prompt)["input_ids"] if prompt else []
+    if chat:
+        prompt = _as_message(model, prompt)
+    prompt_ids = model.tokenizer(prompt, add_special_tokens=not chat)["input_ids"] if prompt else []
     if not prompt_ids:
         if model.start_id is None:
             raise UsageError(f"{model.name} has no begin-of-text token, so the prompt must not be empty: give --prompt")
@@ -210,30 +317,58 @@ def _prompt_ids(model: TextModel, prompt: str) -> list[int]:
     return prompt_ids
 
 
+def _as_message(model: TextModel, prompt: str) -> str:
+    """A user's message in the model's chat template, up to where the answer begins."""
+    if not model.tokenizer.chat_template:
+        raise UsageError(f"{model.name} has no chat template: leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UsageError(
+            f"the chat template of {model.name} refuses the prompt ({first_line(error)}): leave out --chat"
+        ) from error
+
+
+def sampling_of(model: TextModel, config: GenerateConfig) -> Sampling:
+    """How a model chooses tokens: by the settings, and where they say nothing by its generation_config.json."""
+    given = config.model_dump(include=set(Sampling.__dataclass_fields__), exclude_none=True)
+    if given.keys() & {"top_k", "top_p"}:
+        given = {"temperature": 1.0} | model.defaults | given  # limits are for sampling
+    return Sampling(**model.defaults | given)
+
+
 def _tokens(model: TextModel, prompt_ids: list[int], room: int, config: GenerateConfig) -> Iterator[int]:
     """Yield at most `room` new tokens. An end-of-text token ends them and is not yielded."""
     import torch
 
-    random = torch.Generator().manual_seed(config.seed)
-    ids, cache = torch.tensor([prompt_ids]), None
+    sampling, random = sampling_of(model, config), torch.Generator().manual_seed(config.seed)
+    ids, before = torch.tensor([prompt_ids]), list(prompt_ids)
+    tokens = len(prompt_ids) + room
+    try:
+        texts = model.runner.begin(1, tokens)
+    except MemoryError as error:
+        raise UsageError(
+            f"the cache of a text of {tokens:,} tokens does not fit into memory: lower --max-new-tokens, or shorten --prompt"
+        ) from error
     for _ in range(room):
-        logits, cache = model.runner.next_logits(ids, cache)
-        token = next_token(logits[0], config.temperature, random)
+        token = sampling.choose(texts.next_logits(ids)[0], random, before)
+        before.append(token)
         if token in model.end_ids:
             return
         yield token
         ids = torch.tensor([[token]])
 
 
-def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator, top_p: float = 1.0) -> int:
-    """Choose the next token.
-
-    Args:
-        logits: `[vocab]`.
-        temperature: 0 takes the most likely token; above 0, the logits are divided by it before sampling.
-        random: generator for sampling.
-        top_p: sample only the most likely tokens that together have this probability (nucleus sampling,
-            Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1).
+def next_token(
+    logits: torch.Tensor,
+    temperature: float,
+    random: torch.Generator,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> int:
+    """Choose the next token by its logits, `[vocab]`; see `Sampling`. First top_k limits the choice, then top_p and min_p.
 
     Returns:
         the token's id.
@@ -244,10 +379,16 @@ def next_token(logits: torch.Tensor, temperature: float, random: torch.Generator
         return int(logits.argmax())
     # The highest logit is subtracted first, so that a very low temperature does not overflow.
     probabilities = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
+    if 0 < top_k < len(probabilities):
+        likely = probabilities.topk(top_k).indices
+        kept = probabilities[likely] / probabilities[likely].sum()
+        probabilities = torch.zeros_like(probabilities).index_put_((likely,), kept)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
         probabilities[order[before >= top_p]] = 0
+    if min_p > 0:
+        probabilities[probabilities < min_p * probabilities.max()] = 0
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 

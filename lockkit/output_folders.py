@@ -22,6 +22,7 @@ from lockkit.files import (
     EXPORT_MANIFEST,
     HIDDEN,
     LOCK_RECORD,
+    WEB_MANIFEST,
     check_name,
     check_writable,
     readable_disk_errors,
@@ -29,7 +30,7 @@ from lockkit.files import (
     short,
 )
 
-_RECORDS = (LOCK_RECORD, EXPORT_MANIFEST)
+_RECORDS = (LOCK_RECORD, EXPORT_MANIFEST, WEB_MANIFEST)
 _NOT_CONTENT = ("lost+found", ".DS_Store")  # what the system puts into an otherwise empty folder
 
 

@@ -1,7 +1,6 @@
 """One interface to a language model, for PyTorch and for an ONNX export.
 
-Token ids are int64 tensors, `[batch, seq]`. Logits are float32 tensors on the CPU. A cache is what the runner returned;
-None starts an empty one. Use each cache once, because PyTorch changes it in place.
+Token ids are int64 tensors, `[batch, seq]`. Logits are float32 tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from lockkit.export.texts import Texts as ExportTexts
+from lockkit.export.texts import TextSession
 from lockkit.measure.totals import Outputs
 from lockkit.models.layered import LayeredModel
 
@@ -26,8 +27,20 @@ class Runner(Protocol):
     def outputs(self, ids: torch.Tensor) -> Outputs:
         """The outputs at all positions of token ids, `[batch, seq]`, without a cache."""
 
-    def next_logits(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Logits after the last of token ids, `[batch, seq]`, that follow those in `cache`: `[batch, vocab]`; new cache."""
+    def begin(self, rows: int, tokens: int) -> Texts:
+        """A batch of `rows` texts of at most `tokens` tokens each.
+
+        Raises:
+            MemoryError: their caches do not fit into the device's memory.
+        """
+
+
+class Texts(Protocol):
+    """A batch of texts of equal length that grow together."""
+
+    def next_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Add token ids, `[rows, seq]`; after the first call, one for each row. Returns the logits after the last of them,
+        `[rows, vocab]`, which are valid until the next call."""
 
 
 class TorchRunner:
@@ -51,11 +64,23 @@ class TorchRunner:
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._layered.head(hidden).float().cpu()
 
+    def begin(self, rows: int, tokens: int) -> Texts:
+        return _TorchTexts(self.model, self.device)
+
+
+class _TorchTexts:
+    """Texts of a PyTorch model. Its cache grows with them."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        self._model, self._device, self._cache = model, device, None
+
     @torch.inference_mode()
-    def next_logits(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        ids = ids.to(self.device)
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].float().cpu(), output.past_key_values
+    def next_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids.to(self._device), past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1].float().cpu()
 
 
 class OnnxRunner:
@@ -66,19 +91,21 @@ class OnnxRunner:
     """
 
     def __init__(self, session: ExportSession):
-        self.session = session
+        self.session, self._texts = session, TextSession(session)
 
     def outputs(self, ids: torch.Tensor) -> Outputs:
         return Outputs(self.extend(ids)[0])
 
     def extend(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, that follow those in `cache`; and the new cache."""
+        """Logits, `[batch, seq, vocab]`, of token ids, `[batch, seq]`, that follow those in `cache`; and the new cache.
+
+        None is an empty cache. Use each cache once.
+        """
         logits, cache = self.session.forward(ids.numpy(), None, cache)
         return torch.from_numpy(logits), cache
 
-    def next_logits(self, ids: torch.Tensor, cache: Any = None) -> tuple[torch.Tensor, Any]:
-        logits, cache = self.extend(ids, cache)
-        return logits[:, -1], cache
+    def begin(self, rows: int, tokens: int) -> Texts:
+        return _OnnxTexts(self._texts.begin(rows, tokens))
 
     def unequal(self, rows: list[torch.Tensor], next_ids: torch.Tensor) -> list[torch.Tensor]:
         """Logits of rows of unequal lengths and of one more token per row. The rows run as one batch, padded on the right.
@@ -98,3 +125,13 @@ class OnnxRunner:
         mask = np.concatenate([mask, np.ones((len(rows), 1), dtype=np.int64)], axis=1)
         last, _ = self.session.forward(next_ids[:, None].numpy(), mask, cache)
         return [torch.from_numpy(np.concatenate([logits[i, :length], last[i]])) for i, length in enumerate(lengths)]
+
+
+class _OnnxTexts:
+    """Texts of an export."""
+
+    def __init__(self, texts: ExportTexts):
+        self._texts = texts
+
+    def next_logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self._texts.next_logits(ids.numpy()))

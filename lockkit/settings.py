@@ -8,7 +8,7 @@ import reprlib
 import types
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin, runtime_checkable
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
@@ -94,6 +94,26 @@ def validated(
         raise UsageError(
             f"{option_of(config_class, field)}: {plain_words(same)}, not {shown(first['input'])}{origin}"
         ) from None
+
+
+@runtime_checkable
+class MayBeUnused(Protocol):
+    """A configuration some of whose settings have no effect beside others."""
+
+    def unused(self) -> Mapping[str, str]:
+        """Why settings have no effect here, by field: the end of a sentence that names the option to change."""
+
+
+def refuse_unused(config: BaseModel, given: Collection[str]) -> None:
+    """Check that every setting in `given`, which a user gave, has an effect.
+
+    Raises:
+        UsageError: one has none; the message names its option and the reason.
+    """
+    reasons = config.unused() if isinstance(config, MayBeUnused) else {}
+    for name, reason in reasons.items():
+        if name in given:
+            raise UsageError(f"{option_of(type(config), name)} has no effect {reason}")
 
 
 def _check_no_truth_value(config_class: type[BaseModel], name: str, value: object) -> None:

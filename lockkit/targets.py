@@ -7,9 +7,9 @@ Support, tested with onnxruntime 1.31.1 on the CPU provider (x86-64):
 
 | precision | exported for cpu | exported for cuda |
 |---|---|---|
-| fp32 | yes | yes, without soft caps (Gemma 2) and sliding windows; the graph also runs on the CPU |
+| fp32 | yes | refused: there is no GroupQueryAttention in fp32, and MultiHeadAttention needs cuDNN and much of the CPU |
 | fp16 | yes; attention and norms in fp16, onnxruntime inserts casts for other products | yes; also runs on the CPU |
-| bf16 | refused: kernels are missing (Mul, MatMul, Where) | builds; not tested, since no GPU was available |
+| bf16 | refused: kernels are missing (Mul, MatMul, Where) | yes; starts and is captured on a fake GPU, never run on one |
 | int8, int4 | yes; arithmetic in fp32, products with activations in int8 | yes; arithmetic in fp16; also runs on the CPU |
 """
 
@@ -25,7 +25,7 @@ from lockkit.errors import UsageError
 
 @dataclass(frozen=True)
 class ElementType:
-    """A floating-point format, with its name in each library.
+    """A number format, with its name in each library.
 
     Attributes:
         onnx: its number in `onnx.TensorProto.DataType` and `onnx_ir.DataType`.
@@ -43,6 +43,7 @@ class ElementType:
 FLOAT = ElementType(1, "tensor(float)", "float32", "float32")
 FLOAT16 = ElementType(10, "tensor(float16)", "float16", "float16")
 BFLOAT16 = ElementType(16, "tensor(bfloat16)", "bfloat16", "uint16")  # NumPy has no bfloat16
+INT64 = ElementType(7, "tensor(int64)", "int64", "int64")
 _ELEMENT_TYPES = {row.onnxruntime: row for row in (FLOAT, FLOAT16, BFLOAT16)}
 
 
@@ -115,10 +116,11 @@ class Provider(StrEnum):
             package="onnxruntime-gpu",
             needs="a usable GPU, CUDA and cuDNN",
             genai="cuda",
-            # TF32 rounds the factors of fp32 products to 10 bits of mantissa. The fp32 gates would fail.
+            # TF32 rounds the factors of fp32 products to 10 bits of mantissa.
             settings={"use_tf32": "0"},
             preload=True,
-            precisions={"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"},
+            runs_kernel=True,
+            precisions={"float32": "fp16", "float16": "fp16", "bfloat16": "bf16"},
         ),
     )
 
@@ -176,7 +178,7 @@ class Precision(StrEnum):
         "fp32",
         PrecisionRow(
             weights="FLOAT",
-            arithmetic={Provider.cpu: FLOAT, Provider.cuda: FLOAT},
+            arithmetic={Provider.cpu: FLOAT},
             gates={"max_kl": 1e-6, "min_top1": 0.999, "max_perplexity_ratio": 1.02, "min_continuations": 1.0},
         ),
     )
@@ -245,10 +247,10 @@ def default_precision(stored: str, provider: Provider) -> Precision:
     """The precision of an export by default.
 
     Args:
-        stored: name of the PyTorch dtype of the model's weights. fp32 holds those of any other dtype.
+        stored: name of the PyTorch dtype of the model's weights. Any other dtype is treated as float32.
         provider: that the graph is made for.
     """
-    return Precision[provider.row.precisions.get(stored, "fp32")]
+    return Precision[provider.row.precisions.get(stored, provider.row.precisions["float32"])]
 
 
 def provider_called(name: str) -> Provider:

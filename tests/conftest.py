@@ -39,7 +39,9 @@ QUICK = {
 
 def command_line(settings: Mapping[str, Any]) -> list[str]:
     """The settings of a lock as options of `lockkit lock`."""
-    values = ((name, value if isinstance(value, list) else [value]) for name, value in settings.items())
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    unused = LockConfig(**settings).unused()  # the program refuses them
+    values = ((n, v if isinstance(v, list) else [v]) for n, v in settings.items() if n not in unused)
     return [f"{option_of(LockConfig, name)}={one}" for name, several in values for one in several]
 
 

@@ -8,28 +8,27 @@ import sys
 
 import pytest
 import torch
-from test_attack import SMALL
+from test_attack import ONE_RATE
 from torch import nn
 
-from lockkit.attack.attacks.adapters import QLora, quantise
-from lockkit.attack.attacks.closed_form import RandomFeatures
-from lockkit.attack.attacks.full_ft import FullFinetune
-from lockkit.attack.attacks.redistill import MAX_PASSES, Redistill, RedistillConfig, measured_after
-from lockkit.attack.attacks.reparametrise import Reparametrise, balance
-from lockkit.attack.attacks.shorten import MergeBlocks, MergeConfig, PruneConfig, PruneSVD
-from lockkit.attack.attacks.small_state import Lomo
-from lockkit.attack.attacks.surrogate import SurrogateBackward
+from lockkit.attack.attacks.gradient.adapters import QLora, quantise
+from lockkit.attack.attacks.gradient.full_ft import FullFinetune
+from lockkit.attack.attacks.gradient.reparametrise import Reparametrise, balance
+from lockkit.attack.attacks.gradient.small_state import Lomo
+from lockkit.attack.attacks.gradient.surrogate import SurrogateBackward
+from lockkit.attack.attacks.unlocks.closed_form import RandomFeatures
+from lockkit.attack.attacks.unlocks.redistill import MAX_PASSES, Redistill, RedistillConfig, measured_after
+from lockkit.attack.attacks.unlocks.shorten import MergeBlocks, MergeConfig, PruneConfig, PruneSVD, merge, padded, prune
 from lockkit.attack.base import GradientAttack
-from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
 from lockkit.attack.cost import Cost, StepCost
-from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune, logits_of, task_loss
+from lockkit.attack.finetune import Charges, FinetuneConfig, Training, batches, finetune
+from lockkit.attack.losses import logits_of, task_loss
 from lockkit.attack.registry import registry
 from lockkit.attack.run import run_audit
-from lockkit.attack.shorten import merge, padded, prune
+from lockkit.attack.subjects import Subjects
 from lockkit.attack.tasks import load_task
 from lockkit.attack.unlocking import original_as_chain
-from lockkit.cli.attack import _costs
 from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.net import DLRNet, block_ranks
 from lockkit.dlr.view import load_side_by_side
@@ -41,8 +40,8 @@ GRADIENT = {name: attack for name, attack in registry().items() if issubclass(at
 SLOW_START = ("mezo",)  # eight zeroth-order steps do not lower the loss reliably
 
 
-def bench_of(model_type: str, originals, locks) -> Bench:
-    return Bench(str(locks(model_type)), str(originals(model_type)), audit_config("quick", **SMALL))
+def bench_of(model_type: str, originals, locks) -> Subjects:
+    return Subjects(str(locks(model_type)), str(originals(model_type)), audit_config("quick", **ONE_RATE))
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +301,7 @@ class Greedy(FullFinetune):
 def test_a_failed_attack_does_not_stop_the_others(originals, locks, tmp_path, monkeypatch):
     monkeypatch.setitem(registry(), "greedy", Greedy)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    config = audit_config("quick", **SMALL)
+    config = audit_config("quick", **ONE_RATE)
     names = ["greedy", "qlora", "last-layers"]
     run_audit(str(locks("qwen3")), str(originals("qwen3")), tmp_path / "audit", config, names)
     rows = [json.loads(line) for line in (tmp_path / "audit" / "rows.jsonl").read_text().splitlines()]
@@ -349,14 +348,17 @@ def test_a_folder_that_cannot_be_made_is_refused(cli, originals, locks, tmp_path
     assert "change --out" in outcome.err
 
 
-def test_a_wrong_value_in_a_list_is_refused_by_its_option():
-    with pytest.raises(UsageError, match=r"^--learning-rate: "):
-        audit_config("quick", learning_rates=[1e-3, math.nan])
-
-
-def test_an_attack_that_did_not_run_on_the_lock_is_not_shown_as_beyond_the_budget():
-    assert _costs({"locked": None, "trials_locked": 0})[0] == "not run"
-    assert _costs({"locked": None, "trials_locked": 3})[0] == "> budget"
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("learning_rates", "--learning-rate", math.nan),
+        ("learning_rates", "--learning-rate", 0),
+        ("redistill_budgets", "--redistill-budget", -1),
+    ],
+)
+def test_a_wrong_value_in_a_list_is_refused_by_its_option(name, option, value):
+    with pytest.raises(UsageError, match=f"^{option}: "):
+        audit_config("quick", **{name: [1e-3, value]})
 
 
 def test_a_redistillation_from_random_features_starts_from_their_model(bench):

@@ -58,8 +58,7 @@ def test_figures_of_verify_and_audit_are_written_into_both_cards(name, cli, fold
     assert all(f"{row['kl_divergence']:.1e}" in text for row in verify["parity"])
     found = {key: value for figures in summary["tasks"].values() for key, value in figures["amplification"].items()}
     assert found["tokens"]["says"] in text and summary["budget"] in text
-    ratios = [value["value"] for key, value in found.items() if value and value["value"] and key != "step"]
-    assert f"costs {min(ratios):.2f} to {max(ratios):.2f} times as much as fine-tuning the original" in text
+    assert f"**{summary['verdict']['sentence']}**" in text
     index = index_of(folder)
     measured = {"onnx": verify["perplexity"]["onnx"], "locked": verify["perplexity"]["locked"]}[name]
     assert index["perplexity (lockkit verify)"] == pytest.approx(measured, rel=1e-5)
@@ -122,3 +121,30 @@ def test_folders_and_cards_that_cannot_be_used_are_refused(cli, folders, origina
     (folders["onnx"] / "README.md").write_text("---\na: [\n---\n")
     done = cli("card", folders["onnx"])
     assert (done.code, done.err.count("\n")) == (2, 1) and "mend its YAML" in done.err
+
+
+def test_figures_of_other_weights_than_those_in_the_folder_are_refused(cli, folders, results):
+    """Weights that were replaced after the manifest or lockkit.json was written."""
+    record = json.loads((folders["locked"] / "lockkit.json").read_text())
+    (folders["locked"] / "lockkit.json").write_text(json.dumps(record | {"weights_sha256": "0" * 64}))
+    data = bytearray((folders["onnx"] / "model.onnx_data").read_bytes())
+    data[-1] ^= 1
+    (folders["onnx"] / "model.onnx_data").write_bytes(data)
+    for folder, named in ((folders["locked"], "lockkit.json"), (folders["onnx"], "model.onnx_data")):
+        before = (folder / "README.md").read_bytes()
+        for arguments in ((), ("--verify", results / "verify.json")):
+            done = cli("card", folder, *arguments)
+            assert (done.code, done.err.count("\n")) == (2, 1)
+            assert named in done.err and "SHA-256" in done.err and "change FOLDER" in done.err
+        assert (folder / "README.md").read_bytes() == before
+    done = cli("push", folders["locked"], "owner/name", "--dry-run")
+    assert (done.code, done.err.count("\n")) == (2, 1) and "SHA-256" in done.err
+
+
+def test_an_audit_against_another_original_is_refused(cli, folders, results, tmp_path):
+    summary = json.loads((results / "audit" / "summary.json").read_text())
+    summary["identity"]["original_sha256"] = "0" * 64
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    done = cli("card", folders["locked"], "--audit", tmp_path / "summary.json")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "compares this lock with other weights than those of llama" in done.err and "change --audit" in done.err

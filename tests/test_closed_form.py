@@ -7,8 +7,7 @@ import torch
 from test_attack_methods import bench_of, random_chain
 from torch import nn
 
-from lockkit.attack.attacks.closed_form import CorrectedConfig, CorrectedStack
-from lockkit.attack.closed_form import collapse
+from lockkit.attack.attacks.unlocks.closed_form import CorrectedConfig, CorrectedStack, collapse
 from lockkit.attack.unlocking import original_as_chain
 from lockkit.dlr.mlp import MLPWeights
 from lockkit.dlr.view import side_by_side

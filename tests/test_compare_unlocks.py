@@ -11,7 +11,7 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 
 TOOL = Path(__file__).parents[1] / "tools" / "compare_unlocks.py"
-UNCOUPLED = {"depth": 5, "coupling": 1e-6, "tokens": 64, "end_to_end_tokens": 0, "learning_rate": 1e-9}
+UNCOUPLED = {"depth": 5, "coupling": 1e-6, "tokens": 512, "end_to_end_tokens": 0, "learning_rate": 1e-9}
 
 
 def test_uncoupled_blocks_are_unlocked_exactly(originals, tmp_path):

@@ -5,7 +5,6 @@ test_readme.py runs what they type. Links between pages, with their anchors, are
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shlex
@@ -24,7 +23,7 @@ from lockkit.serve.protocol import CompletionRequest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))  # not the first: conf.py is there
-from generated import insert, verbs  # noqa: E402
+from generated import COMMON, insert, verbs  # noqa: E402
 
 COMMANDS = typer.main.get_command(make_app()).commands
 TYPED = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
@@ -88,7 +87,12 @@ def test_every_typed_line_exists_as_typed(name, line):
 def test_commands_options_tools_and_paths_in_the_text_exist(name):
     text = PAGES[name]
     known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
-    known |= {"--help", "--debug", "--trust-remote-code"}  # the last is named as an option that is gone
+    known |= {
+        "--help",
+        "--version",
+        "--install-completion",
+        "--trust-remote-code",
+    }  # the last is named as an option that is gone
     assert set(re.findall(r"`(--[a-z0-9-]+)", text)) <= known
     for inline in re.findall(r"`lockkit ([a-z][^`]*)`", text):
         command, *words = inline.split()
@@ -113,7 +117,7 @@ def test_generated_parts_leave_nothing_out():
     assert not any(re.search("^<!-- generated:", text, re.M) for text in pages.values())
     for name, command in COMMANDS.items():
         section = pages["docs/cli.md"].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-        options = {parameter.opts[0] for parameter in command.params if parameter.name != "help"}
+        options = {parameter.opts[0] for parameter in command.params if parameter.name not in COMMON}
         assert set(re.findall(r"^`(--[\w-]+)", section, re.M)) == {
             option for option in options if option.startswith("-")
         }
@@ -131,23 +135,6 @@ def test_quoted_messages_are_those_of_the_code():
     for message in quoted:
         for part in message.split(" ... "):
             assert part in code, message
-
-
-def test_the_entries_of_an_audit_are_those_of_the_code():
-    tree = ast.parse((ROOT / "lockkit/attack/summary.py").read_text(encoding="utf-8"))
-    (summarise,) = (part for part in tree.body if isinstance(part, ast.FunctionDef) and part.name == "summarise")
-    (result,) = (part.value for part in ast.walk(summarise) if isinstance(part, ast.Return))
-    section = PAGES["docs/schemas.md"].partition("## An audit")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (`.*?) \|", section, re.M)
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == {key.value for key in result.keys}
-
-
-def test_the_annotated_report_has_the_heads_of_the_code():
-    code = (ROOT / "lockkit/report/sections/audit.py").read_text(encoding="utf-8")
-    report = PAGES["docs/audit.md"].partition("## One report, annotated")[2].partition("\n## ")[0]
-    heads = re.findall(r"^\| (.*) \|\n\| ---", report, re.M)
-    assert len(heads) == 2
-    assert all(f'"{cell}"' in code for head in heads for cell in head.split(" | "))
 
 
 def test_version_in_changelog_and_citation():

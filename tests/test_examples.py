@@ -56,7 +56,7 @@ def test_a_real_model_gets_one_table_and_a_second_run_repeats_nothing(originals,
     fidelity = json.loads((tmp_path / "run" / "locked" / "lockkit.json").read_text())["fidelity"]
     assert f"| stdlib | {fidelity['tokens']} | " in table and f"| {fidelity['kl_divergence']:.4f} |" in table
     assert "| fp32 | failed |" in table and "a gate failed" in table  # no ratio is below 0.5
-    assert "locked-fp32 | onnxruntime |" in table and "| pytorch |" in table
+    assert "locked-fp32 | onnxruntime, kernel |" in table and "| pytorch |" in table
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0 and "$ lockkit" not in again.stdout
 

@@ -160,8 +160,8 @@ def test_exports_that_cannot_work_are_refused(models, tmp_path):
     llama = str(models("llama", False))
     with pytest.raises(UsageError, match="no bf16"):
         export_model(llama, tmp_path / "out", ExportConfig(precision="bf16"))
-    with pytest.raises(UsageError, match="does not exist in fp32 on cuda"):
-        export_model(str(models("gemma2", False)), tmp_path / "out", ExportConfig(provider="cuda"))
+    with pytest.raises(UsageError, match="no fp32 arithmetic on CUDA: change --precision"):
+        export_model(llama, tmp_path / "out", ExportConfig(precision="fp32", provider="cuda"))
     dynamic = ROPE | {"rope_type": "dynamic", "factor": 2.0}
     save_tiny("llama", tmp_path / "dynamic", rope_parameters=dynamic)
     with pytest.raises(UnsupportedModelError, match="dynamic"):
@@ -194,6 +194,7 @@ def test_a_failing_builder_writes_nothing_and_names_the_cause(models, tmp_path, 
         ("bfloat16", "cuda", "bf16"),
         ("float16", "cuda", "fp16"),
         ("float32", "cpu", "fp32"),
+        ("float32", "cuda", "fp16"),
     ],
 )
 def test_the_default_precision_is_what_the_provider_computes_well(dtype, provider, precision, models, tmp_path):

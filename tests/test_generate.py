@@ -15,7 +15,16 @@ from transformers import ByT5Tokenizer
 from lockkit.errors import UsageError
 from lockkit.export.config import ExportConfig
 from lockkit.export.run import export_model
-from lockkit.generate import GenerateConfig, Generation, first_difference, generate, next_token, open_model
+from lockkit.generate import (
+    GenerateConfig,
+    Generation,
+    Sampling,
+    first_difference,
+    generate,
+    next_token,
+    open_model,
+    sampling_defaults,
+)
 from lockkit.models.load import load_model
 
 PROMPT = "def größe(self):\n    return "
@@ -110,15 +119,77 @@ def test_next_token_follows_the_distribution():
     torch.testing.assert_close(shares, (logits / 2).softmax(-1), atol=0.03, rtol=0)
 
 
+def test_top_k_and_min_p_limit_the_choice_as_in_transformers():
+    """Against transformers' own logits processors."""
+    from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        logits = 3 * torch.randn(40, generator=generator)
+        before = torch.randint(0, 40, (6,), generator=generator)
+        sampling = Sampling(temperature=0.7, top_k=12, top_p=0.9, min_p=0.05, repetition_penalty=1.3)
+        steps = [
+            RepetitionPenaltyLogitsProcessor(1.3),
+            lambda _, scores: scores / 0.7,
+            TopKLogitsWarper(12),
+            TopPLogitsWarper(0.9),
+            MinPLogitsWarper(0.05),
+        ]
+        expected = logits[None].clone()
+        for step in steps:
+            expected = step(before[None], expected)
+        drawn = [sampling.choose(logits, torch.Generator().manual_seed(seed), before.tolist()) for seed in range(200)]
+        shares = torch.bincount(torch.tensor(drawn), minlength=40) / 200
+        assert set(drawn) <= set(expected[0].isfinite().nonzero().flatten().tolist())
+        assert (shares - expected[0].softmax(-1)).abs().max() < 0.15
+
+
+def test_the_models_own_settings_are_the_default(folder, tmp_path):
+    changed = tmp_path / "model"
+    shutil.copytree(folder, changed)
+    file = changed / "generation_config.json"
+    given = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    model = open_model(str(changed))
+    assert Sampling(**model.defaults) == Sampling(0.6, 20, 0.95, 0.0, 1.1)
+    own = generate(model, PROMPT, GenerateConfig(max_new_tokens=12)).token_ids
+    del given["do_sample"]
+    assert own == generate(open_model(str(folder)), PROMPT, GenerateConfig(max_new_tokens=12, **given)).token_ids
+    greedy = generate(model, PROMPT, GenerateConfig(max_new_tokens=12, temperature=0, repetition_penalty=1)).token_ids
+    assert greedy == expected_ids(folder, PROMPT, 12)
+    for damaged in ("[1", "[]", '{"do_sample": true, "top_p": "x", "top_k": -1}'):
+        file.write_text(damaged)
+        assert sampling_defaults(changed) in ({}, {"temperature": 1.0})
+
+
+def test_chat_puts_the_prompt_into_the_models_template(folder, cli, tmp_path):
+    done = cli("generate", folder, "--chat", "--prompt", "x")
+    assert done.code == 2 and "has no chat template: leave out --chat" in done.err
+    changed = tmp_path / "model"
+    shutil.copytree(folder, changed)
+    (changed / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}|")
+    wrapped = cli("generate", changed, "--chat", "--prompt", "x", "--max-new-tokens", "8")
+    assert wrapped.code == 0, wrapped.err
+    assert wrapped.out == cli("generate", folder, "--prompt", "<user>x|", "--max-new-tokens", "8").out
+
+
+def test_a_text_that_fills_the_positions_ends_with_a_line(folder, cli):
+    done = cli("generate", folder, "--prompt", "x" * 250, "--max-new-tokens", "300", "--temperature", "1")
+    assert done.code == 0 and "fills the model's 256 positions" in done.err and done.err.count("\n") == 1
+
+
 class Script:
     """A model that always generates these tokens."""
 
     def __init__(self, ids: list[int]):
         self.ids = ids
 
-    def next_logits(self, given, cache):
-        step = 0 if cache is None else cache
-        return torch.nn.functional.one_hot(torch.tensor([self.ids[step]]), 4096).float(), step + 1
+    def begin(self, rows, tokens):
+        self.left = iter(self.ids)
+        return self
+
+    def next_logits(self, given):
+        return torch.nn.functional.one_hot(torch.tensor([next(self.left)]), 4096).float()
 
 
 @pytest.mark.parametrize("tokenizer", ["bundled", "in Python"])

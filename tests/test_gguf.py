@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUICK
+from filelock import FileLock
 from safetensors.torch import load_file
 from tiny import tiny_model
 
@@ -165,3 +169,30 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
     write_gguf(tmp_path / "new.gguf", "grok9")
     with pytest.raises(UsageError, match=r"new.gguf cannot be read \(.*grok9.*\): change MODEL"):
         resolve_model(str(tmp_path / "new.gguf"))
+
+
+def test_a_file_that_another_process_converts_is_waited_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    folder = resolve_model(str(file))
+    folder.rename(tmp_path / "converted")
+    # In this order, so that the lock is released before the pool waits for its thread.
+    with ThreadPoolExecutor(1) as pool, FileLock(folder.parents[1] / "locks" / f"{folder.name}.lock"):
+        waiting = pool.submit(resolve_model, str(file))
+        end = time.monotonic() + 20
+        while "another process dequantises model.gguf: waiting for it" not in caplog.text:
+            assert time.monotonic() < end and not waiting.done()
+            time.sleep(0.01)
+        (tmp_path / "converted").rename(folder)
+        os.utime(folder / "config.json", (1, 1))
+    assert waiting.result() == folder and (folder / "config.json").stat().st_mtime == 1  # not written again
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "model.gguf"
+    write_gguf(file)
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match="change XDG_CACHE_HOME"):
+        resolve_model(str(file))

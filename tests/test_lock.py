@@ -176,7 +176,7 @@ def test_text_that_the_model_cannot_read_is_warned_of(originals, tmp_path, model
 
     said: list[str] = []
     model = "demo" if model_type == "demo" else str(originals(model_type))
-    config = quick(data="stdlib", tokens=256, end_to_end_tokens=0, validation_tokens=64)
+    config = quick(data="stdlib", tokens=512, end_to_end_tokens=0, validation_tokens=64)
     lock_model(model, tmp_path / "out", config, progress=Lines())
     warnings = [line for line in said if line.startswith("warning:")]
     assert bool(warnings) == warned

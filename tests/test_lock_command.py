@@ -28,7 +28,7 @@ def lock_arguments(original, out):
 def test_the_command_writes_the_folder(cli, originals, tmp_path):
     done = cli(*lock_arguments(originals("qwen3"), tmp_path / "out"))
     assert done.code == 0, done.err
-    assert "over original" in done.out and "layer 1" in done.err
+    assert "locked / original" in done.out and "layer 1" in done.err
     record = json.loads((tmp_path / "out" / LOCK_RECORD).read_text())
     assert record["recipe"]["depth"] == QUICK["depth"]
     card = (tmp_path / "out" / "README.md").read_text()

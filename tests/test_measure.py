@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tiny import VOCAB, tiny_model
 
-from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
+from lockkit.attack.subjects import Subjects
 from lockkit.export.config import ExportConfig
 from lockkit.export.run import export_model
 from lockkit.lock.config import LockConfig
@@ -329,7 +329,7 @@ def test_lock_verify_and_attack_give_the_same_figures(one_lock):
         [str(original), str(folder / "locked")],
         VerifyConfig(data="stdlib", tokens=512, block_tokens=256, prompts=0),
     )
-    bench = Bench(
+    bench = Subjects(
         str(folder / "locked"), str(original), audit_config("quick", evaluation_tokens=512, data="stdlib", device="cpu")
     )
     found = [Fidelity.model_validate(record["fidelity"]), verified.fidelity, bench.fidelity]

@@ -124,7 +124,10 @@ def test_each_setting_has_its_option_and_each_option_its_setting(command, cli):
     infos = [info for hint in hints.values() for info in get_args(hint)[1:] if isinstance(info, OptionInfo)]
     own = [name for info in infos for name in (info.default, *info.param_decls)]  # Typer keeps the first name there
     parameters = typer.main.get_command(make_app()).commands[command.__name__].params
+    common = {"-q", "--quiet", "-v", "--verbose", "--debug"}
     options = [name for parameter in parameters for name in parameter.opts if name.startswith("-")]
+    assert common <= set(options)
+    options = [name for name in options if name not in common]
     assert sorted(options) == sorted([*own, *(option for option, _ in settings)])
 
     help_text = cli(command.__name__, "--help").out

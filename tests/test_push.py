@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,12 @@ def one_line(done) -> str:
     return done.err
 
 
+def test_a_name_that_no_branch_can_have_is_refused_before_anything_is_sent(push, export):
+    for name in ("bad name", "a..b", "-x"):
+        done = push(export, "owner/my-model", "--dry-run", "--revision", name)
+        assert done.code == 2 and done.err.endswith("change --revision\n"), name
+
+
 def test_an_export_is_uploaded_whole_and_again_without_old_weights(export, hub, push):
     done = push(export, "owner/my-model", "--private", "--message", "First")
     assert done.code == 0, done.err
@@ -121,7 +128,8 @@ def test_licence_files_and_card_of_a_hub_model_are_fetched(originals, hub, lockk
 def test_a_dry_run_lists_the_files_and_needs_no_hub(export, cli):
     done = cli("push", export, "owner/my-model", "--dry-run")
     assert done.code == 0, done.err
-    listed = {line.split("MB  ")[1] for line in done.out.splitlines() if "MB  " in line}
+    listed = set(re.findall(r"^ *[\d,.]+ (?:MB|kB|bytes)  (.+)$", done.out, re.M))
+    assert " 0.0 " not in done.out  # small files are in kB or bytes
     assert listed == set(published(export))
     assert "would be uploaded to owner/my-model" in done.out
 

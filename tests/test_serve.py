@@ -188,15 +188,19 @@ def test_a_request_that_takes_too_long_is_ended(strict):
 
 
 def test_the_queue_is_limited(strict):
-    def outcome(_) -> str:
+    clients = [strict.client() for _ in range(6)]  # first, since it takes a while
+    everyone = threading.Barrier(len(clients))
+
+    def outcome(client: openai.OpenAI) -> str:
+        everyone.wait()
         try:
-            strict.client().completions.create(**long_request())
+            client.completions.create(**long_request())
         except openai.APIStatusError as error:
             return f"{error.status_code} {error.code}"
         return "answered"
 
-    with ThreadPoolExecutor(6) as pool:
-        outcomes = list(pool.map(outcome, range(6)))
+    with ThreadPoolExecutor(len(clients)) as pool:
+        outcomes = list(pool.map(outcome, clients))
     assert outcomes.count("429 queue_full") == 4 and outcomes.count("408 request_timeout") == 2
 
 

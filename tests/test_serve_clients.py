@@ -58,11 +58,16 @@ def test_fields_that_ask_for_nothing_are_accepted(server):
 
 
 REFUSED = [
-    ({"n": 2}, "n must be 1: other values are not supported"),
+    ({"n": 0}, "n must be at least 1"),
+    ({"n": 33}, "n asks for 33 answers, and this server gives 32 to a request"),
+    ({"frequency_penalty": -1}, "frequency_penalty must be 0: other values are not supported"),
+    ({"top_k": -2}, "top_k must be at least -1"),
+    ({"min_p": 2}, "min_p must be at most 1"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be at least 0.01"),
     ({"presence_penalty": 0.5}, "presence_penalty must be 0: other values are not supported"),
     ({"logit_bias": {"5": -100}}, "logit_bias must be {}: other values are not supported"),
-    ({"logprobs": True}, "logprobs must be false: other values are not supported"),
-    ({"logprobs": 0}, "logprobs must be false: other values are not supported"),
+    ({"logprobs": 0}, "logprobs must be true or false"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be at most 20"),
     ({"store": True}, "store must be false: other values are not supported"),
     ({"service_tier": "flex"}, 'service_tier must be "auto" or "default": other values are not supported'),
     ({"tools": [{"type": "function"}]}, "tools must be []: other values are not supported"),
@@ -100,7 +105,7 @@ def test_everything_else_is_refused_by_name_in_one_line(server):
         assert answer.status_code == 400, (fields, answer.text)
         error = answer.json()["error"]
         assert error["message"].startswith(words) and "\n" not in error["message"], (words, error["message"])
-        [name] = set(fields) - {"messages"} or {"messages"}
+        name = next(iter(set(fields) - {"messages", "logprobs"} or fields))
         assert name in error["param"] and error["type"] == "invalid_request_error"
 
 

@@ -56,7 +56,7 @@ def test_bodies_that_are_not_requests(server):
     for fields, words in (
         (b'"prompt": "x", "prompt": "y"', "'prompt' more than once"),
         (b'"prompt": "x", "temperature": NaN', "temperature must be a number"),
-        (b'"prompt": "x", "n": -Infinity', "n must be 1: other values are not supported"),
+        (b'"prompt": "x", "n": -Infinity', "n must be a whole number"),
         (b'"prompt": "x", "temperature": 1e999', "temperature must be a number"),
         (b'"prompt": "x", "a\\ud800": 1', "surrogate"),
         (b'"prompt": "x", "a\\n\\u0000b": 1', "'a\\n\\x00b'"),
@@ -83,7 +83,7 @@ def test_invalid_values_are_refused_by_name(server):
         "temperature": (-0.1, 2.1, 10**400, "1", float("nan"), float("-inf"), {}),
         "top_p": (0, -1, 1.1, float("nan"), "x"),
         "seed": (2**63, -(2**63) - 1, 1.5, "1", float("nan")),
-        "n": (0, 2, -1, "1", 10**100),
+        "n": (0, 129, -1, 1.5, "1", 10**100),
         "stop": ("", ["a"] * 5, [1], ["x" * 300], {}),
         "prompt": (
             None,
@@ -102,7 +102,10 @@ def test_invalid_values_are_refused_by_name(server):
         ),
         "model": (None, 5, ["tiny-onnx"]),
         "stream": (1, "yes"),
-        "logprobs": (5, True),
+        "logprobs": (6, -1, True),
+        "top_k": (-2, 1.5),
+        "min_p": (1.5, -1),
+        "repetition_penalty": (0, 5e-324, 11),
         "echo": (True,),
         "unknown": (1,),
     }.items():

@@ -17,6 +17,7 @@ from lockkit.workers import Workers
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 OPTIONS = command_line(QUICK)
+PHASE_1 = command_line(QUICK | {"end_to_end_tokens": 0})
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,14 @@ def original(tmp_path_factory):
     return save_tiny("qwen3", tmp_path_factory.mktemp("original") / "model", num_hidden_layers=3)
 
 
-def lock(workers: int, original, out, *options: object, setup: dict | None = None) -> subprocess.CompletedProcess:
+def lock(workers: int, original, out, options=OPTIONS, setup: dict | None = None) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (setup or {})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [f"--nproc-per-node={workers}", "--master-addr=127.0.0.1", f"--master-port={port}"]
     start = ["-m", "torch.distributed.run", *launcher, "-m", "lockkit"] if workers > 1 else ["-m", "lockkit"]
-    command = [sys.executable, *start, "lock", original, out, *OPTIONS, *options]
+    command = [sys.executable, *start, "lock", original, out, *options]
     return subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, env=environment, check=False, timeout=120
     )
@@ -40,7 +41,7 @@ def lock(workers: int, original, out, *options: object, setup: dict | None = Non
 
 def test_the_number_of_workers_does_not_change_the_weights(original, tmp_path):
     for workers in (1, 2, 4):  # with four, one worker has no layer
-        done = lock(workers, original, tmp_path / str(workers), "--end-to-end-tokens=0")
+        done = lock(workers, original, tmp_path / str(workers), PHASE_1)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote") == 1  # only the first worker prints
     expected = (tmp_path / "1" / "model.safetensors").read_bytes()
@@ -54,7 +55,9 @@ def test_phase_2_divides_each_batch(original, tmp_path):
     """Gradients are summed in another order, so results are equal within rounding."""
     records = []
     for workers in (1, 2):
-        done = lock(workers, original, tmp_path / str(workers), "--end-to-end-learning-rate=0.005", "--coupling=1")
+        done = lock(
+            workers, original, tmp_path / str(workers), [*OPTIONS, "--end-to-end-learning-rate=0.005", "--coupling=1"]
+        )
         assert done.returncode == 0, done.stderr
         records.append(read_json(tmp_path / str(workers) / LOCK_RECORD, ""))
     one, two = (record["end_to_end"]["kl_divergence_after"] for record in records)
@@ -71,12 +74,14 @@ if os.environ.get("RANK") == "1":
         {what}
     phase_1.distil_layers = die
 """
+# Wait until the other worker has finished a layer.
+WAIT = "import time, pathlib; [time.sleep(0.1) for _ in iter(lambda: pathlib.Path(LAYER).exists(), True)]"
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("import time; time.sleep(5); os._exit(9)", "another worker stopped"),
+        (f"{WAIT}; os._exit(9)", "another worker stopped"),
         (
             "from lockkit.errors import DistillationError; raise DistillationError('layer 1 diverged')",
             "worker 1: layer 1 diverged",
@@ -85,12 +90,13 @@ if os.environ.get("RANK") == "1":
 )
 def test_a_worker_that_fails_stops_all_and_keeps_finished_layers(original, tmp_path, what, message):
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(DYING.format(what=what))
+    layer = tmp_path / ".out.lockkit-work" / "layer-0000.safetensors"
+    (tmp_path / "site" / "sitecustomize.py").write_text(DYING.format(what=what.replace("LAYER", repr(str(layer)))))
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     done = lock(2, original, tmp_path / "out", setup={"PYTHONPATH": path})
     assert done.returncode != 0
     assert message in done.stderr and "run the same command again" in done.stderr
-    assert (tmp_path / ".out.lockkit-work" / "layer-0000.safetensors").is_file()
+    assert layer.is_file()
     done = lock(2, original, tmp_path / "out")
     assert done.returncode == 0 and "layer 0" not in done.stderr, done.stderr
 

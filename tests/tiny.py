@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from lockkit.dlr import DLRNet, MLPShape
+from lockkit.dlr.mlp import chains_for
 from lockkit.models.families import FAMILIES
 from lockkit.models.load import DEMO, TOKENIZER_FILES, load_tokenizer
 
@@ -54,7 +55,7 @@ SPECIAL = {
 
 def empty_chain(shape: MLPShape, depth: int, gain: float, activation: Callable) -> DLRNet:
     """An untrained chain in place of an MLP of `shape`."""
-    config = shape.chain_config(depth, activation="")
+    config = chains_for(shape, depth, activation="")
     return config.empty_chain(shape.hidden_size, shape.intermediate_size, activation, gain)
 
 

@@ -12,7 +12,8 @@ ratio per method. The median of the rounds and their range are printed. The meth
     packed x1, compiled  one layer at a time with torch.compile (--compile)
 
 The share of peak is the rate of floating-point operations of a training step (forward and backward pass of the
-chains), over that of the machine's own matrix product of 2048 x 2048 in float32.
+chains), over that of the machine's own matrix product in the method's number format: of 2048 x 2048, on a GPU of
+8192 x 8192.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ import torch
 from torch.nn import functional as F
 
 from lockkit.dlr.cost import mlp_parameters
-from lockkit.dlr.mlp import MLPShape
+from lockkit.dlr.mlp import MLPShape, chains_for
 from lockkit.files import write_json
 from lockkit.lock.packed import PackedChains
 from lockkit.measure.metrics import nmse
 from lockkit.version import git_hash, versions
 
-SHAPES = {"demo": (256, 768, 4), "qwen3-0.6b": (1024, 3072, 8)}
+SHAPES = {"demo": (256, 768, 4), "gemma3-270m": (640, 2048, 4), "qwen3-0.6b": (1024, 3072, 8)}
 
 
 class Setting:
@@ -53,7 +54,7 @@ class Setting:
     def chains(self, count: int) -> list:
         """`count` chains of random weights, the same at every call."""
         torch.manual_seed(0)
-        chains = self.shape.chain_config(self.depth, "silu")
+        chains = chains_for(self.shape, self.depth, "silu")
         sizes = self.shape.hidden_size, self.shape.intermediate_size
         return [chains.empty_chain(*sizes, F.silu, 0.1).to(self.device) for _ in range(count)]
 
@@ -105,9 +106,15 @@ def seconds_of(step: Callable, device: str) -> float:
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product on this machine."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    size = 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
     best = min(seconds_of(lambda: a @ a, device) for _ in range(8))
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The number format of a method's matrix products."""
+    return torch.bfloat16 if name.endswith("bf16") else torch.float32
 
 
 def methods(setting: Setting, compiled: bool) -> dict[str, Callable[[], None]]:
@@ -131,7 +138,7 @@ def measure(setting: Setting, steps: dict[str, Callable[[], None]], rounds: int)
     for _ in range(rounds):
         for name, step in steps.items():
             taken[name].append(seconds_of(step, setting.device))
-    peak = peak_flops(setting.device, torch.float32)
+    peaks = {dtype: peak_flops(setting.device, dtype) for dtype in {dtype_of(name) for name in steps}}
     rows = []
     for name, seconds in taken.items():
         ratios = sorted(a / b for a, b in zip(taken["plain loop"], seconds, strict=True))
@@ -142,7 +149,7 @@ def measure(setting: Setting, steps: dict[str, Callable[[], None]], rounds: int)
                 "speed_over_plain": statistics.median(ratios),
                 "range": [ratios[0], ratios[-1]],
                 "layer_tokens_per_second": setting.tokens * setting.layers / median,
-                "share_of_peak": setting.flops() / median / peak,
+                "share_of_peak": setting.flops() / median / peaks[dtype_of(name)],
             }
         )
     return rows

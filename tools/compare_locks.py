@@ -19,16 +19,17 @@ from pathlib import Path
 
 from lockkit.attack.config import audit_config
 from lockkit.attack.run import run_audit
+from lockkit.attack.sentences import times
+from lockkit.attack.target import RESOURCE_TITLES as RESOURCES
 from lockkit.cli.console import TerminalProgress
 from lockkit.errors import DistillationError
 from lockkit.files import write_json
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.measure.records import MeasuredText
-from lockkit.report.sections.audit import RESOURCES
 from lockkit.version import git_hash, versions
 
-SCHEMA = "lockkit-locks-compared/1"
+SCHEMA = "lockkit-locks-compared/2"
 QUICK_LOCK = {"tokens": 8_192, "end_to_end_tokens": 0, "validation_tokens": 1_024}
 
 
@@ -109,7 +110,9 @@ def _row(name: str, summary: dict) -> dict:
         },
         "unlock_ratio": summary["unlock_ratio"],
         "owner_advantage": summary["owner_advantage"],
+        "verdict": summary["verdict"]["sentence"],
         "amplification": {task: figures["amplification"] for task, figures in summary["tasks"].items()},
+        "off_the_shelf": {task: figures["off_the_shelf"] for task, figures in summary["tasks"].items()},
         "runs": summary["runs"],
         "not_tried": summary["not_tried"],
         "config": summary["config"],
@@ -163,6 +166,7 @@ def markdown(record: dict) -> str:
         "loss. In brackets: the attack on the lock; then the mean over its seeds, over the original's mean, and the range. "
         "`*`: the re-distillation from scratch failed its control at this budget, so the figure is only a bound.",
     ]
+    lines += [f"\n{row['lock']}: {row['verdict']}" for row in rows]
     lines += [f"\nNo lock {row['lock']}: {row['failed']}" for row in record["rows"] if "failed" in row]
     return "\n".join(lines) + "\n"
 
@@ -175,10 +179,10 @@ def _cell(found: dict | None) -> str:
     if found is None:
         return "–"
     if found["value"] is None:
-        return found["says"].removeprefix("target not reached: ")
+        return found["says"]
     seeds = found.get("seeds")
     spread = f"; {seeds['mean']:.2f}, {seeds['lowest']:.2f} to {seeds['highest']:.2f}" if seeds else ""
-    return f"{found['value']:.2f} ({found['best_attack']}{spread})"
+    return f"{times(found['value'], found['lowest'], found['highest'])} ({found['best_attack']}{spread})"
 
 
 if __name__ == "__main__":

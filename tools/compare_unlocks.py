@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lockkit.attack.attacks.closed_form import (
+from lockkit.attack.attacks.unlocks.closed_form import (
     CorrectedStack,
     LinearisedStack,
     PartialCollapse,
@@ -38,10 +38,10 @@ from lockkit.attack.attacks.closed_form import (
     StackSolve,
     mlp_inputs,
 )
-from lockkit.attack.attacks.redistill import Redistill, RedistillConfig
+from lockkit.attack.attacks.unlocks.redistill import Redistill, RedistillConfig
 from lockkit.attack.base import CannotRun, Unlocked
-from lockkit.attack.bench import Bench
 from lockkit.attack.config import audit_config
+from lockkit.attack.subjects import Subjects
 from lockkit.files import read_json, write_json
 from lockkit.measure.records import MeasuredText
 from lockkit.models.families import decoder_layers, mlp_weights
@@ -79,7 +79,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
     """The row of one lock."""
     tokens = max([unlock_tokens, *budgets])
     config = audit_config("standard", tasks=["signatures"], redistill_tokens=tokens, unlock_tokens=unlock_tokens)
-    bench = Bench(locked, original, config)
+    bench = Subjects(locked, original, config)
     base = bench.quality_of("original").perplexity
 
     def figures(unlocked: Unlocked) -> dict:
@@ -122,7 +122,7 @@ def measure(locked: str, original: str, budgets: list[int], unlock_tokens: int) 
 
 
 @torch.no_grad()
-def row_correlation(bench: Bench) -> float:
+def row_correlation(bench: Subjects) -> float:
     """The largest correlation of an up row with a row of the teacher's; mean over layers and rows."""
     locked, original = bench.frozen("locked"), bench.frozen("original")
     rows = bench.unlabelled[: CORRELATION_TOKENS // bench.text_block]

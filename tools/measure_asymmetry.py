@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -378,8 +379,10 @@ def main(arguments: list[str]) -> None:
     name = options.out / f"asymmetry-{options.device.split(':')[0]}"
     name.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     name.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-    plot(result, name.with_suffix(".svg"))
-    print(f"written: {name.name}.json, .md and .svg")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        plot(result, name.with_suffix(".svg"))
+    print(f"written: {name.name}.json and .md" + (", and .svg" if drawn else "; for a plot, install matplotlib"))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
+    parser.add_argument("--warm-up", type=int, default=40, help="steps over which the learning rate rises from 0")
     parser.add_argument(
         "--decay", type=float, default=0.4, help="share of the steps at the end over which the learning rate falls to 0"
     )
@@ -177,10 +178,9 @@ def make_optimizers(model: PreTrainedModel, args: argparse.Namespace) -> list[to
 
 def learning_rate_factor(step: int, args: argparse.Namespace) -> float:
     """Share of the peak learning rate at a step."""
-    warm_up = 40
     decay_start = args.steps * (1 - args.decay)
-    if step < warm_up:
-        return (step + 1) / warm_up
+    if step < args.warm_up:
+        return (step + 1) / args.warm_up
     return 1.0 if step < decay_start else max(0.0, (args.steps - step) / (args.steps - decay_start))
 
 
@@ -293,7 +293,7 @@ and values) with a byte-level BPE tokenizer of {c.vocab_size:,} tokens. It exist
 | held-out perplexity | **{figures["perplexity"]:.2f}** per token on {figures["evaluate_tokens"]:,} tokens of stdlib: all of the split `evaluate`, in rows of {args.block} |
 | on the beginning of that split, in rows of {VerifyConfig().block_tokens} | {figures["beginnings"]} |
 | unigram and bigram baseline | {figures["baseline"]:.1f} on the same tokens (interpolated counts of the training text, best weight) |
-| optimiser | Muon (learning rate {args.muon_lr:g}) for layer matrices, AdamW ({args.adam_lr:g}) for the rest; warm-up 40 steps, linear decay over the last {args.decay:.0%} |
+| optimiser | Muon (learning rate {args.muon_lr:g}) for layer matrices, AdamW ({args.adam_lr:g}) for the rest; warm-up {args.warm_up} steps, linear decay over the last {args.decay:.0%} |
 | seed, precision | {args.seed}; trained in float32, stored in bfloat16 |
 | machine | {figures["machine"]} |
 

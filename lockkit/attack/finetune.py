@@ -4,9 +4,12 @@
    (a zeroth-order method, for example).
 2. `finetune` runs it for a number of steps: batches in an order fixed by the seed, warm-up and
    schedule, clipped gradients. It measures the held-out loss at even intervals.
-3. Steps 2 to 4 are run under the counters of cost.py. The others are timed. So each point of the curve has
-   its cost: steps, tokens, operations, seconds. If there are several kinds of steps (an attack that trains one part
-   of the model after the other), the first three of each kind are counted.
+3. Steps 2 to 4 are run under the counters of cost.py. The others are timed; a step costs the median of their times.
+   So each point of the curve has its cost: steps, tokens, operations, seconds. If there are several kinds of steps (an
+   attack that trains one part of the model after the other), the first three of each kind are counted.
+4. A run ends early if its held-out loss is low enough, or if it can no longer be the cheapest (`stop_loss` and
+   `most_steps`). Its learning rate follows the schedule of all steps all the same. In the second case nothing more is
+   measured on it: it may lack seconds and a loss on general text.
 """
 
 from __future__ import annotations
@@ -14,24 +17,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from lockkit.attack.cost import Cost, ProcessMemory, StepCost, measure_step
+from lockkit.attack.losses import held_out_loss, logits_of, task_loss
 from lockkit.attack.savers import saver
-from lockkit.attack.tasks import IGNORED, Rows, Task
+from lockkit.attack.tasks import Rows, Task
 from lockkit.devices import synchronise
 from lockkit.training import learning_rate_share, shuffled_batches
 
-EVALUATION_ROWS = 16
 COUNTED_STEPS = 3  # after the first step, which allocates the optimiser's state
+TIMED_STEPS = 3  # at least, after those
+MIN_STEPS = 8
 BROKEN = "the held-out loss is not finite before the first step"
 
 
@@ -41,7 +46,7 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    steps: int = Field(32, ge=8, description="Optimiser steps.")
+    steps: int = Field(32, ge=MIN_STEPS, description="Optimiser steps.")
     batch_rows: int = Field(8, ge=1, description="Rows per step.")
     warm_up: int = Field(0, ge=0, description="Steps over which the learning rate rises from 0.")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="Course of the learning rate after warm-up.")
@@ -52,6 +57,10 @@ class FinetuneConfig(BaseModel):
     )
     saver: str = Field("none", description="Memory saver, see savers.py.")
     evaluations: int = Field(8, ge=1, description="Points of the held-out curve after the first.")
+    stop_loss: float | None = Field(None, description="End when the held-out loss is at most this, in nats per label.")
+    most_steps: int | None = Field(
+        None, ge=1, description="End after this many steps. The schedule of the learning rate is for all `steps`."
+    )
     seed: int = Field(0, ge=0, description="Seed of the order of rows, and of all random choices of the attack.")
 
     def learning_rate_share(self, step: int) -> float:
@@ -91,7 +100,7 @@ class Training:
 class Point:
     """A point of the curve: held-out loss in nats per label, and the cost so far.
 
-    `flops` is NaN if no step was counted.
+    `flops` is NaN if no step was counted, and `seconds` if none was timed.
     """
 
     step: int
@@ -113,6 +122,9 @@ class FinetuneResult:
     cost: Cost
     diverged: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
+    trained_parameters: int | None = None
+    step_seconds: tuple[float, float, float] | None = None  # lowest quarter, median, highest quarter
+    general_loss: float | None = None  # on general text after the run, in nats per token
 
     @property
     def start(self) -> float:
@@ -133,38 +145,6 @@ class FinetuneResult:
         return area / (points[-1][0] - points[0][0])
 
 
-def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The logits, `[batch, seq, vocab]`, for `ids`, `[batch, seq]`. The model may return them in an output object."""
-    out = model(input_ids=ids, use_cache=False)
-    return out if isinstance(out, torch.Tensor) else out.logits
-
-
-def task_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss over the labels that count, in nats.
-
-    Args:
-        logits: `[batch, seq, vocab]`.
-        labels: `[batch, seq]`; `IGNORED` for tokens that do not count.
-    """
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, rows: Rows, device: torch.device) -> float:
-    """Mean loss over all labels of `rows`, in nats per label."""
-    was_training = model.training
-    model.eval()
-    total = count = 0.0
-    for ids, labels in zip(rows.ids.split(EVALUATION_ROWS), rows.labels.split(EVALUATION_ROWS), strict=True):
-        labels = labels.to(device)
-        counted = int((labels[:, 1:] != IGNORED).sum())
-        if counted:
-            total += task_loss(logits_of(model, ids.to(device)), labels).item() * counted
-            count += counted
-    model.train(was_training)
-    return total / count
-
-
 def batches(rows: Rows, batch_rows: int, steps: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield `steps` batches of ids and labels, `[batch_rows, block]`: whole passes in random orders."""
     for chosen in itertools.islice(shuffled_batches(len(rows), batch_rows, seed), steps):
@@ -181,11 +161,13 @@ def finetune(
     task: Task,
     config: FinetuneConfig,
     advance: Callable[[str], None] = lambda note: None,
+    general: Rows | None = None,
 ) -> FinetuneResult:
     """Fine-tune on a task, see the top of this file. `training.model` is changed in place.
 
     Args:
         advance: called with a note after each point of the curve.
+        general: text on which the model's loss is measured after the run. Its cost is not counted.
 
     Raises:
         FloatingPointError: the held-out loss is not finite before the first step.
@@ -197,9 +179,39 @@ def finetune(
     training.model.train()
     with ProcessMemory(run.device) as memory, saver(config.saver, training.model), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        while run.steps_done < config.steps and all(math.isfinite(loss) for loss in run.losses[-1:]):
+        while run.goes_on():
             run.advance_steps()
-    return run.result(memory)
+    result = run.result(memory)
+    if general is not None and not result.diverged and not is_beaten(config, *run.measured[-1]):
+        result.general_loss = held_out_loss(training.model, general, run.device)
+    return result
+
+
+def ends_early(config: FinetuneConfig, steps: int, loss: float) -> bool:
+    """Whether a run ends after this many steps, at this held-out loss."""
+    return _reached(config, loss) or is_beaten(config, steps, loss)
+
+
+def is_beaten(config: FinetuneConfig, steps: int, loss: float) -> bool:
+    """Whether a run with this held-out loss after this many steps can no longer be the cheapest."""
+    return config.most_steps is not None and steps >= config.most_steps and not _reached(config, loss)
+
+
+def _reached(config: FinetuneConfig, loss: float) -> bool:
+    return config.stop_loss is not None and loss <= config.stop_loss
+
+
+def quartiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The lowest quarter, the median and the highest quarter of the times of steps; 0 without any."""
+    if len(seconds) < 2:
+        return (seconds[0],) * 3 if seconds else (0.0, 0.0, 0.0)
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return low, middle, high
+
+
+def trained_parameters(parameters: Iterable[torch.Tensor]) -> int:
+    """The number of trained parameters, each tensor once."""
+    return sum({id(p): p.numel() for p in parameters if p.requires_grad}.values())
 
 
 class _Run:
@@ -215,13 +227,23 @@ class _Run:
         self._source = batches(task.train, config.batch_rows, config.steps, config.seed)
         self._evaluate_after = evaluation_steps(config)
         self._counted: dict[int, StepCost] = {}
-        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._seconds: list[float] = []  # of each timed step
+        self._ended = self._beaten = False  # after the end, further steps are only counted and timed
+        self._trained = trained_parameters(training.parameters)
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to take."""
+        finite = all(math.isfinite(loss) for loss in self.losses[-1:])
+        figures_known = bool(self._counted) and (self._beaten or len(self._seconds) >= TIMED_STEPS)
+        return self.steps_done < self.config.steps and finite and not (self._ended and figures_known)
 
     def evaluate(self) -> None:
         """Add a point to the curve."""
         with _averaged_weights(self.training.optimiser):
             loss = held_out_loss(self.training.model, self.task.held_out, self.device)
         self.measured.append((self.steps_done, loss))
+        self._ended = ends_early(self.config, self.steps_done, loss)
+        self._beaten = is_beaten(self.config, self.steps_done, loss)
         self.advance(f"loss {loss:.3f}")
 
     def advance_steps(self) -> None:
@@ -235,9 +257,8 @@ class _Run:
             self._one_step()
             synchronise(self.device)
             if self.steps_done > 1:  # the first step is the warm-up
-                self._timed_steps += 1
-                self._timed_seconds += time.perf_counter() - started
-        if self._evaluate_after.intersection(range(before + 1, self.steps_done + 1)):
+                self._seconds.append(time.perf_counter() - started)
+        if not self._ended and self._evaluate_after.intersection(range(before + 1, self.steps_done + 1)):
             self.evaluate()
 
     def _one_step(self) -> None:
@@ -249,11 +270,12 @@ class _Run:
     def result(self, memory: ProcessMemory) -> FinetuneResult:
         """The figures of the run so far; `memory` measured its peak."""
         tokens_per_step = self.config.batch_rows * self.task.train.ids.shape[1]
-        seconds_per_step = self._timed_seconds / max(1, self._timed_steps)
-        charges = Charges(self.training, self._counted, tokens_per_step, seconds_per_step)
+        times = quartiles(self._seconds)
+        charges = Charges(self.training, self._counted, tokens_per_step, times[1])
         diverged = not all(math.isfinite(loss) for loss in [*self.losses, *(loss for _, loss in self.measured)])
         curve = [charges.point(step, loss) for step, loss in self.measured if math.isfinite(loss)]
-        return FinetuneResult(curve, charges.total(self.steps_done, memory), diverged, dict(self.training.notes))
+        cost, notes = charges.total(self.steps_done, memory), dict(self.training.notes)
+        return FinetuneResult(curve, cost, diverged, notes, self._trained, times)
 
 
 @dataclass(frozen=True)
@@ -263,7 +285,7 @@ class Charges:
     training: Training
     counted: dict[int, StepCost]  # by kind of step
     tokens_per_step: int
-    seconds_per_step: float
+    seconds_per_step: float  # 0 if no step was timed
 
     def _flops(self, steps: int) -> float:
         if not self.counted:
@@ -272,6 +294,9 @@ class Charges:
         kinds = (self.training.kind(step) for step in range(steps))
         return float(sum(self.counted[kind].flops if kind in self.counted else most for kind in kinds))
 
+    def _seconds(self, steps: int) -> float:
+        return steps * self.seconds_per_step if self.seconds_per_step or not steps else math.nan
+
     def point(self, step: int, loss: float) -> Point:
         """The point of the curve after `step` steps. Its cost includes that of preparing the training."""
         before = self.training.before
@@ -279,7 +304,7 @@ class Charges:
             step,
             before.tokens + step * self.tokens_per_step,
             before.flops + self._flops(step),
-            before.seconds + step * self.seconds_per_step,
+            before.seconds + self._seconds(step),
             loss,
         )
 
@@ -290,7 +315,7 @@ class Charges:
             steps=steps,
             tokens=steps * self.tokens_per_step,
             flops=self._flops(steps),
-            seconds=steps * self.seconds_per_step,
+            seconds=self._seconds(steps),
             peak_tensor_bytes=max((cost.peak_tensor_bytes for cost in costs), default=0),
             saved_bytes=max((cost.saved_bytes for cost in costs), default=0),
             peak_memory_bytes=memory.allocated,

@@ -22,9 +22,9 @@ from lockkit.errors import UsageError
 
 if TYPE_CHECKING:
     from lockkit.attack.base import Attack
-    from lockkit.attack.bench import Bench
+    from lockkit.attack.subjects import Subjects
 
-SCHEMA = "lockkit-attack/3"
+SCHEMA = "lockkit-attack/4"
 ROWS = "rows.jsonl"
 # PyTorch's messages on CUDA, on Windows and on Linux. On the last two it raises a plain RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
@@ -91,26 +91,29 @@ def head_of(attack: type[Attack], config: dict, task: str | None, subject: str) 
         "attack": attack.name,
         "family": attack.family,
         "lock_aware": attack.lock_aware,
+        "off_the_shelf": getattr(attack, "off_the_shelf", False),
         "model": subject,
         "task": task,
         "config": config,
     }
 
 
-def depends_on(bench: Bench, attack: type[Attack], config: dict, task: str | None, subject: str) -> list:
+def depends_on(subjects: Subjects, attack: type[Attack], config: dict, task: str | None, subject: str) -> list:
     """Everything that the figures of a row depend on: settings and hashes.
 
     A row of the original does not depend on the lock, with one exception. Attacks that use knowledge of the lock work
     on the original in the lock's shape, may read unlabelled text, and may have a budget in multiples of the lock's.
     """
-    identity = bench.identity()
+    identity = subjects.identity()
     if subject == "original":
-        del identity["locked_sha256"]
+        locked = identity.pop("locked_sha256")
         if attack.lock_aware:
-            identity |= {"shape": bench.lock_shape, "lock_tokens": bench.lock_tokens}
+            identity |= {"shape": subjects.lock_shape, "lock_tokens": subjects.lock_tokens}
         else:
-            identity = {key: identity[key] for key in ("original_sha256", "device")}
-    return [attack.name, config, subject, bench.tasks[task].record() if task else None, identity]
+            identity = {key: identity[key] for key in ("original_sha256", "device", "evaluation_sha256")}
+            if config.get("capacity_of") == "locked":  # the lock's shape decides how many parameters are trained
+                identity["shape"] = subjects.lock_shape or locked
+    return [attack.name, config, subject, subjects.tasks[task].record() if task else None, identity]
 
 
 def check_controls(controls: Iterable[Path]) -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import optuna
 
     from lockkit.attack.base import GradientAttack
-    from lockkit.attack.bench import Bench, Subject
     from lockkit.attack.finetune import FinetuneConfig
+    from lockkit.attack.subjects import Subject, Subjects
 
 FILE, LOCKS = "sweep.log", ".sweep-locks"
 POLL_SECONDS = 0.2
@@ -42,13 +42,13 @@ class Sweep:
     """
 
     def __init__(
-        self, out: Path, attack: type[GradientAttack], task: str, subject: Subject, bench: Bench, target: Target
+        self, out: Path, attack: type[GradientAttack], task: str, subject: Subject, subjects: Subjects, target: Target
     ):
         self.attack, self.task, self.subject, self.target = attack, task, subject, target
-        self.config, self.budget = bench.config, bench.config.sweep
+        self.config, self.budget = subjects.config, subjects.config.sweep
         # The budget is not part of the key, so that a longer search continues a shorter one.
         settings = self.config.model_dump(include={"steps", "batch_rows", "seed", "target_share"})
-        key = key_of(depends_on(bench, attack, settings, task, subject))[:12]
+        key = key_of(depends_on(subjects, attack, settings, task, subject))[:12]
         self.name = f"{attack.name} {task} {subject} {key}"
         self.locks = out / LOCKS
         self.locks.mkdir(exist_ok=True)
@@ -137,9 +137,9 @@ class Sweep:
         cost = cost_to_target(row, self.target.loss)
         if cost is None:
             return 1 + row["best_loss"] - self.target.loss
-        steps = cost["step"]
-        assert steps is not None, "the steps of a run are always counted"
-        return steps / self.config.steps
+        tokens = cost["tokens"]
+        assert tokens is not None, "the tokens of a run are always counted"
+        return tokens / (self.config.steps * self.config.batch_rows * self.config.block_tokens)
 
     def _record(self, trial: optuna.trial.FrozenTrial, row_of: Callable[[FinetuneConfig], dict]) -> dict:
         from optuna.trial import FixedTrial, TrialState

@@ -1,7 +1,7 @@
 """Cost to target: what a run spent until its held-out loss reached the target.
 
 The reference is the original, fine-tuned with the baseline. The target is the loss at a given share of the
-reference's improvement. The cost of a run at the target is interpolated between the two measured points around it.
+reference's improvement, or a given loss. The cost of a run at the target is interpolated between the two measured points around it.
 Peaks of memory are those of the whole run.
 """
 
@@ -11,12 +11,12 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-WORK = ("step", "tokens", "flops", "seconds")
+WORK = ("step", "flops", "tokens", "seconds")  # operations first: the verdict follows from them
 MEMORY = ("peak_tensor_bytes", "saved_bytes")
 RESOURCES = (*WORK[1:], *MEMORY)  # without steps, which are not comparable where batches differ
 RESOURCE_TITLES = {
-    "tokens": "tokens",
     "flops": "floating-point operations",
+    "tokens": "tokens",
     "seconds": "seconds",
     "peak_tensor_bytes": "peak memory",
     "saved_bytes": "memory for the backward pass",
@@ -37,16 +37,23 @@ class Target:
 
     @property
     def control_loss(self) -> float:
-        """The loss that a gradient attack must reach on the original to be valid."""
-        return self.start - CONTROL_SHARE * (self.start - self.best)
+        """The loss that a gradient attack must reach on the original to be valid: at most the target is asked for."""
+        return max(self.loss, self.start - CONTROL_SHARE * (self.start - self.best))
 
 
-def reference_target(references: list[dict], share: float) -> Target | None:
-    """The target from the reference's rows; None if the loss did not fall in any of them."""
+def reference_target(references: list[dict], share: float, loss: float | None = None) -> Target | None:
+    """The target from the reference's rows; None if the loss did not fall in any of them, or not to `loss`.
+
+    Args:
+        share: of the improvement.
+        loss: the target loss, in place of the share.
+    """
     finished = [row for row in references if row["status"] == "finished"]
     if not finished:
         return None
     start, best = finished[0]["start_loss"], min(row["best_loss"] for row in finished)
+    if loss is not None:
+        return Target(start, best, loss) if best <= loss else None
     return Target(start, best, start - share * (start - best)) if best < start else None
 
 
@@ -83,11 +90,16 @@ def seed_of(row: dict) -> int:
 
 
 def without_seed(row: dict) -> dict:
-    """The settings of a row without the seed of its fine-tune."""
-    config = row["config"]
+    """The settings of a row without the seed of its fine-tune, and without when it ends."""
+    config, left_out = row["config"], ("seed", "stop_loss", "most_steps")
     if "finetune" in config:
-        return config | {"finetune": {key: v for key, v in config["finetune"].items() if key != "seed"}}
-    return {key: value for key, value in config.items() if key != "seed"}
+        return config | {"finetune": {key: v for key, v in config["finetune"].items() if key not in left_out}}
+    return {key: value for key, value in config.items() if key not in left_out}
+
+
+def first_step_at(row: dict, target: float) -> int | None:
+    """The first measured step of a run at which it had reached `target`; None if it did not."""
+    return next((point["step"] for point in row.get("curve", []) if point["loss"] <= target), None)
 
 
 def run_name(row: dict) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from lockkit.attack.target import NOT_FINITE, unlock_control
 
 if TYPE_CHECKING:
-    from lockkit.attack.bench import Bench
+    from lockkit.attack.subjects import Subjects
 
 PERPLEXITY_RISE = 1.05
 NOT_IN_LABEL = ("points", "seed")  # settings of an unlock that are the same in all of its rows
@@ -57,7 +57,7 @@ def _is_finite(unlock: dict) -> bool:
     return all(figure is not None and math.isfinite(figure) for figure in figures)
 
 
-def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
+def effective_depth(subjects: Subjects, unlocks: dict[str, dict]) -> dict:
     """The effective depth under both limits. KL divergences are in nats per token."""
     best: dict[int, dict] = {}
     counted = [u for u in unlocks.values() if u["valid"] and u["from_weights"] and not u["cost"]["steps"]]
@@ -66,8 +66,8 @@ def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
         if unlock["kl_to_lock"] < best.get(stages, {}).get("kl_to_lock", math.inf):
             best[stages] = unlock
     not_tried = NOT_FINITE if counted else "not measured"
-    limit = bench.config.effective_depth_kl
-    most = perplexity_limit(bench)
+    limit = subjects.config.effective_depth_kl
+    most = perplexity_limit(subjects)
     by_kl = [stages for stages in sorted(best) if best[stages]["kl_to_lock"] <= limit]
     by_perplexity = [stages for stages in sorted(best) if best[stages]["perplexity"] <= most]
     return {
@@ -76,15 +76,26 @@ def effective_depth(bench: Bench, unlocks: dict[str, dict]) -> dict:
         "kl_limit": limit,
         "stages_within_5_percent": by_perplexity[0] if by_perplexity else None,
         "says_within_5_percent": _stages(by_perplexity, best, not_tried),
-        "depth": bench.depth,
+        "depth": subjects.depth,
         "kl_by_stages": {str(stages): best[stages]["kl_to_lock"] for stages in sorted(best)},
         "perplexity_by_stages": {str(stages): best[stages]["perplexity"] for stages in sorted(best)},
     }
 
 
-def perplexity_limit(bench: Bench) -> float:
+def perplexity_limit(subjects: Subjects) -> float:
     """The highest perplexity at which an unlocked model counts as close to the lock."""
-    return PERPLEXITY_RISE * bench.quality_of("locked").perplexity
+    return PERPLEXITY_RISE * subjects.quality_of("locked").perplexity
+
+
+def near_labels(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: float) -> set[str]:
+    """The labels of valid unlocks whose models are close to the lock, by KL divergence or by perplexity."""
+    return {
+        label
+        for label, unlock in unlocks.items()
+        if unlock["valid"]
+        and _is_finite(unlock)
+        and (unlock["kl_to_lock"] <= kl_limit or unlock["perplexity"] <= perplexity_limit)
+    }
 
 
 def _stages(within: list[int], tried: dict[int, dict], not_tried: str) -> str:
@@ -102,6 +113,11 @@ def _curve(scratch: list[dict]) -> list[dict]:
     """The points (tokens, flops, kl_to_lock) of re-distillations, without those that are not finite."""
     points = [point for unlock in scratch for point in unlock["notes"]["curve"]]
     return [point for point in points if None not in (point["kl_to_lock"], point["tokens"], point["flops"])]
+
+
+def _needs(*conditions: tuple[str, object]) -> dict[str, str]:
+    """A figure that was not measured, with the names of what is missing; each condition is a name and what was found."""
+    return {"says": "not measured: needs " + ", and ".join(name for name, found in conditions if not found)}
 
 
 def _caveat(valid: bool) -> str:
@@ -125,7 +141,7 @@ def unlock_ratio(unlocks: dict[str, dict], kl_limit: float, perplexity_limit: fl
     candidates = {k: u for k, u in unlocks.items() if u["valid"] and u["blocks"] == 1 and u["from_weights"]}
     ordinary = {k: u for k, u in candidates.items() if _is_finite(u)}
     if not candidates or not scratch:
-        return {"says": "not measured: needs a valid closed-form unlock, and redistill"}
+        return _needs(("a valid closed-form unlock", candidates), ("redistill", scratch))
     if not ordinary or not curve:
         return {"says": NOT_FINITE}
     near = {
@@ -162,7 +178,7 @@ def owner_advantage(lock_tokens: int, unlocks: dict[str, dict], kl_of_lock: floa
     scratch = _scratch(unlocks)
     curve, valid = _curve(scratch), any(unlock["valid"] for unlock in scratch)
     if not scratch or not lock_tokens:
-        return {"says": "not measured: needs redistill, and the lock's lockkit.json"}
+        return _needs(("redistill", scratch), ("the tokens of the lock's distillation (lockkit.json)", lock_tokens))
     if not curve or not math.isfinite(kl_of_lock):
         return {"says": NOT_FINITE}
     reached = [point["tokens"] for point in curve if point["kl_to_lock"] <= kl_of_lock]

@@ -29,25 +29,25 @@ from lockkit.output_folders import new_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lockkit.attack.bench import Bench
+    from lockkit.attack.subjects import Subjects
 
 FOLDER, RECORD = "unlocked", "unlock.json"
 
 
-def original_as_chain(bench: Bench) -> PreTrainedModel:
+def original_as_chain(subjects: Subjects) -> PreTrainedModel:
     """The original in the lock's architecture: its own units, divided among blocks that are independent (gain 0)."""
-    original, config = bench.frozen("original"), bench.frozen("locked").config
-    model = locked_classes(bench.family)[1](config).to(bench.device, torch.float32)
+    original, config = subjects.frozen("original"), subjects.frozen("locked").config
+    model = locked_classes(subjects.family)[1](config).to(subjects.device, torch.float32)
     rest = {key: value for key, value in original.state_dict().items() if ".mlp." not in key}
     model.load_state_dict(rest, strict=False)
     model.tie_weights()
     for layer, teacher in zip(decoder_layers(model), decoder_layers(original), strict=True):
-        load_side_by_side(layer.mlp, mlp_weights(teacher.mlp, bench.family))
+        load_side_by_side(layer.mlp, mlp_weights(teacher.mlp, subjects.family))
         layer.mlp.gain = 0.0
     return model.requires_grad_(False).eval()
 
 
-def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict[str, Any]:
+def control(attack: type[UnlockAttack], config: BaseModel, subjects: Subjects) -> dict[str, Any]:
     """Run the positive control of an unlock, on the original rewritten as a chain.
 
     Returns:
@@ -55,8 +55,8 @@ def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict
         `kl_without_mlps`: KL(original || original without MLPs). `won_back`: the share of the second that the unlock
         removed. KL divergences are in nats per token.
     """
-    unlocked = attack(config).unlock(original_as_chain(bench), bench)
-    worst, left = bench.kl_without_mlps, bench.kl(unlocked.model, "original")
+    unlocked = attack(config).unlock(original_as_chain(subjects), subjects)
+    worst, left = subjects.kl_without_mlps, subjects.kl(unlocked.model, "original")
     share = 1 - left / worst if math.isfinite(worst) else math.nan
     return {
         "control_passed": share >= attack.control_share,
@@ -67,7 +67,9 @@ def control(attack: type[UnlockAttack], config: BaseModel, bench: Bench) -> dict
     }
 
 
-def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Path) -> tuple[Unlocked, dict[str, Any]]:
+def unlock(
+    attack: type[UnlockAttack], config: BaseModel, subjects: Subjects, out: Path
+) -> tuple[Unlocked, dict[str, Any]]:
     """Unlock the lock, or load the unlocked model if an earlier run has saved it in `out`.
 
     Only one of several processes that need the same model builds it.
@@ -78,28 +80,28 @@ def unlock(attack: type[UnlockAttack], config: BaseModel, bench: Bench, out: Pat
     from lockkit.models.load import load_model
     from lockkit.models.quiet import no_progress_bars
 
-    key = key_of([SCHEMA, attack.name, config.model_dump(), bench.identity()])
+    key = key_of([SCHEMA, attack.name, config.model_dump(), subjects.identity()])
     folder = out / FOLDER / f"{attack.name}-{key[:12]}"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not (folder / RECORD).is_file():
-            made = attack(config).unlock(bench.frozen("locked"), bench)
+            made = attack(config).unlock(subjects.frozen("locked"), subjects)
             record = {
                 "folder": str(folder.relative_to(out)),
                 "blocks": made.blocks,
                 "architecture": type(made.model).__name__,
-                **bench.quality(made.model).record(),
+                **subjects.quality(made.model).record(),
                 "cost": made.cost.record(),
                 "notes": made.notes,
             }
             with new_folder(folder, option="--out") as temporary:
                 with no_progress_bars():
                     made.model.save_pretrained(temporary)
-                copy_tokenizer(bench.folders["original"], temporary)
+                copy_tokenizer(subjects.folders["original"], temporary)
                 if made.blocks > 1:
                     file = temporary / "modeling_dlr_lock.py"
-                    file.write_text(render_modeling_file(bench.family), encoding="utf-8")
+                    file.write_text(render_modeling_file(subjects.family), encoding="utf-8")
                 write_json(temporary / RECORD, finite(record))
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    model, _ = load_model(folder, torch.float32, str(bench.device))
+    model, _ = load_model(folder, torch.float32, str(subjects.device))
     return Unlocked(model, record["blocks"], Cost(**record["cost"]), record["notes"]), record

@@ -100,6 +100,8 @@ def start_server(file: Path, rows: int, tokens: int, threads: int | None, at_onc
 class LlamaCpp:
     """A GGUF file in llama.cpp."""
 
+    cuda_graphs: None = None
+
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
         rows, tokens = max(config.batch_sizes), max(config.prompt_lengths) + config.new_tokens
         self.file = folder

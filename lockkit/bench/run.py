@@ -1,7 +1,7 @@
 """Measures exports and models side by side.
 
 1. List what runs: EXPORT in every requested runtime; each other export in the same runtimes; each Hugging Face
-   model in PyTorch; each GGUF file in llama.cpp.
+   model in PyTorch, on the CPU in float32 and in stored types of 16 bits; each GGUF file in llama.cpp.
 2. Load each of these in a process of its own.
 3. Run the rounds. In a round, all models run every batch size and prompt length in turn: the same prompt and the same
    number of new tokens, while the others wait. So a machine that slows down slows all of them. The first round is a
@@ -18,14 +18,15 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockkit.bench.config import BenchConfig, Runtime
+from lockkit.bench.config import OF_EXPORTS, BenchConfig, Runtime
 from lockkit.bench.llama_cpp import check_gguf, is_gguf, llama_cpp_version
 from lockkit.bench.timed import Ready, Shape, Timing, worker
 from lockkit.errors import LockkitError, UsageError
@@ -40,7 +41,6 @@ from lockkit.version import git_hash, versions
 
 SCHEMA: Final = "lockkit-bench/1"
 _STOP_SECONDS = 10  # that a process gets to end by itself
-_OF_EXPORTS = (Runtime.onnxruntime, Runtime.genai)
 
 
 class Ratio(BaseModel):
@@ -74,9 +74,11 @@ class Loaded(BaseModel):
     runtime: str
     locked: bool | None = None  # None if lockkit did not export it
     precision: str | None = None
+    kernel: bool = False  # whether the fused operator of `lockkit kernel` computes its chains
     size_bytes: int
     load_seconds: float
     peak_memory_bytes: int
+    cuda_graphs: bool | None = None  # whether each step is one; None if no GPU runs it, or not in onnxruntime
 
 
 class BenchResult(BaseModel):
@@ -91,6 +93,7 @@ class BenchResult(BaseModel):
     versions: dict[str, str]
     git_hash: str | None
     machine: dict[str, str | int]
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))  # in UTC
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class _Target:
     name: str
     runtime: Runtime
     is_export: bool  # EXPORT itself, not one that it is compared with
+    kernel: Path | None = None  # the library of the fused operator, if onnxruntime shall load it
 
 
 @dataclass
@@ -110,6 +114,7 @@ class _Running:
     target: _Target
     pipe: Connection[Shape | None, Ready | Timing | LockkitError]
     load_seconds: float = 0.0
+    cuda_graphs: bool | None = None
     timings: dict[Shape, list[Timing]] = field(default_factory=dict)  # one per round
 
     def receive(self) -> Ready | Timing:
@@ -157,23 +162,16 @@ def bench(
         LockkitError: a runtime failed.
     """
     config, progress, export = config or BenchConfig(), progress or NoProgress(), Path(export)
-    kernel = None
-    if config.kernel:
-        from lockkit.kernel import build_kernel
-
-        kernel = build_kernel()
     targets = _targets(export, against or [], config)
-    if config.kernel and not has_kernel_form(export / MODEL_FILE):
-        raise UsageError(f"{export} has no chains that the kernel computes: do without --kernel, or export again")
+    if config.kernel:
+        targets = _with_kernel(targets, config.provider)
     shapes = [
         (batch, length)
         for batch in dict.fromkeys(config.batch_sizes)
         for length in dict.fromkeys(config.prompt_lengths)
     ]
     with contextlib.ExitStack() as stack:
-        models = [
-            stack.enter_context(_running(target, config, kernel if target.is_export else None)) for target in targets
-        ]
+        models = [stack.enter_context(_running(target, config)) for target in targets]
         progress.start("measuring", (config.rounds + 1) * len(shapes))
         for number in range(config.rounds + 1):
             for shape in shapes:
@@ -191,7 +189,7 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
     from lockkit.models.load import resolve_model
 
     check_manifest(export)
-    runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime in _OF_EXPORTS]
+    runtimes = [runtime for runtime in dict.fromkeys(config.runtimes) if runtime in OF_EXPORTS]
     if not runtimes:
         raise UsageError("an export runs in onnxruntime or onnxruntime-genai: change --runtime")
     targets = [_Target(export, _name(export), runtime, True) for runtime in runtimes]
@@ -209,8 +207,41 @@ def _targets(export: Path, against: list[str], config: BenchConfig) -> list[_Tar
                 raise UsageError(f"{other} is measured on the CPU: leave it out of --against, or leave out --provider")
             targets.append(_Target(folder, _name(folder), Runtime.llama_cpp, False))
         else:
-            targets.append(_Target(resolve_model(other), _name(folder), Runtime.pytorch, False))
+            found = resolve_model(other)
+            targets += [
+                _Target(found, _name(folder), runtime, False) for runtime in _in_pytorch(found, config.provider)
+            ]
     return targets
+
+
+def _in_pytorch(folder: Path, provider: Provider) -> list[Runtime]:
+    """In float32 and, on the CPU, also in the stored type if it has 16 bits: either may be the faster one."""
+    from lockkit.models.checkpoint import stored_dtype
+    from lockkit.models.load import load_config
+
+    two = provider is Provider.cpu and stored_dtype(folder, load_config(folder)).itemsize == 2
+    return [Runtime.pytorch, Runtime.pytorch_16_bit] if two else [Runtime.pytorch]
+
+
+def _with_kernel(targets: list[_Target], provider: Provider) -> list[_Target]:
+    """The targets, of which those with chains run with the fused operator where onnxruntime runs them.
+
+    Raises:
+        UsageError: none has chains that it computes, or it cannot be compiled.
+    """
+    from lockkit.kernel import build_kernel
+
+    fits = [
+        target.runtime is Runtime.onnxruntime and has_kernel_form(target.folder / MODEL_FILE, provider)
+        for target in targets
+    ]
+    if not any(fits):
+        raise UsageError(
+            f"{' and '.join(dict.fromkeys(target.name for target in targets))} have no chains that the kernel computes: "
+            "do without --kernel, or export again"
+        )
+    library = build_kernel()
+    return [replace(target, kernel=library) if fit else target for target, fit in zip(targets, fits, strict=True)]
 
 
 def _name(folder: Path) -> str:
@@ -218,11 +249,11 @@ def _name(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _running(target: _Target, config: BenchConfig, kernel: Path | None) -> Iterator[_Running]:
+def _running(target: _Target, config: BenchConfig) -> Iterator[_Running]:
     """Load a target in a new process, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    arguments = (theirs, target.runtime, target.folder, config, kernel)
+    arguments = (theirs, target.runtime, target.folder, config, target.kernel)
     process = context.Process(target=worker, args=arguments, daemon=True)
     process.start()
     theirs.close()
@@ -230,7 +261,7 @@ def _running(target: _Target, config: BenchConfig, kernel: Path | None) -> Itera
     try:
         ready = model.receive()
         assert isinstance(ready, Ready)
-        model.load_seconds = ready.load_seconds
+        model.load_seconds, model.cuda_graphs = ready.load_seconds, ready.cuda_graphs
         yield model
     finally:
         with contextlib.suppress(OSError):  # the process has died
@@ -291,13 +322,15 @@ def _measurement(model: _Running, shape: Shape) -> Measurement:
         batch_size=batch,
         prompt_length=length,
         prefill_tokens_per_second=batch * length / first,
-        decode_tokens_per_second=batch / statistics.median(steps),
+        decode_tokens_per_second=batch / percentile["p50"],
         time_to_first_token_seconds=first,
         step_seconds=percentile,
     )
 
 
 def _loaded(model: _Running) -> Loaded:
+    from lockkit.kernel import has_kernel
+
     folder = model.target.folder
     manifest = folder / EXPORT_MANIFEST
     record = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
@@ -306,9 +339,11 @@ def _loaded(model: _Running) -> Loaded:
         runtime=model.target.runtime.value,
         locked=record.get("locked"),
         precision=record.get("precision"),
+        kernel=model.target.kernel is not None or (model.target.runtime is Runtime.genai and has_kernel(folder)),
         size_bytes=sum(path.stat().st_size for path in _weights(model.target, list(record.get("files", [])))),
         load_seconds=model.load_seconds,
         peak_memory_bytes=max(timing.peak_memory_bytes for timings in model.timings.values() for timing in timings),
+        cuda_graphs=model.cuda_graphs,
     )
 
 
@@ -316,7 +351,7 @@ def _weights(target: _Target, exported: list[str]) -> list[Path]:
     """The files with a model's weights. `exported` are the names in the manifest, if it has one."""
     if target.runtime is Runtime.llama_cpp:
         return [target.folder]
-    if target.runtime is Runtime.pytorch:
+    if target.runtime in (Runtime.pytorch, Runtime.pytorch_16_bit):
         return weight_files(target.folder)
     files = [target.folder / name for name in exported] or target.folder.iterdir()
     return [path for path in files if "onnx" in path.name and path.name != ALL_LOGITS_FILE]  # nothing times that one

@@ -21,11 +21,12 @@ from lockkit.bench.config import BenchConfig, Runtime
 from lockkit.bench.llama_cpp import LlamaCpp
 from lockkit.environment import peak_resident_bytes
 from lockkit.errors import LockkitError
+from lockkit.files import read_json
 
 if TYPE_CHECKING:
     import torch
 
-    from lockkit.export.session import Cache
+    from lockkit.export.texts import Texts
 
 Shape = tuple[int, int]  # rows in a batch, tokens in each row's prompt
 
@@ -35,6 +36,7 @@ class Ready:
     """The model is loaded."""
 
     load_seconds: float
+    cuda_graphs: bool | None = None  # see `TimedModel`
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class TimedModel(Protocol):
 
     Args:
         kernel: the fused operator's library, for onnxruntime; None runs without it.
+
     """
+
+    @property
+    def cuda_graphs(self) -> bool | None:
+        """Whether each step of an export is one CUDA graph; None for other models, and on the CPU."""
 
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None: ...
 
@@ -65,6 +72,8 @@ class TimedModel(Protocol):
 
 class _Stepwise(ABC):
     """A model that a caller steps through the tokens."""
+
+    cuda_graphs: bool | None = None
 
     @abstractmethod
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
@@ -85,25 +94,39 @@ class _Stepwise(ABC):
 
 
 class _Onnxruntime(_Stepwise):
-    """An export in plain onnxruntime. Its caches stay on the device."""
+    """An export in plain onnxruntime, as `lockkit generate` and `lockkit serve` run it."""
+
+    texts: Texts | None
 
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
         from lockkit.export.session import ExportSession
+        from lockkit.export.texts import TextSession
 
-        self.session = ExportSession(folder, config.provider, False, config.threads, kernel, last_only=True)
-        self.cache: Cache | None = None
+        self.session = ExportSession(
+            folder,
+            config.provider,
+            False,
+            config.threads,
+            kernel,
+            last_only=True,
+            cuda_graphs=not config.no_cuda_graphs,
+        )
+        if self.session.gpu is not None:
+            self.cuda_graphs = self.session.captures
+        self.sessions, self.texts = TextSession(self.session), None
         self.next_ids = np.empty((0, 1), np.int64)  # [batch, 1]
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
-        self.cache = None
-        self._run(ids)
+        self.texts = None  # so that the next texts get its buffers
+        self.texts = self.sessions.begin(len(ids), ids.shape[1] + new_tokens)
+        self._run(self.texts, ids)
 
     def step(self) -> None:
-        self._run(self.next_ids)
+        assert self.texts is not None  # set by `prompt`
+        self._run(self.texts, self.next_ids)
 
-    def _run(self, ids: np.ndarray) -> None:
-        logits, self.cache = self.session.forward(ids, cache=self.cache)
-        self.next_ids = logits[:, -1:].argmax(-1)
+    def _run(self, texts: Texts, ids: np.ndarray) -> None:
+        self.next_ids = texts.next_logits(ids).argmax(-1)[:, None]
 
 
 class _Genai(_Stepwise):
@@ -121,8 +144,15 @@ class _Genai(_Stepwise):
         if config.provider.row.genai:
             # onnxruntime-genai does not report nodes that fell back to the CPU. Opening a session of our own does.
             _Onnxruntime(folder, config, None)
-            settings.clear_providers()
-            settings.append_provider(config.provider.row.genai)
+            name = config.provider.row.genai
+            options = read_json(folder / "genai_config.json", "EXPORT")["model"]["decoder"]["session_options"]
+            found = next((entry[name] for entry in options.get("provider_options", []) if name in entry), None)
+            if found is None:
+                settings.clear_providers()
+                settings.append_provider(name)
+            self.cuda_graphs = (found or {}).get("enable_cuda_graph") == "1" and not config.no_cuda_graphs
+            if config.no_cuda_graphs:
+                settings.set_provider_option(name, "enable_cuda_graph", "0")
         self.genai, self.model = genai, genai.Model(settings)
 
     def prompt(self, ids: np.ndarray, new_tokens: int) -> None:
@@ -140,6 +170,7 @@ class _Genai(_Stepwise):
 class _Pytorch(_Stepwise):
     """A Hugging Face model in eager PyTorch: in float32 on the CPU, in the stored type on CUDA."""
 
+    stored_type_on_cpu = False
     next_ids: torch.Tensor  # int64 [batch, 1]
 
     def __init__(self, folder: Path, config: BenchConfig, kernel: Path | None) -> None:
@@ -152,7 +183,7 @@ class _Pytorch(_Stepwise):
             torch.set_num_threads(config.threads)
         self.torch, self.synchronise = torch, synchronise
         self.device = config.provider.row.torch_device
-        model, _ = load_model(folder, torch.float32 if self.device == "cpu" else "auto")
+        model, _ = load_model(folder, "auto" if self.stored_type_on_cpu or self.device != "cpu" else torch.float32)
         self.model = model.to(self.device)
         self.cache: Any = None  # transformers.Cache
 
@@ -170,10 +201,17 @@ class _Pytorch(_Stepwise):
         self.synchronise(self.model.device)
 
 
+class _Pytorch16Bit(_Pytorch):
+    """The same on the CPU, in the stored type."""
+
+    stored_type_on_cpu = True
+
+
 _RUNTIMES: dict[Runtime, type[TimedModel]] = {
     Runtime.onnxruntime: _Onnxruntime,
     Runtime.genai: _Genai,
     Runtime.pytorch: _Pytorch,
+    Runtime.pytorch_16_bit: _Pytorch16Bit,
     Runtime.llama_cpp: LlamaCpp,
 }
 
@@ -195,7 +233,7 @@ def worker(
     try:
         start = time.perf_counter()
         model = _RUNTIMES[runtime](folder, config, kernel)
-        pipe.send(Ready(time.perf_counter() - start))
+        pipe.send(Ready(time.perf_counter() - start, model.cuda_graphs))
         while (shape := pipe.recv()) is not None:
             pipe.send(_time(model, shape, config.new_tokens))
     except LockkitError as error:

@@ -6,19 +6,23 @@ a traceback only with `--debug`).
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
+import re
 import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
+from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from lockkit.cli.attack import attack
 from lockkit.cli.bench import bench
 from lockkit.cli.card import card
-from lockkit.cli.console import lost_output, tolerant_output
+from lockkit.cli.console import errors, lost_output, tolerant_output
 from lockkit.cli.env import env
 from lockkit.cli.export import export
 from lockkit.cli.generate import generate
@@ -31,11 +35,17 @@ from lockkit.cli.report import report
 from lockkit.cli.serve import serve
 from lockkit.cli.sign import sign
 from lockkit.cli.verify import verify
+from lockkit.cli.web import web
 from lockkit.errors import GateFailed, LockkitError
 from lockkit.settings import plain_words
 
 # All commands, in the order in which `lockkit --help` lists them. A command has the name of its function.
-COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, card, sign, push, env)
+COMMANDS = (plan, lock, export, verify, kernel, bench, attack, generate, serve, report, card, sign, web, push, env)
+
+# How to install what a plain installation lacks, by the name of the module.
+_PACKAGES = dict.fromkeys(
+    ("onnxruntime", "onnxruntime_genai"), "pip install 'lockkit[cpu]', or 'lockkit[gpu]' for an NVIDIA GPU"
+)
 
 _debug = False
 
@@ -48,16 +58,53 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _common_options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when a command fails.")] = False,
+def _print_help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+_Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print results and errors only, no progress.")]
+_Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Print what the libraries say, too.")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when a command fails.")]
+
+
+def _program_options(
+    context: typer.Context,
+    quiet: _Quiet = False,
+    verbose: _Verbose = False,
+    debug: _Debug = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    """What stands between `lockkit` and the command."""
     global _debug
-    _debug = debug
-    if not debug:
+    _debug, errors.quiet = False, False
+    _print_help(context)
+    if not (debug or verbose):
         quiet_libraries()
+    _common_options(quiet, verbose, debug)
+
+
+def _common_options(quiet: _Quiet = False, verbose: _Verbose = False, debug: _Debug = False) -> None:
+    """What every command takes, too."""
+    global _debug
+    _debug = _debug or debug
+    errors.quiet = errors.quiet or quiet
+    if errors.quiet or not sys.stderr.isatty():  # else the Hub's client shows the progress of a download
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if verbose or debug:
+        loud_libraries()
+
+
+class _Command(TyperCommand):
+    """A command whose help names the type of an argument that may be repeated as that of an option: `<path>...`."""
+
+    def get_help(self, ctx: Any) -> str:
+        return re.sub(
+            r"<list\[(\w+)\]>", lambda found: f"<{found[1].lower()}>...".ljust(len(found[0])), super().get_help(ctx)
+        )
 
 
 def make_app() -> typer.Typer:
@@ -69,26 +116,49 @@ def make_app() -> typer.Typer:
         name="lockkit",
         help="Lock a pretrained language model, export it to ONNX, and verify that the export is the same model.\n\n"
         "The usual order of commands: plan, lock, export, verify, serve.",
-        callback=_common_options,
-        no_args_is_help=True,
+        callback=_program_options,
+        invoke_without_command=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
-        add_completion=False,
     )
     for command in COMMANDS:
-        app.command()(typer_command(command))
+        app.command(cls=_Command)(typer_command(command, _common_options))
     return app
 
 
 def quiet_libraries() -> None:
     """Hide the notices and warnings of libraries. Their errors are still raised."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import warnings
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for kind in (FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=kind)
+
+
+class _Once(logging.Filter):
+    """Drops a message that was logged before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in self._seen
+        self._seen.add(record.getMessage())
+        return new
+
+
+def loud_libraries() -> None:
+    """Show the notices and warnings of libraries: undo `quiet_libraries`."""
+    import warnings
+
+    os.environ["TRANSFORMERS_VERBOSITY"] = "info"
+    for name in ("transformers.configuration_utils", "transformers.generation.configuration_utils"):
+        logging.getLogger(name).addFilter(_Once())  # a command reads a configuration at each of its steps
+    warnings.filterwarnings("default")
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
 
 class _Interrupted(BaseException):
@@ -97,7 +167,7 @@ class _Interrupted(BaseException):
 
 def _interrupt(number: int, _frame: object) -> None:
     if number == signal.SIGTERM:
-        raise _Interrupted("stopped by SIGTERM, from a scheduler or because another worker stopped")
+        raise _Interrupted("stopped by SIGTERM (a scheduler, a time limit, or a worker that stopped)")
     raise _Interrupted("interrupted")
 
 
@@ -128,11 +198,14 @@ def _run() -> int:
     except Exception as error:
         if _debug:
             raise
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in _PACKAGES:
+            _fail(f"this needs {missing}, which is not installed: {_PACKAGES[missing]}", 2)
         # The errors of Python, CUDA and the CPU allocator.
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error):
             _fail("out of memory: lower --batch-tokens or --block-tokens, or use a machine with more memory", 2)
         reason = " ".join(str(error).split())[:300]
-        _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug before the command for details)", 2)
+        _fail(f"unexpected {type(error).__name__}: {reason} (run again with --debug for details)", 2)
     return code or 0
 
 
@@ -142,15 +215,15 @@ def _with_notes(message: str, error: BaseException) -> str:
 
 
 def _bad_use(error: TyperException) -> NoReturn:
-    """Print Typer's message in one line. For a program without arguments, that message is the help."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # a private class of Typer
-        print(error.format_message(), file=sys.stderr)
-        sys.exit(2)
+    """Print Typer's message in one line, with the nearest name for one that does not exist."""
     context = getattr(error, "ctx", None)
     # Some errors do not know their command, but then the command's name was right.
     command = next((f" {name}" for name in sys.argv if name in {command.__name__ for command in COMMANDS}), "")
     program = context.command_path if context else f"lockkit{command}"
     message = error.format_message().rstrip(".")
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):  # an unknown option
+        near = difflib.get_close_matches(error.option_name, error.possibilities or [], 1)
+        message = f"No such option: {error.option_name}" + (f": did you mean {near[0]}?" if near else "")
     if isinstance(error.__cause__, ValidationError):
         message = message.replace(getattr(error, "message", message), plain_words(error.__cause__.errors()))
     _fail(f"{message} (see `{program} --help`)", 2)

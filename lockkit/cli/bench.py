@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockkit.bench.config import BenchConfig
-from lockkit.cli.console import TerminalProgress, console
+from lockkit.cli.console import TerminalProgress, console, figures_table
+from lockkit.cli.json_file import check_json, json_option, write_figures
 from lockkit.errors import UsageError
-from lockkit.files import check_output_file, readable_disk_errors, write_json
+from lockkit.files import check_output_file
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lockkit.bench.run import BenchResult
+    from lockkit.bench.run import BenchResult, Measurement
 
 
 def bench(
@@ -24,15 +25,13 @@ def bench(
         list[str] | None,
         typer.Option(
             "--against",
-            help="Model to compare with: another export, a folder with model.onnx, a Hugging Face model, or a .gguf "
-            "file, which runs in llama.cpp.",
+            help="Model to compare with: another export; a folder with model.onnx; a Hugging Face model, which runs in "
+            "PyTorch; or a .gguf file, which runs in llama.cpp.",
         ),
     ] = None,
     *,
     config: BenchConfig,
-    json: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file (schema lockkit-bench/1).")
-    ] = None,
+    json: Annotated[Path | None, json_option("lockkit-bench/1")] = None,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", help="Draw the ratios to this file (.svg, .png, .pdf). Needs --against and matplotlib."),
@@ -55,8 +54,7 @@ def bench(
         lockkit bench locked-cuda --against demo-cuda --provider cuda \\
             --json bench.json --plot bench.svg
     """
-    if json is not None:
-        check_output_file(json, "--json")
+    check_json(json)
     if plot is not None:
         _check_plot(plot, against)
 
@@ -64,16 +62,16 @@ def bench(
 
     with TerminalProgress() as progress:
         result = measure(export, against or [], config, progress)
+    with_tables = True
     try:
-        if json is not None:
-            with readable_disk_errors(json, "--json"):
-                write_json(json, result.model_dump(mode="json", by_alias=True))
+        with_tables = write_figures(json, result.model_dump(mode="json", by_alias=True))
         if plot is not None:
             from lockkit.bench.plot import plot as draw
 
             draw(result, plot)
     finally:
-        _show(result)
+        if with_tables:
+            _show(result)
 
 
 def _check_plot(path: Path, against: list[str] | None) -> None:
@@ -87,42 +85,52 @@ def _check_plot(path: Path, against: list[str] | None) -> None:
 def _show(result: BenchResult) -> None:
     if result.ratios:
         console.print(_ratios(result))
-    console.print(_measurements(result))
-    for m in result.models:
-        console.print(
-            f"{m.model} in {m.runtime}: {m.size_bytes / 1e6:,.1f} MB of files, at most "
-            f"{m.peak_memory_bytes / 1e6:,.0f} MB of memory, loaded in {m.load_seconds:.1f} s",
-            soft_wrap=True,
-        )
+    for table in (_speeds(result), _latencies(result), _sizes(result)):
+        console.print(table)
+    if fused := [f"{model.model} in {model.runtime}" for model in result.models if model.kernel]:
+        console.print(f"with the fused operator: {', '.join(fused)}")
+    for word, wanted in (("each step one CUDA graph", True), ("no CUDA graphs", False)):
+        if found := [f"{model.model} in {model.runtime}" for model in result.models if model.cuda_graphs is wanted]:
+            console.print(f"{word}: {', '.join(found)}")
 
 
 def _ratios(result: BenchResult) -> Table:
-    from rich.text import Text
-
-    table = _table(
-        "speed of EXPORT, relative to the other", "runtime", "against", "batch", "prompt", "decode", "prefill"
-    )
-    for r in result.ratios:
-        speeds = (Text(f"{speed:.3f}", style="bold") for speed in (r.decode, r.prefill))
-        table.add_row(r.runtime, r.against, str(r.batch_size), str(r.prompt_length), *speeds)
-    return table
+    rows = [
+        (r.against, r.runtime, f"{r.batch_size}", f"{r.prompt_length:,}", f"{r.decode:.3f}", f"{r.prefill:.3f}")
+        for r in result.ratios
+    ]
+    heads = ("against", "runtime", "batch", "prompt\ntokens", "decode\nratio", "prefill\nratio")
+    return figures_table("speed of EXPORT over that of the other model; above 1, EXPORT is faster", heads, rows)
 
 
-def _measurements(result: BenchResult) -> Table:
-    figures = ("decode tok/s", "prefill tok/s", "first ms", "p50 / p95 / p99 ms")
-    table = _table("medians over the rounds", "model", "runtime", "batch", "prompt", *figures)
-    for m in result.measurements:
-        latency = " / ".join(f"{seconds * 1e3:.1f}" for seconds in m.step_seconds.values())
-        speed = f"{m.decode_tokens_per_second:.1f}", f"{m.prefill_tokens_per_second:,.0f}"
-        first = f"{m.time_to_first_token_seconds * 1e3:.1f}"
-        table.add_row(m.model, m.runtime, str(m.batch_size), str(m.prompt_length), *speed, first, latency)
-    return table
+def _speeds(result: BenchResult) -> Table:
+    rows = [
+        (*_shape(m), f"{m.decode_tokens_per_second:,.1f}", f"{m.prefill_tokens_per_second:,.0f}")
+        for m in result.measurements
+    ]
+    return figures_table("speed, medians over the rounds", (*_SHAPE, "decode\ntok/s", "prefill\ntok/s"), rows)
 
 
-def _table(title: str, *columns: str) -> Table:
-    from rich.table import Table
+def _latencies(result: BenchResult) -> Table:
+    names = list(result.measurements[0].step_seconds) if result.measurements else []
+    rows = [
+        (*_shape(m), *(f"{s * 1e3:,.1f}" for s in (m.time_to_first_token_seconds, *m.step_seconds.values())))
+        for m in result.measurements
+    ]
+    heads = (*_SHAPE, "first\ntoken\nms", *(f"next\n{name}\nms" for name in names))
+    return figures_table("time to a token, medians and percentiles", heads, rows)
 
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+
+def _sizes(result: BenchResult) -> Table:
+    rows = [
+        (m.model, m.runtime, f"{m.size_bytes / 1e6:,.1f}", f"{m.peak_memory_bytes / 1e6:,.0f}", f"{m.load_seconds:.1f}")
+        for m in result.models
+    ]
+    return figures_table("size", ("model", "runtime", "files\nMB", "peak\nmemory\nMB", "load\ns"), rows)
+
+
+_SHAPE = ("model", "runtime", "batch", "prompt\ntokens")
+
+
+def _shape(m: Measurement) -> tuple[str, str, str, str]:
+    return m.model, m.runtime, f"{m.batch_size}", f"{m.prompt_length:,}"

@@ -10,17 +10,21 @@ import codecs
 import contextlib
 import io
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, TextIO, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import rich.progress
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lockkit.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
@@ -187,3 +191,46 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def figures_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of figures for a terminal of 80 columns.
+
+    No word is broken; only the names in the first column may wrap. Columns of numbers are aligned on the decimal point.
+
+    Args:
+        title: the heading.
+        heads: of the columns, with units; a line break in a head keeps its column narrow.
+        rows: texts; an empty one for no figure.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    columns = list(zip(*rows, strict=True)) or [()] * len(heads)
+    table.add_column(heads[0], overflow="fold")
+    shown = [list(columns[0])]
+    for head, cells in zip(heads[1:], columns[1:], strict=True):
+        if not any(re.match(r"\D?\d", cell) for cell in cells):  # names
+            table.add_column(head, no_wrap=True)
+            shown.append(list(cells))
+            continue
+        width = max(map(len, head.splitlines()), default=0)
+        table.add_column(Text(head, justify="right"), no_wrap=True)
+        shown.append([cell.rjust(width) for cell in on_the_point(cells)])
+    for row in zip(*shown, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def on_the_point(cells: Sequence[str]) -> list[str]:
+    """Numbers with spaces around them, so that their decimal points stand below each other. Other texts end with them."""
+    parts = [re.fullmatch(r"(\D?[\d,]+)(\D.*)?", cell) for cell in cells]
+    tails = [len(part[2] or "") if part else 0 for part in parts]
+    longest = max(tails, default=0)
+    padded = [
+        cell + " " * (longest - tail) if part else cell for cell, part, tail in zip(cells, parts, tails, strict=True)
+    ]
+    width = max(map(len, padded), default=0)
+    return [cell.rjust(width) for cell in padded]

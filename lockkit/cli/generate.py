@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockkit.cli.console import console, lost_output
-from lockkit.generate import GenerateConfig, Generation, TextModel, first_difference, open_model
+from lockkit.cli.console import console, errors, lost_output
+from lockkit.generate import GenerateConfig, Generation, TextModel, first_difference, open_model, sampling_of
 from lockkit.generate import generate as generate_text
 from lockkit.text import decoded
 
@@ -33,7 +33,8 @@ def generate(
 
     A model folder runs in PyTorch, an export in onnxruntime. With one model, the text is printed while
     it is generated, without the prompt. With two, a table shows both texts and the first token in
-    which they differ.
+    which they differ. The model's generation_config.json says whether and how to sample, unless
+    options do.
 
     Examples:
 
@@ -41,17 +42,50 @@ def generate(
         lockkit generate demo --prompt "def read_lines(path):"
         lockkit generate demo locked-onnx --prompt "import os"
         lockkit generate locked-onnx --prompt - --temperature 0.8 < prompt.txt
+        lockkit generate ./my-model --chat --prompt "What is ONNX?" --top-p 0.9
     """
     text = _standard_input() if prompt == "-" else _argument(prompt)
-    first = open_model(model, config.provider, "MODEL")
-    if second is None:
-        generate_text(first, text, config, _stream)
+    first = _open(model, config, "MODEL")
+    other = _open(second, config, "SECOND") if second is not None else None
+    _say_what_is_unused([model for model in (first, other) if model is not None], config)
+    if other is None:
+        generation = generate_text(first, text, config, _stream)
         print()
+        _say_if_cut(first, generation)
         return
 
-    other = open_model(second, config.provider, "SECOND")
     generations = generate_text(first, text, config), generate_text(other, text, config)
     console.print(_side_by_side(first, other, *generations))
+    for opened, generation in zip((first, other), generations, strict=True):
+        _say_if_cut(opened, generation)
+
+
+def _open(name: str, config: GenerateConfig, option: str) -> TextModel:
+    """Load a model, and say how it runs where that is not plain."""
+    model = open_model(name, config.provider, option, not config.no_cuda_graphs)
+    for note in model.notes:
+        errors.print(f"{name} runs {note}", soft_wrap=True)
+    return model
+
+
+def _say_what_is_unused(models: list[TextModel], config: GenerateConfig) -> None:
+    """Say which options have no effect on these models: what they do by default is known only now."""
+    if "seed" in config.model_fields_set and all(sampling_of(model, config).temperature == 0 for model in models):
+        errors.print("--seed has no effect: the most likely token is taken; --temperature 1 samples", soft_wrap=True)
+    for model in models:
+        device = getattr(model.runner, "device", None)  # of PyTorch; an export on another provider was refused
+        if device is not None and device.type != config.provider.row.torch_device:
+            errors.print(
+                f"{model.name} runs on the {device.type.upper()}: PyTorch has no {config.provider} here", soft_wrap=True
+            )
+
+
+def _say_if_cut(model: TextModel, generation: Generation) -> None:
+    if generation.stopped == "context":
+        errors.print(
+            f"the text of {model.name} ends here: with the prompt, it fills the model's {model.context:,} positions",
+            soft_wrap=True,
+        )
 
 
 def _standard_input() -> str:

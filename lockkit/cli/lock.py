@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockkit.cli.console import TerminalProgress, console
+from lockkit.cli.console import TerminalProgress, console, figures_table
 from lockkit.cli.options import Given
 from lockkit.lock.config import LockConfig, make_config
 
@@ -64,45 +64,39 @@ def _memory(memory: dict) -> str:
 
 def _other_texts(figures: list[dict]) -> Table:
     """The same figures on text of other kinds than the lock was distilled on."""
-    from rich.table import Table
-
-    table = Table(title="on text of other kinds", title_justify="left")
-    for head in ("text", "original", "over original", "KL divergence", "same top token"):
-        table.add_column(head, justify="left" if head == "text" else "right")
-    for fidelity in figures:
-        table.add_row(
+    rows = [
+        (
             f"{fidelity['text']['source']}",
             f"{fidelity['original_perplexity']:.3f}",
             f"{fidelity['perplexity_ratio']:.4f}",
             f"{fidelity['kl_divergence']:.5f}",
             f"{fidelity['top1_agreement']:.2%}",
         )
-    return table
+        for fidelity in figures
+    ]
+    heads = ("text", "perplexity,\noriginal", "locked /\noriginal", "KL, nats\nper token", "top-1\nagreement")
+    return figures_table("on text of other kinds", heads, rows)
 
 
 def _table(record: dict) -> Table:
-    from rich.table import Table
-
     from lockkit.measure.records import MeasuredText
 
-    fidelity, dlr = record["fidelity"], record["dlr"]
+    fidelity, dlr, phase_1 = record["fidelity"], record["dlr"], record["after_phase_1"]
     rank = f"{dlr['rank']}" if dlr["rank"] == dlr["smallest_rank"] else f"{dlr['smallest_rank']} or {dlr['rank']}"
-    table = Table(title=f"{record['model']}, locked: depth {dlr['depth']}, rank {rank}", title_justify="left")
-    table.add_column("held-out measure")
-    table.add_column("original", justify="right")
-    table.add_column("after phase 1", justify="right")
-    table.add_column("locked", justify="right")
-    phase_1 = record["after_phase_1"]
-    table.add_row(
-        "perplexity",
-        f"{fidelity['original_perplexity']:.3f}",
-        f"{phase_1['perplexity']:.3f}",
-        f"{fidelity['perplexity']:.3f}",
-    )
-    table.add_row("over original", "", f"{phase_1['perplexity_ratio']:.4f}", f"{fidelity['perplexity_ratio']:.4f}")
-    table.add_row("KL divergence", "", f"{phase_1['kl_divergence']:.5f}", f"{fidelity['kl_divergence']:.5f}")
-    table.add_row("same top token", "", f"{phase_1['top1_agreement']:.2%}", f"{fidelity['top1_agreement']:.2%}")
-    table.caption, table.caption_justify = f"on {MeasuredText(**fidelity['text'])}", "left"
     nmse = [layer["nmse"] for layer in record["layers"]]
-    table.add_row("NMSE of layers", "", f"{min(nmse):.5f} .. {max(nmse):.5f}", "")
+
+    def row(name: str, key: str, form: str, original: str = "") -> tuple[str, str, str, str]:
+        return name, original, format(phase_1[key], form), format(fidelity[key], form)
+
+    rows = [
+        row("perplexity", "perplexity", ".3f", f"{fidelity['original_perplexity']:.3f}"),
+        row("perplexity, locked / original", "perplexity_ratio", ".4f"),
+        row("KL, nats per token", "kl_divergence", ".5f"),
+        row("top-1 agreement", "top1_agreement", ".2%"),
+        ("NMSE of layers, lowest", "", f"{min(nmse):.5f}", ""),
+        ("NMSE of layers, highest", "", f"{max(nmse):.5f}", ""),
+    ]
+    title = f"{record['model']}, locked: depth {dlr['depth']}, rank {rank}"
+    table = figures_table(title, ("held-out measure", "original", "after\nphase 1", "locked"), rows)
+    table.caption, table.caption_justify = f"on {MeasuredText(**fidelity['text'])}", "left"
     return table

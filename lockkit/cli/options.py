@@ -8,6 +8,8 @@ A command takes the class in one of two forms:
                                                          # class that other sources (a recipe, a suite) also fill
 
 All other parameters are declared as usual in Typer.
+
+An option whose values are listed completes them in the shell.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typer.models import OptionInfo
 
-from lockkit.settings import Config, expanded, is_list, option_of, validated, without_none
+from lockkit.settings import Config, expanded, is_list, option_of, refuse_unused, validated, without_none
 
 _REPEATED = " May be repeated."
 
@@ -35,11 +37,15 @@ class Given(dict[str, Any], Generic[Config]):
     """The options of a config class that are on the command line: values by field name."""
 
 
-def typer_command(command: Callable[..., None]) -> Callable[..., None]:
+def typer_command(command: Callable[..., None], common: Callable[..., None] | None = None) -> Callable[..., None]:
     """Wrap a command in a function whose signature Typer can read.
 
     The wrapper collects the options of a config class, builds the configuration and calls the command. It raises
     `UsageError`, which names the option, when a value is out of range.
+
+    Args:
+        command: the command.
+        common: a function whose options every command has; called first.
     """
     hints = get_type_hints(command, include_extras=True)
     configs = {name: config for name, hint in hints.items() if (config := config_class_of(hint))}
@@ -50,9 +56,13 @@ def typer_command(command: Callable[..., None]) -> Callable[..., None]:
         elif name in hints:
             annotation = _with_metavar(hints[name])
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
+    shared = _parameters_of(common) if common else []
+    parameters += shared
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
+        if common:
+            common(**{parameter.name: values.pop(parameter.name) for parameter in shared})
         # A shell expands `~` in most places, but not in `--out=~/folder` or in quotes.
         values = {
             name: Path(expanded(str(value))) if isinstance(value, Path) else value for name, value in values.items()
@@ -60,12 +70,27 @@ def typer_command(command: Callable[..., None]) -> Callable[..., None]:
         for name, config in configs.items():
             options = {field: values.pop(field) for field in config.model_fields}
             given: Given[Any] = Given({field: value for field, value in options.items() if value not in (None, [])})
-            values[name] = given if get_origin(hints[name]) is Given else validated(config, given)
+            values[name] = given if get_origin(hints[name]) is Given else _configuration(config, given)
         command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _configuration(config_class: type[Config], given: Given[Any]) -> Config:
+    """The configuration of a command whose options all count."""
+    config = validated(config_class, given)
+    refuse_unused(config, given)
+    return config
+
+
+def _parameters_of(function: Callable[..., None]) -> list[inspect.Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    return [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]
 
 
 def config_class_of(hint: Any) -> type[BaseModel] | None:
@@ -77,7 +102,12 @@ def config_class_of(hint: Any) -> type[BaseModel] | None:
 def _options(config_class: type[BaseModel]) -> Iterator[inspect.Parameter]:
     """One parameter per field. Its default, None, means that the option is not on the command line."""
     for name, field in config_class.model_fields.items():
-        option = typer.Option(option_of(config_class, name), help=_help(field), metavar=_metavar(field.annotation))
+        option = typer.Option(
+            option_of(config_class, name),
+            help=_help(field),
+            metavar=_metavar(field.annotation),
+            autocompletion=_completion(field.annotation),
+        )
         annotation: Any = Annotated[_value_type(field.annotation) | None, option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -99,7 +129,7 @@ def _with_metavar(hint: Any) -> Any:
     annotation, info = get_args(hint)
     if isinstance(info, OptionInfo):
         info = copy.copy(info)
-        info.metavar = _metavar(annotation)
+        info.metavar = info.metavar or _metavar(annotation)
         info.help = f"{info.help}{_REPEATED if is_list(annotation) else ''}"
     return Annotated[annotation, info]
 
@@ -116,13 +146,27 @@ def _value_type(annotation: Any) -> Any:
     return str if issubclass(annotation, enum.Enum) else annotation
 
 
+def _choices(annotation: Any) -> list[str]:
+    """The values that an option may have, if they are listed; else an empty list."""
+    annotation = without_none(annotation)
+    if is_list(annotation):
+        return _choices(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
+        return [str(choice.value) for choice in annotation]
+    return []
+
+
+def _completion(annotation: Any) -> Callable[[str], list[str]] | None:
+    """A function that completes the beginning of a value for the shell; None where values are not listed."""
+    choices = _choices(annotation)
+    return (lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]) if choices else None
+
+
 def _metavar(annotation: Any) -> str:
     """The placeholder of an option's value in the help: `<int>`, `<cpu|cuda>`."""
     annotation = without_none(annotation)
     if is_list(annotation):
         return _metavar(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return f"<{'|'.join(map(str, get_args(annotation)))}>"
-    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
-        return f"<{'|'.join(str(choice.value) for choice in annotation)}>"
-    return f"<{_value_type(annotation).__name__.lower()}>"
+    return f"<{'|'.join(_choices(annotation)) or _value_type(annotation).__name__.lower()}>"

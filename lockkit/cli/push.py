@@ -32,8 +32,14 @@ def push(
     result = push_folder(folder, repository, config)
     if config.dry_run:
         for name, size in result.files.items():
-            console.print(f"{size / 1e6:12,.1f} MB  {name}", soft_wrap=True)
+            console.print(f"{_size(size):>12}  {name}", soft_wrap=True)
     done = f"uploaded to {result.url}" if result.url else f"would be uploaded to {repository}"
     console.print(f"{len(result.files)} files, {result.size_bytes / 1e6:,.1f} MB: {done}", soft_wrap=True)
     for note in result.notes:
         console.print(note, soft_wrap=True)
+
+
+def _size(number: int) -> str:
+    """A size in bytes as people read it: `812 bytes`, `1.7 kB`, `3,201.5 MB`."""
+    units = ((1e6, "MB"), (1e3, "kB"))
+    return next((f"{number / unit:,.1f} {name}" for unit, name in units if number >= unit), f"{number} bytes")

@@ -11,14 +11,18 @@ from lockkit.cli.console import console
 
 
 def report(
-    folder: Annotated[
-        Path,
+    results: Annotated[
+        list[Path],
         typer.Argument(
-            help="Folder with results of `lock`, `verify --json` or `attack`, directly or one folder down.",
-            metavar="DIR",
+            help="Folder with results of `lock`, `verify --json`, `bench --json` or `attack`, directly or one folder "
+            "down; or such a file: lockkit.json, verify.json, bench.json, summary.json. Several are put on one page, and several "
+            "audits are compared in one table.",
+            metavar="RESULTS",
         ),
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="HTML file to write. Default: report.html in DIR.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file to write. Default: report.html beside the first result.")
+    ] = None,
 ) -> None:
     """Turn results into one HTML page that opens offline.
 
@@ -29,13 +33,16 @@ def report(
 
     \b
         lockkit report demo-locked
-        lockkit report results --out audit.html
+        lockkit report verify.json
+        lockkit report audit-a audit-b --out audits.html
     """
     from lockkit.report.run import write_report
 
-    written = write_report(folder, out)
+    written = write_report(results, out)
     console.print(
         f"{written.page}, {written.markdown.name} and {written.record.name}: "
         f"{written.sections} section{'' if written.sections == 1 else 's'}",
         soft_wrap=True,
     )
+    for note in written.notes:
+        console.print(note, soft_wrap=True)

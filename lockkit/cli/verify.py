@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from lockkit.cli.console import TerminalProgress, console
-from lockkit.errors import GateFailed
-from lockkit.files import check_output_file, readable_disk_errors
+from lockkit.cli.json_file import check_json, json_option, write_figures
+from lockkit.errors import GateFailed, UsageError
 from lockkit.publish.config import CheckConfig
+from lockkit.settings import option_of
 from lockkit.verify.config import VerifyConfig
 
 
@@ -24,10 +25,7 @@ def verify(
             "original, or both, in any order.",
         ),
     ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write all figures to this file (schema lockkit-verify/1), also if a gate fails."),
-    ] = None,
+    json: Annotated[Path | None, json_option("lockkit-verify/1", ", also if a gate fails")] = None,
     *,
     config: VerifyConfig,
     signed: CheckConfig,
@@ -48,9 +46,9 @@ def verify(
         lockkit verify locked-int4 --reference demo --reference demo-locked \\
             --max-perplexity-ratio 1.1
     """
-    if json is not None:
-        check_output_file(json, "--json")
+    check_json(json)
     if signed.wanted:
+        _require_reference(reference, config, json)
         from lockkit.publish.sign import check_signature
 
         console.print(f"{export} is as it was signed, by {check_signature(export, signed)}", soft_wrap=True)
@@ -62,11 +60,20 @@ def verify(
 
     with TerminalProgress() as progress:
         result = verify_export(export, reference or [], config, progress)
+    with_tables = True
     try:
-        if json is not None:
-            with readable_disk_errors(json, "--json"):
-                result.write(json)
+        with_tables = write_figures(json, result.record())
     finally:
-        print_result(result, console)
+        if with_tables:
+            print_result(result, console)
     if not result.passed:
         raise GateFailed(failure_line(result))
+
+
+def _require_reference(reference: list[str] | None, config: VerifyConfig, json: Path | None) -> None:
+    """Refuse options of a comparison where only a signature is checked."""
+    given = [option_of(VerifyConfig, name) for name in sorted(config.model_fields_set)] + ["--json"] * (
+        json is not None
+    )
+    if given and not reference:
+        raise UsageError(f"{given[0]} has no effect without --reference: add --reference MODEL, or leave it out")

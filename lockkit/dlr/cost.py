@@ -6,8 +6,7 @@ MLP width h, depth L. The ranks add up to h.
 
 from __future__ import annotations
 
-from lockkit.dlr.mlp import MLPShape
-from lockkit.dlr.net import block_ranks
+from lockkit.dlr.shape import MLPShape, block_ranks
 
 
 def mlp_parameters(shape: MLPShape) -> int:

@@ -10,33 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from lockkit.dlr.net import ChainConfig, DLRBlock
+from lockkit.dlr.shape import MLPShape
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 # The dimension of each tensor that counts the hidden units. `down_bias` has none.
 _UNIT_DIM = {"gate": 0, "gate_bias": 0, "up": 0, "up_bias": 0, "down": 1}
 
 
-@dataclass(frozen=True)
-class MLPShape:
-    """Sizes of an MLP.
-
-    Attributes:
-        hidden_size: width of its input and output.
-        intermediate_size: number of its hidden units.
-        gated: it has gate, up and down matrices; otherwise up and down only.
-        bias: the hidden units have biases.
-        output_bias: the output has a bias.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    gated: bool = True
-    bias: bool = False
-    output_bias: bool = False
-
-    def chain_config(self, depth: int, activation: str, gains: Sequence[float] = ()) -> ChainConfig:
-        """The settings of chains of `depth` blocks that replace such MLPs. `gains` is empty before training."""
-        return ChainConfig(depth, tuple(gains), activation, self.gated, self.bias, self.output_bias)
+def chains_for(shape: MLPShape, depth: int, activation: str, gains: Sequence[float] = ()) -> ChainConfig:
+    """The settings of chains of `depth` blocks that replace such MLPs. `gains` is empty before training."""
+    return ChainConfig(depth, tuple(gains), activation, shape.gated, shape.bias, shape.output_bias)
 
 
 @dataclass

@@ -22,19 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def block_ranks(intermediate_size: int, depth: int) -> list[int]:
-    """Divide an MLP's `intermediate_size` hidden units among `depth` blocks.
-
-    If `depth` does not divide the width, the first blocks get one unit more. The ranks always add up to the width.
-
-    Raises:
-        ValueError: `depth` is not between 1 and `intermediate_size`.
-    """
-    if not 1 <= depth <= intermediate_size:
-        raise ValueError(f"depth must be between 1 and the MLP's width {intermediate_size}, not {depth}")
-    rank, remainder = divmod(intermediate_size, depth)
-    return [rank + 1] * remainder + [rank] * (depth - remainder)
+from lockkit.dlr.shape import block_ranks
 
 
 @dataclass(frozen=True)

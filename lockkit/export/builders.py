@@ -1,21 +1,15 @@
 """The graph builder: onnxruntime-genai's model builder, extended to emit the chains of a locked model.
 
-Only this file uses the builder. The builder is not a public interface, hence the narrow version range in
-pyproject.toml. Families need these corrections of it:
+Only this file and `family_builders.py` use the builder. The builder is not a public interface, hence the narrow version
+range in pyproject.toml. `family_builders.py` has a class for each family. These corrections are for all or several:
 
 * locked models: `make_mlp` emits the nodes of a chain (`_LockkitBuilder`);
-* OLMo 2: there is no builder upstream (`_Olmo2`);
 * Mistral, Phi-3: a sliding window without `layer_types` is ignored upstream (`_prepare_config`);
 * Nemotron, Phi: the epsilon of LayerNorms is ignored upstream (`_prepare_config`);
-* Gemma: the embedding factor is rounded to two decimals upstream (`_ExactScale`);
 * RoPE scalings are ignored, refused or computed wrongly upstream, depending on the family. So the tables of cosines and
-  sines are computed from the model's own frequencies (`_LockkitBuilder`, `_Gemma3`);
-* SmolLM3: layers without RoPE read an input that the graph does not have (`_SmolLM3`);
-* Nemotron: biases of the MLP are ignored upstream (`_Nemotron`);
+  sines are computed from the model's own frequencies (`_LockkitBuilder`);
 * int8: an embedding table that is also the output head is written twice upstream, once in the type of the arithmetic
   (`_LockkitBuilder`).
-
-To add a family: one entry in `BUILDERS`, with a class if it needs corrections.
 """
 
 from __future__ import annotations
@@ -40,6 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lockkit.dlr.net import DLRBlock, DLRNet
 from lockkit.errors import LockkitError, UnsupportedModelError, UsageError
 from lockkit.export.config import ExportConfig
+from lockkit.export.family_builders import BUILDERS, GENAI_NAMES
 from lockkit.models.families import Family
 from lockkit.progress import NoProgress, Progress
 from lockkit.targets import Precision
@@ -100,7 +95,7 @@ class _LockkitBuilder(upstream.Model):
         return exists and self.head_size % 16 == 0 and rotary_size % 16 == 0
 
     def is_packed_attn_supported(self) -> bool:
-        # That operator has no cache here. Without it, fp32 on CUDA uses MultiHeadAttention.
+        # That operator has no cache here.
         return False
 
     def make_tied_embeddings_init(self, config: PreTrainedConfig) -> None:
@@ -178,116 +173,6 @@ class _LockkitBuilder(upstream.Model):
         return output
 
 
-class _SmolLM3(upstream.SmolLM3Model):
-    def make_attention(self, layer_id: int, attention: torch.nn.Module, root_input: str, **kwargs: Any) -> None:
-        before = dict(self.attention_attrs)
-        rope = bool(self.no_rope_layers[layer_id])  # 1 means that the layer has RoPE, in spite of the name
-        self.attention_attrs.update(rope=rope, use_rope_in_attn=rope and before["use_rope_in_attn"])
-        upstream.Model.make_attention(self, layer_id, attention, root_input, **kwargs)
-        self.attention_attrs.update(rope=before["rope"], use_rope_in_attn=before["use_rope_in_attn"])
-
-
-class _Nemotron(upstream.NemotronModel):
-    def make_mlp_proj(self, layer_id: int, mlp: Any, root_input: str) -> None:
-        if mlp.up_proj.bias is None:
-            super().make_mlp_proj(layer_id, mlp, root_input)
-        else:
-            self.make_mlp_fc(layer_id, types.SimpleNamespace(fc1=mlp.up_proj, fc2=mlp.down_proj), root_input)
-
-
-class _ExactScale(upstream.Model):
-    """Gemma's embedding factor, the square root of the hidden size, rounded in the same way as in PyTorch."""
-
-    def make_embedding(self, embedding: torch.Tensor) -> None:
-        self.embed_attrs["scale"] = float(self.hidden_size**0.5)
-        super().make_embedding(embedding)
-
-
-class _Gemma2(_ExactScale, upstream.Gemma2Model):
-    pass
-
-
-class _Gemma3(_ExactScale, upstream.Gemma3Model):
-    def make_rotary_embedding_multi_cache(self) -> None:
-        for layer_type, scope in (("full_attention", "global"), ("sliding_attention", "local")):
-            names = {f"{table}_cache_name": f"{table}_cache_{scope}" for table in ("cos", "sin")}
-            self.rope_prefix, self.rope_attrs["create_caches"] = f"{layer_type}_", True
-            upstream.Model.make_rotary_embedding_caches(self, **names)
-        # The names that upstream uses to select the tables of a layer:
-        self.cos_cache_global_name, self.sin_cache_global_name = "cos_cache_global", "sin_cache_global"
-        self.cos_cache_local_name, self.sin_cache_local_name = "cos_cache_local", "sin_cache_local"
-
-
-class _Olmo2(upstream.Model):
-    """OLMo 2 has norms after attention and MLP, before the residual is added. It norms q and k over all heads."""
-
-    def make_attention_init(self, config: PreTrainedConfig) -> None:
-        self.attention_attrs.update(q_norm=True, k_norm=True)
-        super().make_attention_init(config)
-
-    def is_fused_qk_norm_gqa_supported(self) -> bool:
-        return False  # the fused norm is per head
-
-    def make_qk_norm(self, layer_id: int, attention: Any) -> None:
-        for path, norm, size in (("q", attention.q_norm, self.q_size), ("k", attention.k_norm, self.kv_size)):
-            name = f"/model/layers.{layer_id}/attn/{path}_norm/SimplifiedLayerNormalization"
-            weight = f"model.layers.{layer_id}.attn.{path}_norm.layernorm.weight"
-            self.make_initializer(norm.weight, weight, to=self.io_dtype)
-            self.make_node(
-                "SimplifiedLayerNormalization",
-                inputs=[self.attention_attrs[f"{path}_path"], weight],
-                outputs=[f"{name}/output_0"],
-                name=name,
-                epsilon=self.layernorm_attrs["epsilon"],
-                axis=-1,
-                stash_type=1,
-            )
-            self.make_value(f"{name}/output_0", self.io_dtype, shape=self.make_hidden_state_shape(last_dim=size))
-            self.attention_attrs[f"{path}_path"] = f"{name}/output_0"
-
-    def make_layer(self, layer_id: int, layer: Any) -> None:
-        # attention -> norm -> add -> MLP -> norm -> add; in the last layer, the final norm does the last add.
-        last = layer_id == self.num_layers - 1
-        self.make_attention(layer_id, layer.self_attn, root_input=self.layernorm_attrs["root_input"])
-        self._make_post_norm(layer_id, layer.post_attention_layernorm, "post_attention", add=True)
-        self.make_mlp(layer_id, layer.mlp, root_input=self.layernorm_attrs["root_input"])
-        self._make_post_norm(layer_id, layer.post_feedforward_layernorm, "post_feedforward", add=not last)
-        self.layernorm_attrs["first_layernorm"] = False
-        self.layernorm_attrs["last_layernorm"] = last
-
-    def _make_post_norm(self, layer_id: int, norm: torch.nn.Module, location: str, add: bool) -> None:
-        """Norm `skip_input`. With `add`, add it to `root_input`; else the norm that follows does so."""
-        residual = self.layernorm_attrs["root_input"]
-        self.layernorm_attrs["root_input"] = self.layernorm_attrs["skip_input"]
-        self.make_layernorm(layer_id, norm, skip=False, simple=True, location=location)
-        self.layernorm_attrs["skip_input"] = self.layernorm_attrs["output_0"]
-        self.layernorm_attrs["root_input"] = residual
-        if add:
-            name = f"/model/layers.{layer_id}/{location}_residual/Add"
-            inputs = [residual, self.layernorm_attrs["skip_input"]]
-            self.make_add(name, inputs, dtype=self.io_dtype, shape=self.make_hidden_state_shape())
-            self.layernorm_attrs["root_input"] = f"{name}/output_0"
-
-
-BUILDERS: dict[str, type] = {
-    "llama": upstream.LlamaModel,
-    "qwen2": upstream.QwenModel,
-    "qwen3": upstream.Qwen3Model,
-    "mistral": upstream.MistralModel,
-    "gemma2": _Gemma2,
-    "gemma3_text": _Gemma3,
-    "phi3": upstream.Phi3MiniModel,
-    "phi3:longrope": upstream.Phi3MiniLongRoPEModel,
-    "granite": upstream.GraniteModel,
-    "olmo2": _Olmo2,
-    "smollm3": _SmolLM3,
-    "nemotron": _Nemotron,
-    "phi": upstream.PhiModel,
-}
-# The model's name in genai_config.json, where it is not that of the architecture.
-GENAI_NAMES = {"gemma3_text": "gemma3_text", "olmo2": "olmo"}
-
-
 def build_graph(
     model: PreTrainedModel,
     config: PreTrainedConfig,
@@ -327,6 +212,8 @@ def build_graph(
             )
             builder.model_type = GENAI_NAMES.get(family.model_type, builder.model_type)
             _refuse_what_attention_lacks(builder, export, precision)
+            if not builder.past_present_share_buffer:  # caches are then new buffers in every step
+                builder.ep_attrs["cuda"]["enable_cuda_graph"] = "0"
             progress.start("building the graph", builder.num_layers)
             builder.make_model(str(folder))
             progress.finish()
@@ -360,6 +247,8 @@ def _options(config: PreTrainedConfig, export: ExportConfig) -> dict[str, Any]:
         "fuse_qk_norm_gqa": False,
         "block_size": export.block_size,
         "shared_embeddings": bool(config.tie_word_embeddings),
+        # LongRoPE selects its table in a branch of the graph, and branches run on the CPU.
+        "enable_cuda_graph": not export.no_cuda_graphs and config.rope_parameters["rope_type"] != "longrope",
     }
 
 
@@ -393,7 +282,7 @@ def _refuse_what_attention_lacks(builder: upstream.Model, export: ExportConfig, 
     """Raise UsageError if the model needs something that MultiHeadAttention does not have.
 
     MultiHeadAttention has no soft cap, no sliding window, and in fp16 no cache on the CPU. It replaces
-    GroupQueryAttention in fp32 on CUDA, and where the head size or its rotary part is not a multiple of 16.
+    GroupQueryAttention where the head size or its rotary part is not a multiple of 16.
     """
     if builder.attention_attrs["op_type"] == "GroupQueryAttention":
         return

@@ -9,10 +9,14 @@ functions: a name and a body of ordinary operators. A runtime that has an operat
    first use. The tensor that other nodes read is its output.
 3. Names in the body do not contain the layer's prefix, so that all chains of one shape share one function.
 
-The kernel computes two functions: `DLRChain`, and `DLRChainNBits` for weights quantised by MatMulNBits. Two others
-always run as their bodies: `DLRChainUncoupled`, a chain with gain 0, and `DLRChainMixed`, whose weights are quantised
-in a form that the kernel does not know. It knows weights that all have the same bits and block size, no zero points,
-and activations rounded to 8 bits (accuracy level 4, the export for the CPU).
+A function's name says what a kernel needs to compute it:
+
+* `DLRChain`: weights as they are.
+* `DLRChainNBits`: weights quantised by MatMulNBits, all with the same bits and block size and no zero points, and
+  activations rounded to 8 bits (accuracy level 4, the export for the CPU).
+* `DLRChainNBitsFloat`: the same, with activations as they are (the export for CUDA).
+* `DLRChainUncoupled`, a chain with gain 0, and `DLRChainMixed`, weights quantised in another form, always run as their
+  bodies.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lockkit.targets import BFLOAT16, FLOAT16, Provider
+
 if TYPE_CHECKING:
     import onnx
 
@@ -28,6 +34,10 @@ if TYPE_CHECKING:
 
 DOMAIN = "lockkit"
 PLAIN, QUANTISED, UNCOUPLED, MIXED = "DLRChain", "DLRChainNBits", "DLRChainUncoupled", "DLRChainMixed"
+QUANTISED_WEIGHTS = "DLRChainNBitsFloat"
+# Operators of the kernel by provider, and on a GPU also the types of their floats.
+_OPERATORS: dict[str, set[str]] = {Provider.cpu: {PLAIN, QUANTISED}, Provider.cuda: {PLAIN, QUANTISED_WEIGHTS}}
+_GPU_TYPES = {PLAIN: {FLOAT16.onnx, BFLOAT16.onnx}, QUANTISED_WEIGHTS: {FLOAT16.onnx}}
 _LAYER = re.compile(r"(/?model[/.]layers\.\d+[/.]mlp)[/.]")
 
 
@@ -61,7 +71,7 @@ def name_chains(model: onnx.ModelProto, chains: ChainConfig) -> None:
             **{name: int(getattr(chains, name)) for name in ("gated", "bias", "output_bias")},
         }
         name = functions[key].name
-        if name.split("_")[0] == QUANTISED:
+        if name.split("_")[0] in (QUANTISED, QUANTISED_WEIGHTS):
             attributes |= _quantisation(nodes)
         call = helper.make_node(name, inputs, [output], name=f"{prefix}/{name}", domain=DOMAIN, **attributes)
         calls[nodes[-1].name] = call
@@ -133,7 +143,7 @@ def _function(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> tuple[onnx
     if not gain:
         name = UNCOUPLED
     elif any(node.op_type == "MatMulNBits" for node in nodes):
-        name = QUANTISED if _quantisation(nodes) else MIXED
+        name = (QUANTISED if _rounds_activations(nodes) else QUANTISED_WEIGHTS) if _quantisation(nodes) else MIXED
     used = {node.domain for node in nodes}
     imports = [opset for opset in model.opset_import if opset.domain in used]
     function = helper.make_function(DOMAIN, name, [names[i] for i in inputs], ["y"], body, imports)
@@ -141,18 +151,29 @@ def _function(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> tuple[onnx
 
 
 def _quantisation(nodes: list[onnx.NodeProto]) -> dict[str, int]:
-    """`bits` and `block_size` of a chain's products; empty if the kernel does not know their form."""
+    """`bits` and `block_size` of a chain's products; empty if no kernel knows their form."""
     products = [node for node in nodes if node.op_type in ("MatMul", "MatMulNBits")]
     settings = [{attribute.name: attribute.i for attribute in node.attribute} for node in products]
     forms = {(found.get("bits"), found.get("block_size"), found.get("accuracy_level")) for found in settings}
-    (bits, block_size, accuracy), *others = forms
-    if others or bits is None or block_size is None or accuracy != 4 or any(len(node.input) != 3 for node in products):
+    (bits, block_size, _), *others = forms
+    if others or bits is None or block_size is None or any(len(node.input) != 3 for node in products):
         return {}
     return {"bits": bits, "block_size": block_size}
 
 
-def has_kernel_form(path: Path) -> bool:
-    """Whether the kernel can compute the chains of the graph at `path`. False for a file that is not a graph."""
+def _rounds_activations(nodes: list[onnx.NodeProto]) -> bool:
+    """Whether the products of a quantised chain may round their activations to 8 bits."""
+    product = next(node for node in nodes if node.op_type == "MatMulNBits")
+    return any(attribute.name == "accuracy_level" and attribute.i == 4 for attribute in product.attribute)
+
+
+def has_kernel_form(path: Path, provider: str = Provider.cpu) -> bool:
+    """Whether the kernel can compute the chains of the graph at `path`. False for a file that is not a graph.
+
+    Args:
+        path: the graph.
+        provider: that runs it.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -160,7 +181,16 @@ def has_kernel_form(path: Path) -> bool:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
         return False
-    chains = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in (PLAIN, QUANTISED)]
+    operators = _OPERATORS[provider]
+    chains = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in operators]
     # In exports of earlier versions, which the kernel does not know, calls of `DLRChainNBits` have no `bits`.
     older = any(node.op_type == QUANTISED and all(a.name != "bits" for a in node.attribute) for node in chains)
-    return bool(chains) and not older
+    has_type = provider == Provider.cpu or all(_is_for_gpus(node, model) for node in chains)
+    return bool(chains) and not older and has_type
+
+
+def _is_for_gpus(call: onnx.NodeProto, model: onnx.ModelProto) -> bool:
+    """Whether the call of a chain has a type that the kernel computes on a GPU."""
+    first_floats = call.input[1 if call.op_type == PLAIN else 2]  # the scales of a quantised weight follow its integers
+    types = {weight.name: weight.data_type for weight in model.graph.initializer}
+    return types.get(first_floats) in _GPU_TYPES[call.op_type]

@@ -10,6 +10,8 @@ padding. Here, the graph selects the last token of each row:
 
 * GroupQueryAttention counts the ones in a row of the mask (see `session.py`), so the last token is at that count minus
   1. With a cache, new tokens are never padding, so it is in the last column.
+  The number of new tokens is counted, too: a shape is on the CPU, and a copy of it to a GPU cannot be captured as part
+  of a CUDA graph.
 * MultiHeadAttention uses the mask itself, so the last token is at the last one.
 """
 
@@ -26,7 +28,9 @@ select (int64[batch, total] attention_mask, int64[batch, seq] input_ids, float[b
     => (float[batch, one, hidden] selected) {
   one = Constant <value_ints = [1]> ()
   ones = ReduceSum <keepdims = 1> (attention_mask, one)
-  new = Shape <start = 1, end = 2> (input_ids)
+  shape = Shape (input_ids)
+  marks = ConstantOfShape <value = int64[1] {1}> (shape)
+  new = ReduceSum <keepdims = 1> (marks, one)
   end = Min (ones, new)
   last = Sub (end, one)
   index = Unsqueeze (last, one)

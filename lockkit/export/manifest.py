@@ -164,21 +164,33 @@ def check_manifest(folder: Path, option: str = "EXPORT") -> Manifest:
             size or hash, or is read to run the export and not listed. The message names the first such file.
     """
     manifest = read_manifest(folder, option)
+    check_files(folder, manifest, f"export again, or change {option}", option)
+    _require_everything_listed(folder, manifest, option)
+    return manifest
+
+
+def check_files(folder: Path, manifest: Manifest, remedy: str, option: str) -> None:
+    """Compare the files of a folder with a manifest.
+
+    Args:
+        remedy: what to do if one differs, for the error.
+        option: the option that gave the folder, for the error.
+
+    Raises:
+        UsageError: a file is missing, is a link out of the folder, or has another size or hash.
+    """
     for name, record in manifest.files.items():
         path = folder / name
         if path.exists() and _is_outside(path, folder):
             raise UsageError(f"{path} is a link out of the folder: copy the file itself, or change {option}")
         if not path.is_file():
-            raise UsageError(f"{path} is missing: export again, or change {option}")
+            raise UsageError(f"{path} is missing: {remedy}")
         if path.stat().st_size != record.size_bytes:
             raise UsageError(
-                f"{path} has {path.stat().st_size} bytes, but {record.size_bytes} in the manifest: "
-                f"export again, or change {option}"
+                f"{path} has {path.stat().st_size} bytes, but {record.size_bytes} in the manifest: {remedy}"
             )
         if sha256_of_file(path) != record.sha256:
-            raise UsageError(f"{path} is not the file that was exported (SHA-256): export again, or change {option}")
-    _require_everything_listed(folder, manifest, option)
-    return manifest
+            raise UsageError(f"{path} is not the file that was exported (SHA-256): {remedy}")
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:

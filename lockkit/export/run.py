@@ -27,6 +27,7 @@ from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, Manifest, write
 from lockkit.files import CARD
 from lockkit.models.identity import weight_hashes
 from lockkit.output_folders import new_folder
+from lockkit.settings import refuse_unused
 from lockkit.targets import Precision, default_precision
 from lockkit.version import git_hash, versions
 
@@ -90,6 +91,7 @@ def export_model(
     load_tokenizer(source)
     network, family = load_model(source)
     precision = config.precision or default_precision(str(network.dtype).removeprefix("torch."), config.provider)
+    refuse_unused(config.model_copy(update={"precision": precision}), config.model_fields_set)
     base = base_config(network.config, family)
     base.use_cache = True
     manifest = _manifest(network.config, family, source, config, precision)

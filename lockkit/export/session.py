@@ -21,22 +21,24 @@ logits of all positions; a session takes the last ones from it.
 from __future__ import annotations
 
 import contextlib
-import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lockkit.errors import UsageError, first_line
+from lockkit.errors import LockkitError, UsageError, first_line
+from lockkit.export.loading import CannotCaptureError, is_of_the_gpu, load_graph, placement, require_arithmetic
 from lockkit.export.manifest import ALL_LOGITS_FILE, MODEL_FILE, check_manifest, read_manifest
+from lockkit.export.tensors import Tensor, as_float32
 from lockkit.files import EXPORT_MANIFEST, read_json
-from lockkit.targets import Provider, element_type, provider_called
+from lockkit.targets import ElementType, Provider, element_type, provider_called
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
-# Operators with most of the arithmetic. The others compute shapes, and onnxruntime runs those on the CPU.
-HEAVY_OPERATORS = {"MatMul", "MatMulNBits", "Gemm", "GroupQueryAttention", "MultiHeadAttention", "Attention"}
+    from lockkit.export.cuda import Gpu
+
 Cache = dict[str, Any]  # from the name of a cache input to an OrtValue, [batch, kv_heads, past, head_size]
+_NOT_CAPTURED = -1  # onnxruntime's number of a run that is neither captured as a CUDA graph nor launched as one
 
 
 class ExportSession:
@@ -48,18 +50,26 @@ class ExportSession:
         check: compare every file with the manifest first. If False, any folder with `model.onnx` and `config.json` is
             accepted.
         threads: threads per operator on the CPU; None is onnxruntime's default.
-        kernel: the library of `lockkit.kernel.build_kernel`, which computes each chain in one call. CPU only.
+        kernel: the library of `lockkit.kernel.build_kernel`, which computes each chain in one call.
         last_only: compute the logits of the last token of each row only, as text generation needs.
+        cuda_graphs: on a GPU, capture steps of `cache_rows` as CUDA graphs, if onnxruntime can capture this graph.
+
+    Several threads may run one session. On a GPU they take turns, and so do all sessions of a process: while a step is
+    captured, CUDA forbids every thread of the process to allocate memory.
 
     Attributes:
         folder: the export's folder.
         manifest: its manifest; None if the folder has none, which is possible only without `check`.
         config: content of `config.json`, the configuration of the original's family.
         provider: the execution provider in use, by its name in onnxruntime.
-        device: PyTorch's name of the device that holds caches.
+        device: onnxruntime's name of the device that holds caches.
+        gpu: the GPU and the stream that it runs on; None on the CPU.
+        captures: whether steps are captured as CUDA graphs.
         fused: whether the kernel computes the chains.
         cache_names: names of the graph's cache inputs.
         counts_positions: whether the graph takes the length of a row from the mask (GroupQueryAttention).
+        steps_in_place: whether rows of one batch may have caches of a fixed size, as in `rows.py`, and a mask that is
+            wider than their texts.
 
     Raises:
         UsageError: the folder is not an intact export, the graph cannot be loaded, or the provider is not available.
@@ -74,6 +84,7 @@ class ExportSession:
         threads: int | None = None,
         kernel: Path | None = None,
         last_only: bool = False,
+        cuda_graphs: bool = True,
     ):
         self.folder = Path(folder)
         has_manifest = check or (self.folder / EXPORT_MANIFEST).is_file()
@@ -83,7 +94,17 @@ class ExportSession:
         wanted = provider_called(provider)
         has_twin = (self.folder / ALL_LOGITS_FILE).is_file()
         graph = self.folder / (ALL_LOGITS_FILE if has_twin and not last_only else MODEL_FILE)
-        self._session = _load(graph, wanted, threads, kernel)
+        if self.manifest is not None:
+            require_arithmetic(self.folder, self.manifest, wanted)
+        self.gpu = _gpu() if wanted is Provider.cuda else None
+        self.captures, self._wants_graphs = self.gpu is not None and cuda_graphs, cuda_graphs
+        self._graphs = 0  # numbers of CUDA graphs in use
+        with self._one_at_a_time():
+            try:
+                self._session = load_graph(graph, wanted, threads, kernel, self.gpu, self.captures)
+            except CannotCaptureError:
+                self.captures = False
+                self._session = load_graph(graph, wanted, threads, kernel, self.gpu, False)
         self.provider = self._session.get_providers()[0]
         self.fused = bool(kernel) and any(op.startswith("DLRChain") for _, op in placement(self._session))
         self.device = wanted.row.torch_device
@@ -96,6 +117,22 @@ class ExportSession:
         self.cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
         # Graphs with GroupQueryAttention count positions themselves and have no such input.
         self.counts_positions = "position_ids" not in self._inputs
+        # LongRoPE has two tables of positions, and the width of the mask chooses for all rows.
+        rope = (self.config.get("rope_parameters") or {}).get("rope_type")
+        self.steps_in_place = self.counts_positions and rope != "longrope"
+
+    @property
+    def device_note(self) -> str | None:
+        """What runs the graph on a GPU, for people; None on the CPU."""
+        if self.gpu is None:
+            return None
+        if self.captures:
+            steps = "each step is one CUDA graph"
+        elif not self._wants_graphs:
+            steps = "without CUDA graphs, as asked for"
+        else:
+            steps = "without CUDA graphs, slower: onnxruntime cannot capture this graph"
+        return f"{self.gpu.name}, {steps}; chains run {'in the fused operator' if self.fused else 'block by block'}"
 
     def forward(
         self,
@@ -155,36 +192,80 @@ class ExportSession:
         nodes = [self._inputs[name] for name in self.cache_names]
         return {node.name: (node.shape[1], node.shape[3], node.type) for node in nodes}
 
-    def step(self, input_ids: np.ndarray, mask: np.ndarray, caches: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Run the next tokens of every row and write their keys and values into `caches`, in place.
+    @property
+    def logits_type(self) -> ElementType:
+        """The number format of the logits."""
+        return element_type(self._logits.type)
 
-        Only for graphs with `counts_positions`. Unlike `forward`, this copies no old keys and values.
+    def logits_shape(self, batch: int, seq: int) -> tuple[int, int, int]:
+        """The shape of the logits for inputs `[batch, seq]`: `[batch, seq, vocab]`, or `[batch, 1, vocab]`."""
+        return batch, 1 if self._selects else seq, self._logits.shape[2]
+
+    def bind(self, input_ids: Tensor, mask: Tensor, caches: dict[str, Tensor], logits: Tensor) -> Any:
+        """An `onnxruntime.IOBinding` of a run that reads and writes the given tensors in place.
+
+        Only for graphs with `counts_positions`. Unlike `forward`, such a run copies no old keys and values.
 
         Args:
             input_ids: int64 `[batch, seq]`. If there is a past and `seq` is not 1, `batch` must be 1.
             mask: int64 `[batch, total]`. The number of ones in a row is the length of the row with its new tokens.
-            caches: a contiguous tensor `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
-
-        Returns:
-            Logits, `[batch, seq, vocab]`, on the CPU, in the graph's own type. From a graph that selects the last
-            token of each row, `[batch, 1, vocab]`.
+            caches: a tensor `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
+            logits: of `logits_shape`, is written.
         """
-        import torch
-
         binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", input_ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        for name, cache in caches.items():
-            place = (self.device, 0, element_type(self._inputs[name].type).onnx, list(cache.shape), cache.data_ptr())
-            binding.bind_input(name, *place)
-            binding.bind_output(name.replace("past_key_values.", "present."), *place)
-        batch, seq = input_ids.shape
-        shape = (batch, 1 if self._selects else seq, self._logits.shape[2])
-        logits, kind = torch.empty(shape, dtype=torch_type(self._logits.type)), element_type(self._logits.type).onnx
-        binding.bind_output("logits", "cpu", 0, kind, list(logits.shape), logits.data_ptr())
-        self._session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        return logits
+        for name, tensor in {"input_ids": input_ids, "attention_mask": mask, **caches}.items():
+            binding.bind_input(name, *tensor.place())
+        for name, tensor in caches.items():
+            binding.bind_output(name.replace("past_key_values.", "present."), *tensor.place())
+        binding.bind_output("logits", *logits.place())
+        return binding
+
+    def run_bound(self, binding: Any, graph: int = _NOT_CAPTURED) -> None:
+        """Run what `bind` made.
+
+        Args:
+            graph: on a GPU, the number of the CUDA graph that the first run with this number captures, and the others
+                launch, from `new_graph`. All runs with one number have the same binding. By default, nothing is captured.
+
+        Raises:
+            LockkitError: the GPU failed, for instance because its memory is full.
+        """
+        with self._one_at_a_time():
+            self._session.run_with_iobinding(binding, self._run_options(graph))
+            if self.gpu is not None and graph == _NOT_CAPTURED:
+                self.gpu.wait()  # a captured step goes on until the caller reads its logits
+
+    def new_graph(self) -> int:
+        """A number for `run_bound` that is not in use yet."""
+        self._graphs += 1
+        return self._graphs
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """On a GPU, let one thread of the process work, and turn errors of the GPU into one line."""
+        if self.gpu is None:
+            yield
+            return
+        with self.gpu.turn():
+            try:
+                yield
+            except Exception as error:  # onnxruntime raises classes of its own
+                if isinstance(error, LockkitError) or not is_of_the_gpu(error):
+                    raise
+                raise LockkitError(
+                    f"{self.folder} failed on the GPU ({first_line(error)}; {self.gpu.description()}): free its memory, "
+                    "run fewer or shorter texts, or give --provider cpu"
+                ) from error
+
+    def _run_options(self, graph: int = _NOT_CAPTURED) -> Any:
+        """Options of a run; None are needed where nothing is captured."""
+        if not self.captures:
+            return None
+        from onnxruntime import RunOptions
+
+        options = RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
 
     def _checked_mask(self, mask: np.ndarray | None, batch: int, total: int) -> np.ndarray:
         """The attention mask as int64 `[batch, total]`; ones if it is None."""
@@ -193,10 +274,14 @@ class ExportSession:
         checked = np.ones((batch, total), np.int64) if mask is None else mask.astype(np.int64)
         if checked.shape != (batch, total):
             raise UsageError(f"the attention mask is {list(checked.shape)}, it must be {[batch, total]}")
-        context = self.config.get("max_position_embeddings")
-        if context and total > context:
-            raise UsageError(f"{total} tokens are more than the model's context of {context}: give it fewer")
+        self.check_length(total)
         return checked
+
+    def check_length(self, tokens: int) -> None:
+        """Raise a UsageError if a text of this many tokens is longer than the model's context."""
+        context = self.config.get("max_position_embeddings")
+        if context and tokens > context:
+            raise UsageError(f"{tokens} tokens are more than the model's context of {context}: give it fewer")
 
     def _run_padded_right(self, input_ids: np.ndarray, mask: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, Cache]:
         """Run prompts with their padding moved to the right; return the logits at the original positions."""
@@ -238,11 +323,18 @@ class ExportSession:
         for name, value in (cache or self._empty_cache(input_ids.shape[0])).items():
             binding.bind_ortvalue_input(name, value)
         for name in self._output_names:
-            binding.bind_output(name, "cpu" if name == "logits" else self.device)
-        self._session.run_with_iobinding(binding)
-        outputs = dict(zip(self._output_names, binding.get_outputs(), strict=True))
-        logits = outputs.pop("logits").numpy().astype(np.float32, copy=False)
+            binding.bind_output(name, self.device)
+        with self._one_at_a_time():
+            self._session.run_with_iobinding(binding, self._run_options())
+            outputs = dict(zip(self._output_names, binding.get_outputs(), strict=True))
+            logits = self._on_the_host(outputs.pop("logits"))
         return logits, {name.replace("present.", "past_key_values."): value for name, value in outputs.items()}
+
+    def _on_the_host(self, logits: Any) -> np.ndarray:
+        """The numbers of an OrtValue, as float32."""
+        if self.gpu is None:
+            return as_float32(logits.numpy(), self.logits_type)
+        return self.gpu.read(logits.data_ptr(), tuple(logits.shape()), self.logits_type)
 
     def _empty_cache(self, batch: int) -> Cache:
         import numpy as np
@@ -257,47 +349,7 @@ class ExportSession:
         return cache
 
 
-def torch_type(onnx_type: str) -> torch.dtype:
-    """The PyTorch dtype for onnxruntime's name of a type: `torch.float32` for `tensor(float)`."""
-    import torch
+def _gpu() -> Gpu:
+    from lockkit.export.cuda import Gpu
 
-    return getattr(torch, element_type(onnx_type).torch)
-
-
-def _load(path: Path, provider: Provider, threads: int | None, kernel: Path | None) -> Any:
-    """An `onnxruntime.InferenceSession` in which `provider` runs all heavy operators."""
-    import onnxruntime
-
-    row, wanted = provider.row, provider.row.onnxruntime
-    if wanted not in onnxruntime.get_available_providers():
-        raise UsageError(f"this onnxruntime has no {wanted}: install {row.package} alone, or give --provider cpu")
-    onnxruntime.set_default_logger_severity(4)  # errors are raised as exceptions
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if row.preload:
-        with contextlib.redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
-    if threads:
-        options.intra_op_num_threads = threads
-    # Record which provider runs which node, to find nodes that onnxruntime silently assigned to the CPU.
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    try:
-        if kernel and row.runs_kernel:
-            options.register_custom_ops_library(str(kernel))
-        session = onnxruntime.InferenceSession(path, options, providers=[(wanted, dict(row.settings))])
-    except Exception as error:
-        raise UsageError(
-            f"onnxruntime cannot load {path} ({first_line(error)}): export again, or change EXPORT"
-        ) from error
-    if session.get_providers()[0] != wanted:
-        raise UsageError(f"onnxruntime could not start {wanted} (it needs {row.needs}): give --provider cpu")
-    elsewhere = sorted({op for name, op in placement(session) if name != wanted and op in HEAVY_OPERATORS})
-    if elsewhere:
-        raise UsageError(f"onnxruntime has no {', '.join(elsewhere)} for {wanted} and would use the CPU: export again")
-    return session
-
-
-def placement(session: Any) -> list[tuple[str, str]]:
-    """The provider and the operator of every node that an `InferenceSession` runs. Functions are inlined."""
-    parts = session.get_provider_graph_assignment_info()
-    return [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
+    return Gpu()

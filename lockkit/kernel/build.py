@@ -1,8 +1,13 @@
-"""Compile the kernel, once per version of its source and type of processor."""
+"""Compile the kernel, once per version of its source and type of processor.
+
+The library contains the kernels for GPUs too. They are compiled before, by `tools/build_cubins.py`: here only a C++
+compiler is needed.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import platform
 import shutil
@@ -15,6 +20,7 @@ from lockkit.files import cache_folder
 
 SOURCE = Path(__file__).with_name("dlr_chain.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+CUBINS = SOURCE.parent / "cuda" / "chain.fatbin.xz"  # the kernels for GPUs, for all of them
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -46,7 +52,9 @@ def build_kernel() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled = Path(folder) / path.name
-            _compile(compiler, compiled)
+            cubins = Path(folder) / CUBINS.stem
+            cubins.write_bytes(lzma.decompress(CUBINS.read_bytes()))
+            _compile(compiler, compiled, cubins)
             compiled.replace(path)  # atomic, so that no process loads an incomplete library
     except OSError as error:
         raise UsageError(
@@ -55,8 +63,9 @@ def build_kernel() -> Path:
     return path
 
 
-def _compile(compiler: str, library: Path) -> None:
-    run = subprocess.run([compiler, *FLAGS, SOURCE, "-o", library], capture_output=True, text=True, check=False)
+def _compile(compiler: str, library: Path, cubins: Path) -> None:
+    command: list[str | Path] = [compiler, *FLAGS, f'-DLOCKKIT_CUBINS="{cubins}"', SOURCE, "-o", library, "-ldl"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode or not library.is_file():
         lines = run.stderr.splitlines()
         reason = next((line for line in lines if "error" in line), " ".join(lines)[-200:]) or f"exit {run.returncode}"
@@ -67,7 +76,7 @@ def _library() -> Path:
     """Where the library for this source and this processor is, or will be."""
     # Machines with different processors may share a home folder.
     key = hashlib.sha256("\0".join([*FLAGS, platform.machine(), _processor()]).encode())
-    for source in sorted([SOURCE, *SOURCE.parent.glob("*.h")]):
+    for source in sorted([SOURCE, CUBINS, *SOURCE.parent.glob("*.h"), *CUBINS.parent.glob("*.h")]):
         key.update(source.read_bytes())
     return cache_folder() / f"dlr_chain-{key.hexdigest()[:16]}.so"
 

@@ -14,14 +14,21 @@ namespace {
 constexpr int FEW_TOKENS = 8;           // up to this many tokens, all threads share the work of each block
 constexpr int TILE_TOKENS = 256;        // above that, tokens that one thread takes through all blocks
 constexpr int GROUP_TOKENS = 4 * ROWS;  // tokens of a tile computed together: their channels fit the L1 cache
-constexpr int MIN_SLICE = 64;           // smallest number of channels per thread
+constexpr int MIN_SLICE = 64;           // smallest number of channels in a slice
+
+// A slice of the channels, for one thread if all come. It has a stream of weights of its own: of each block, its rows of
+// gate and up, then its columns of down.
+struct Slice {
+  int start, end;  // channels; the last slice ends at a whole vector
+  Stream weights;
+};
 
 template <class Format>
 struct Block {
-  int units, rank;                            // the block's rank, and the same rounded up to whole vectors
-  typename Format::template Matrix<3> in;     // [d, columns]: gate and up, or up alone
-  typename Format::template Matrix<2> out;    // [units, d]
-  Array<float> bias;                          // [columns], or empty
+  int units, rank;                                      // the block's rank; the same rounded up to whole vectors
+  std::vector<typename Format::template Matrix<3>> in;  // of each slice, [channels, columns]: gate and up, or up alone
+  std::vector<typename Format::template Matrix<2>> out; // of each slice, [units, channels]
+  Array<float> bias;                                    // [columns], or empty
 };
 
 class AnyChain {
@@ -87,9 +94,18 @@ class Chain : public AnyChain {
     gain_ = numbers(constants, 1)[0];
     if (output_bias) output_bias_ = numbers(constants, hidden_);
     if (!constants.at_end()) throw std::runtime_error("DLRChain: inputs do not match the attributes");
-    const int slices = hidden_ / std::max(MIN_SLICE, slice_step_);
-    max_threads_ = std::max(1, std::min<int>(std::thread::hardware_concurrency(), slices));
+    for (Slice& slice : slices_) slice.weights.move_into(arena_);
     threads_ = max_threads_;
+  }
+
+  void cut_into_slices() {
+    const int most = hidden_ / std::max(MIN_SLICE, slice_step_), steps = (padded_hidden_ + slice_step_ - 1) / slice_step_;
+    max_threads_ = std::max(1, std::min<int>(std::thread::hardware_concurrency(), most));
+    slices_.resize(max_threads_);
+    for (int i = 0; i < max_threads_; ++i) {
+      slices_[i].start = steps * i / max_threads_ * slice_step_;
+      slices_[i].end = std::min(padded_hidden_, steps * (i + 1) / max_threads_ * slice_step_);
+    }
   }
 
   static Array<float> numbers(Constants& constants, int64_t count) {
@@ -107,15 +123,19 @@ class Chain : public AnyChain {
       hidden_ = int(d);
       padded_hidden_ = round_up_to_vector(hidden_);
       row_stride_ = padded_hidden_ + 16;
+      cut_into_slices();
     }
     if (d != hidden_ || !up.fits(d) || !gate.fits(d) || gate.n != r || !down.fits(r))
       throw std::runtime_error("DLRChain: shapes of weights do not match");
     const int rank = round_up_to_vector(int(r)), columns = rank * (gated_ ? 2 : 1), up_at = gated_ ? rank : 0;
-    Block<Format> block{
-        int(r), rank, {arena_, hidden_, columns, format_}, {arena_, int(r), padded_hidden_, format_}, {}};
-    block.in.pack(up, up_at);
-    if (gated_) block.in.pack(gate, 0);
-    block.out.pack(down, 0);
+    Block<Format> block{int(r), rank, {}, {}, {}};
+    for (Slice& slice : slices_) {
+      auto& in = block.in.emplace_back(slice.weights, std::min(slice.end, hidden_) - slice.start, columns, format_);
+      in.pack(up, slice.start, 0, int(r), up_at);
+      if (gated_) in.pack(gate, slice.start, 0, int(r), 0);
+      auto& out = block.out.emplace_back(slice.weights, int(r), slice.end - slice.start, format_);
+      out.pack(down, 0, slice.start, slice.end, 0);
+    }
     if (!up_bias.empty()) {
       block.bias.assign(columns, 0.f);
       std::copy(up_bias.begin(), up_bias.end(), &block.bias[up_at]);
@@ -167,7 +187,24 @@ class Chain : public AnyChain {
     return memory.data();
   }
 
-  // Few tokens: every thread owns a slice of the channels; one barrier per block.
+  // The products of a block's gate and up with slices [first, end) of t. They are written to [m, columns] at `to`.
+  void in_products(const Block<Format>& block, int m, int first, int end, const float* t, float* to) const {
+    for (int i = first; i < end; ++i)
+      block.in[i].multiply(m, block.in[i].prepare(m, t + slices_[i].start, row_stride_),
+                           {to, block.rank * (gated_ ? 2 : 1), i > first});
+  }
+
+  // Add the product of units and down to slices [first, end) of s, and update t.
+  void update(const Block<Format>& block, int m, int first, int end, const float* units, const float* x, float* s,
+              float* t) const {
+    const auto rows = block.out[first].prepare(m, units, block.rank);
+    for (int i = first; i < end; ++i) {
+      const int at = slices_[i].start;
+      block.out[i].multiply(m, rows, {s + at, row_stride_, true, x + at, t + at});
+    }
+  }
+
+  // Few tokens: every thread owns slices of the channels; one barrier per block.
   void compute_few(ort::Context* context, const Io* from, Io* to, int m) {
     const int wanted = threads_.load();
     // The 16 floats keep products of two threads off one cache line.
@@ -178,24 +215,20 @@ class Chain : public AnyChain {
     auto member = [&] {
       const int number = team.join();
       if (number < 0) return;
-      const int size = team.size(), steps = (padded_hidden_ + slice_step_ - 1) / slice_step_;
-      const int start = steps * number / size * slice_step_;
-      const int end = std::min(padded_hidden_, steps * (number + 1) / size * slice_step_);
-      const int unpadded_end = std::min(end, hidden_);
+      const int size = team.size(), slices = int(slices_.size());
+      const int first = slices * number / size, last = slices * (number + 1) / size;
+      const int start = slices_[first].start, end = slices_[last - 1].end;
       float* own_units = all_units + number * product_size;
       read(from, m, start, end, x, s, t);
       int barriers = 0;
       for (const Block<Format>& block : blocks_) {
-        const int columns = block.rank * (gated_ ? 2 : 1);
         // Two sets of partial products, used in turn: a fast thread may be one block ahead of the others.
         float* partial = products + (barriers & 1) * wanted * product_size;
-        block.in.multiply(m, start, unpadded_end, 0, columns, block.in.prepare(m, start, unpadded_end, t, row_stride_),
-                          partial + number * product_size, columns);
+        in_products(block, m, first, last, t, partial + number * product_size);
         ++barriers;
         if (size > 1) team.barrier(barriers);
         units(block, m, partial, product_size, size, own_units);
-        block.out.multiply(m, 0, block.units, start, end, block.out.prepare(m, 0, block.units, own_units, block.rank),
-                           s + start, row_stride_, x + start, t + start);
+        update(block, m, first, last, own_units, x, s, t);
       }
       write(to, m, start, end, s);
     };
@@ -230,18 +263,15 @@ class Chain : public AnyChain {
       float *x = scratch(3 * stream_size + 2 * size_t(GROUP_TOKENS) * max_columns_), *s = x + stream_size;
       float *t = s + stream_size, *products = t + stream_size, *own_units = products + GROUP_TOKENS * max_columns_;
       read(from + first * hidden_, int(m), 0, padded_hidden_, x, s, t);
-      for (const Block<Format>& block : blocks_) {
-        const int columns = block.rank * (gated_ ? 2 : 1);
+      const int slices = int(slices_.size());
+      for (const Block<Format>& block : blocks_)
         for (int64_t row = 0; row < m; row += GROUP_TOKENS) {
           const int count = int(std::min<int64_t>(GROUP_TOKENS, m - row));
           const size_t at = size_t(row) * row_stride_;
-          block.in.multiply(count, 0, hidden_, 0, columns, block.in.prepare(count, 0, hidden_, t + at, row_stride_),
-                            products, columns);
+          in_products(block, count, 0, slices, t + at, products);
           units(block, count, products, 0, 1, own_units);
-          const auto rows = block.out.prepare(count, 0, block.units, own_units, block.rank);
-          block.out.multiply(count, 0, block.units, 0, padded_hidden_, rows, s + at, row_stride_, x + at, t + at);
+          update(block, count, 0, slices, own_units, x + at, s + at, t + at);
         }
-      }
       write(to + first * hidden_, int(m), 0, padded_hidden_, s);
     };
     using Part = decltype(part);
@@ -260,6 +290,7 @@ class Chain : public AnyChain {
   int row_stride_ = 0;  // between rows of x, s and t; at a power of two, rows would compete for the same cache lines
   float gain_ = 1.f;
   Arena arena_;
+  std::vector<Slice> slices_;
   std::vector<Block<Format>> blocks_;
   Array<float> output_bias_;
   int max_threads_ = 1;

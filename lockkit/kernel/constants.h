@@ -99,7 +99,7 @@ class Constants {
     void* data;
     check(api_.data(value, &data));
     tensor.data = data;
-    read_.emplace_back(data, size_t(tensor.count()) * (type == ort::FLOAT ? 4 : type == ort::FLOAT16 ? 2 : 1));
+    read_.emplace_back(data, size_t(tensor.count()) * (type == ort::FLOAT ? 4 : type == ort::UINT8 ? 1 : 2));
     return tensor;
   }
   bool at_end() const { return next_ == inputs_; }

@@ -18,11 +18,11 @@ from lockkit.export.session import MODEL_FILE
 from lockkit.files import EXPORT_MANIFEST, read_json, readable_disk_errors, sha256_of_file, write_json
 from lockkit.kernel.build import build_kernel
 from lockkit.output_folders import check_results_folder
-from lockkit.targets import Provider
 
 LIBRARY = "dlr_chain.so"
 SETTINGS = "genai_config.json"
 _OPTION = "custom_ops_library"  # of onnxruntime-genai's session options
+_PROVIDER = "lockkit.provider"  # tells the library which operators to register; genai passes it on to onnxruntime
 
 
 def has_kernel(export: Path) -> bool:
@@ -44,11 +44,10 @@ def install_kernel(export: Path | str) -> Path:
     """
     folder = Path(export)
     manifest = check_manifest(folder)
-    can_run_it = [provider for provider in Provider if provider.row.runs_kernel]
-    if manifest.provider not in can_run_it or not has_kernel_form(folder / MODEL_FILE):
+    if not has_kernel_form(folder / MODEL_FILE, manifest.provider):
         raise UsageError(
-            f"{folder} has no chains that the kernel computes (it needs a locked model, exported for the CPU "
-            "in the form that this version writes): change EXPORT, or export again"
+            f"{folder} has no chains that the kernel computes (it needs a locked model, exported in the form that this "
+            "version writes): change EXPORT, or export again"
         )
     check_results_folder(folder, "EXPORT")
     kernel = build_kernel()
@@ -84,12 +83,14 @@ def _rewrite(folder: Path, manifest: Manifest, kernel: Path | None) -> None:
     ):
         new = Path(temporary)
         if kernel is not None:
-            options[_OPTION] = LIBRARY
+            options |= {_OPTION: LIBRARY, _PROVIDER: manifest.provider}
             shutil.copyfile(kernel, new / LIBRARY)
         else:
-            options.pop(_OPTION, None)
+            for name in (_OPTION, _PROVIDER):
+                options.pop(name, None)
             manifest.files.pop(LIBRARY, None)
-        (new / SETTINGS).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+        # As the builder writes it, so that `remove_kernel` gives back the same bytes: the folder may be signed.
+        (new / SETTINGS).write_text(json.dumps(settings, indent=4), encoding="utf-8")
         for path in sorted(new.iterdir()):
             manifest.files[path.name] = FileRecord(size_bytes=path.stat().st_size, sha256=sha256_of_file(path))
         write_json(new / EXPORT_MANIFEST, manifest.model_dump(by_alias=True))

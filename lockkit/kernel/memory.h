@@ -1,6 +1,7 @@
 // Memory for weights and intermediate results.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -33,7 +34,7 @@ class Arena {
   ~Arena() {
     for (char* chunk : chunks_) ::operator delete(chunk, std::align_val_t{PAGE_BYTES});
   }
-  // Allocate `bytes` of zeros, aligned to a cache line.
+  // Allocate `bytes`, aligned to a cache line.
   void* allocate(size_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
     if (bytes > bytes_left_) {
@@ -46,7 +47,6 @@ class Arena {
     }
     char* allocated = free_;
     free_ += bytes, bytes_left_ -= bytes;
-    std::memset(allocated, 0, bytes);
     return allocated;
   }
 
@@ -55,6 +55,30 @@ class Arena {
   std::vector<char*> chunks_;
   char* free_ = nullptr;
   size_t bytes_left_ = 0;
+};
+
+// The packed matrices of one slice of a chain, one after the other. They are packed into memory that grows, and move
+// to their place once all are there.
+class Stream {
+ public:
+  // Add zeros for a matrix, and return where they are.
+  size_t append(size_t bytes) {
+    const size_t at = packed_.size();
+    packed_.resize(at + (bytes + 63) / 64 * 64);
+    return at;
+  }
+  // The address changes with the next `append` and with `move_into`.
+  uint8_t* at(size_t offset) { return (data_ ? data_ : packed_.data()) + offset; }
+
+  void move_into(Arena& arena) {
+    data_ = static_cast<uint8_t*>(arena.allocate(packed_.size()));
+    std::memcpy(data_, packed_.data(), packed_.size());
+    Array<uint8_t>().swap(packed_);
+  }
+
+ private:
+  Array<uint8_t> packed_;
+  uint8_t* data_ = nullptr;
 };
 
 }  // namespace

@@ -8,7 +8,7 @@
 //     scale * scale_a * (sum(q * i) - middle * sum(i))
 //
 // The second sum is computed once per row of the left operand. Blocks are added up in fp32. Weights are widened only
-// in registers. Processors with VNNI add four products of bytes to each 32-bit lane in one instruction.
+// in registers. Processors with VNNI add four products of bytes to each 32-bit lane in one instruction (`Sums`).
 #pragma once
 #include <vector>
 
@@ -18,25 +18,56 @@
 
 namespace {
 
-// Per 32-bit lane: sum plus the dot product of four bytes of `weights` (0 .. 255) and `values` (-128 .. 127).
-inline Integers dot(Integers sum, Integers weights, Integers values) {
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Integers>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights),
-                                                        reinterpret_cast<__m512i>(values)));
-#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
-  return reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(
-      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(values)));
-#elif defined(__AVX2__) && !defined(__AVX512F__)  // two pairs of 16-bit products each; they cannot overflow
-  const __m256i w = reinterpret_cast<__m256i>(weights), v = reinterpret_cast<__m256i>(values);
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(v, 8));
-  return sum + reinterpret_cast<Integers>(even) + reinterpret_cast<Integers>(odd);
+// Sums of products of bytes: each 32-bit lane adds up the products of its four weights and its four values.
+// `add` takes weights as they are stored, 0 .. 2^BITS - 1, and values from -127 to 127. `flush` must follow at most
+// eight calls of `add`. If SIGNED, `total` is that of the weights less the middle of their range.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+// Pairs of products are added up in 16 bits. Eight pairs of int4 fit: 8 * 2 * 15 * 127. A single pair of int8 fits if
+// weights are signed, 2 * 128 * 127, and is widened at once.
+template <int BITS>
+struct Sums {
+  static constexpr bool SIGNED = BITS == 8;
+  Integers total;
+  __m256i pairs = _mm256_setzero_si256();
+
+  void add(Integers weights, Integers values) {
+    const __m256i w = reinterpret_cast<__m256i>(weights), v = reinterpret_cast<__m256i>(values);
+    if (SIGNED) {
+      const __m256i less = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+      widen(_mm256_maddubs_epi16(_mm256_abs_epi8(less), _mm256_sign_epi8(v, less)));
+    } else {
+      pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w, v));
+    }
+  }
+  void flush() {
+    if (SIGNED) return;
+    widen(pairs);
+    pairs = _mm256_setzero_si256();
+  }
+
+ private:
+  void widen(__m256i of) { total += reinterpret_cast<Integers>(_mm256_madd_epi16(of, _mm256_set1_epi16(1))); }
+};
 #else
-  for (int byte = 0; byte < 4; ++byte) sum += (weights >> 8 * byte & 255) * (values << 8 * (3 - byte) >> 24);
-  return sum;
+template <int BITS>
+struct Sums {
+  static constexpr bool SIGNED = false;
+  Integers total;
+
+  void add(Integers weights, Integers values) {
+#if defined(__AVX512VNNI__)
+    total = reinterpret_cast<Integers>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(total), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(values)));
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+    total = reinterpret_cast<Integers>(_mm256_dpbusd_avx_epi32(
+        reinterpret_cast<__m256i>(total), reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(values)));
+#else
+    for (int byte = 0; byte < 4; ++byte) total += (weights >> 8 * byte & 255) * (values << 8 * (3 - byte) >> 24);
 #endif
-}
+  }
+  void flush() {}
+};
+#endif
 
 // Round to the nearest integer, ties to even; |x| < 2^22.
 inline Integers nearest(Vector x) {
@@ -47,7 +78,8 @@ inline Integers nearest(Vector x) {
 template <int BITS>
 struct NBits {
   using Io = float;
-  static constexpr int MIDDLE = 1 << (BITS - 1), STEP = 8;  // rows of a matrix that one loop iteration reads
+  static constexpr int MIDDLE = 1 << (BITS - 1);
+  static constexpr int STEP = 8, FLUSH_ROWS = 4 * STEP;  // rows of a matrix in one loop iteration; between two flushes
 
   explicit NBits(Constants& constants) : block_size_(int(constants.number("block_size"))) {
     if (block_size_ < 16 || block_size_ > 256 || block_size_ % 16)
@@ -86,67 +118,75 @@ struct NBits {
     int stride, blocks;
   };
 
-  // A matrix [k, n] in panels as in plain.h. A 32-bit lane holds four rows of a column. int8 has the layout
-  // [n / panel][k / 4][panel][4] in bytes. int4 has [n / panel][k / 8][panel][4]: the low half of a byte is one of the
-  // first four rows, the high half one of the next four. Scales are [n / panel][blocks][panel].
+  // A matrix [k, n] in panels as in plain.h. Panels are cut into blocks of rows, [n / panel][blocks]. A block is the
+  // scales of its columns, [panel] floats, then its weights, so that a product reads one stream of memory. A 32-bit
+  // lane holds four rows of a column. Weights in int8 have the layout [rows / 4][panel][4] in bytes. int4 has
+  // [rows / 8][panel][4]: the low half of a byte is one of the first four rows, the high half one of the next four.
   template <int W>
   class Matrix {
    public:
     static constexpr int PANEL = W * LANES;
-    Matrix(Arena& arena, int k, int n, const NBits& format)
-        : k_(k), padded_k_(round_up(k, STEP)), n_(n), block_size_(format.block_size_),
-          blocks_((k + block_size_ - 1) / block_size_),
-          data_(static_cast<uint8_t*>(arena.allocate(size_t(padded_k_) * n * BITS / 8))),
-          scales_(static_cast<float*>(arena.allocate(sizeof(float) * blocks_ * n))) {}
+    Matrix(Stream& stream, int k, int n, const NBits& format)
+        : stream_(&stream), k_(k), n_(n), block_size_(format.block_size_), blocks_((k + block_size_ - 1) / block_size_),
+          column_bytes_(int(sizeof(float)) + block_size_ * BITS / 8),
+          offset_(stream.append(size_t(blocks_) * n * column_bytes_)) {}
 
-    // Copy a weight into the columns that start at `first`.
-    void pack(const Weight& weight, int first) {
-      for (int i = 0; i < int(weight.n); ++i) {
-        const int column = first + i, from = column / PANEL * PANEL, width = std::min(PANEL, n_ - from);
-        uint8_t* data = data_ + size_t(from) * padded_k_ * BITS / 8 + (column - from) * 4;
-        for (int block = 0; block < int(weight.blocks); ++block)
-          scales_[size_t(from) * blocks_ + size_t(block) * width + column - from] =
-              weight.scales[size_t(i) * weight.blocks + block];
-        for (int row = 0; row < k_; ++row) {
-          if (BITS == 8) data[size_t(row / 4) * width * 4 + row % 4] = uint8_t(weight(i, row));
-          else data[size_t(row / 8) * width * 4 + row % 4] |= uint8_t(weight(i, row) << (row % 8 / 4 * 4));
+    // Copy rows [first_row, first_row + k) and columns [first, end) of a weight into the columns that start at `to`.
+    // first_row is the start of a block.
+    void pack(const Weight& weight, int first_row, int first, int end, int to) {
+      uint8_t* const all = stream_->at(offset_);
+      for (int i = first; i < std::min(end, int(weight.n)); ++i) {
+        const int column = to + i - first, from = column / PANEL * PANEL, width = std::min(PANEL, n_ - from);
+        for (int block = 0; block < blocks_; ++block) {
+          const int start = block * block_size_;
+          uint8_t* data = all + at(from, block, width) + (column - from) * 4;
+          const size_t scale = size_t(i) * weight.blocks + first_row / block_size_ + block;
+          std::memcpy(data, &weight.scales[scale], sizeof(float));
+          data += width * sizeof(float);
+          for (int row = 0; row < std::min(block_size_, k_ - start); ++row) {
+            const int q = weight(i, first_row + start + row);
+            if (BITS == 8) data[size_t(row / 4) * width * 4 + row % 4] = uint8_t(q);
+            else data[size_t(row / 8) * width * 4 + row % 4] |= uint8_t(q << (row % 8 / 4 * 4));
+          }
         }
       }
     }
 
-    // Round columns [k_from, k_to) of `a`, as the left operand of `multiply`. `a` holds zeros from k_to to the next
-    // whole vector. k_from is the start of a block. The result is valid until the thread's next call.
-    Rows prepare(int m, int k_from, int k_to, const float* a, int stride) const {
+    // Round `a` [m, k], as the left operand of `multiply`. `a` holds zeros from k to the next whole vector. The result
+    // is valid until the thread's next call.
+    Rows prepare(int m, const float* a, int stride) const {
       thread_local Array<int8_t> values;
       thread_local Array<float> scales;
       thread_local Array<int32_t> corrections;
-      const int blocks = (k_to - k_from + block_size_ - 1) / block_size_, pitch = blocks * block_size_ + 64;
+      const int pitch = blocks_ * block_size_ + 64;
       if (values.size() < size_t(m) * pitch) values.resize(size_t(m) * pitch);
-      if (scales.size() < size_t(m) * blocks) scales.resize(size_t(m) * blocks), corrections.resize(scales.size());
+      if (scales.size() < size_t(m) * blocks_) scales.resize(size_t(m) * blocks_), corrections.resize(scales.size());
       for (int row = 0; row < m; ++row)
-        for (int block = 0; block < blocks; ++block) {
-          const int from = k_from + block * block_size_, at = row * blocks + block;
-          round(a + size_t(row) * stride + from, std::min(block_size_, k_to - from),
-                &values[size_t(row) * pitch + block * block_size_], scales[at], corrections[at]);
+        for (int block = 0; block < blocks_; ++block) {
+          const int from = block * block_size_, at = row * blocks_ + block;
+          round(a + size_t(row) * stride + from, std::min(block_size_, k_ - from),
+                &values[size_t(row) * pitch + from], scales[at], corrections[at]);
         }
-      return {values.data(), scales.data(), corrections.data(), pitch, blocks};
+      return {values.data(), scales.data(), corrections.data(), pitch, blocks_};
     }
 
-    // As in plain.h. k_from is the start of a block.
-    void multiply(int m, int k_from, int k_to, int from, int to, const Rows& a, float* c, int ldc,
-                  const float* x = nullptr, float* t = nullptr) const {
-      for_tiles<LANES == 16 ? 4 : 2, W>(m, from, to, n_, [&](auto rows, auto vectors, int row, int column, int width) {
-        const int at = row * ldc + column - from;
+    // As in plain.h.
+    void multiply(int m, const Rows& a, const Target& target) const {
+      const uint8_t* data = stream_->at(offset_);
+      for_tiles<LANES == 16 ? 4 : 2, W>(m, n_, [&](auto rows, auto vectors, int row, int column, int width) {
         const Rows these{a.values + row * a.stride, a.scales + row * a.blocks, a.corrections + row * a.blocks, a.stride,
                          a.blocks};
-        const uint8_t* b = data_ + (size_t(column) * padded_k_ + size_t(k_from) * width) * BITS / 8;
-        const float* scales = scales_ + size_t(column) * blocks_ + size_t(k_from / block_size_) * width;
-        tile<decltype(rows)::value, decltype(vectors)::value>(these, b, scales, width, k_to - k_from, c + at, ldc,
-                                                              x ? x + at : x, x ? t + at : t);
+        tile<decltype(rows)::value, decltype(vectors)::value>(these, data + at(column, 0, width), width,
+                                                              target.at(row, column));
       });
     }
 
    private:
+    // Where a block starts, given the first column of its panel and the panel's width.
+    size_t at(int column, int block, int width) const {
+      return (size_t(column) * blocks_ + size_t(block) * width) * column_bytes_;
+    }
+
     // Round `count` numbers to a scale times 8-bit values, followed by zeros up to a multiple of STEP.
     static void round(const float* from, int count, int8_t* to, float& scale, int32_t& correction) {
       typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
@@ -169,51 +209,60 @@ struct NBits {
       for (; i % STEP; ++i) to[i] = 0;
       int32_t sum = 0;
       for (int lane = 0; lane < LANES; ++lane) sum += sums[lane];
-      correction = -MIDDLE * sum;
+      correction = Sums<BITS>::SIGNED ? 0 : -MIDDLE * sum;
     }
 
     template <int R, int V>
-    void tile(const Rows& a, const uint8_t* b, const float* scales, int width, int k, float* c, int ldc, const float* x,
-              float* t) const {
+    void tile(const Rows& a, const uint8_t* b, int width, const Target& target) const {
       Vector sum[R][V] = {};
       const auto value = [&](int r, int at) {  // four neighbours, in each lane
         int32_t four;
         std::memcpy(&four, a.values + r * a.stride + at, 4);
         return Integers{} + four;
       };
-      for (int block = 0, from = 0; from < k; ++block, from += block_size_, scales += width) {
-        Integers integer_sum[R][V];
+      for (int block = 0, from = 0; from < k_; ++block, from += block_size_) {
+        const auto* scales = reinterpret_cast<const float*>(b);
+        fetch_ahead<R>(b, V * sizeof(Vector));
+        b += width * sizeof(float);
+        Sums<BITS> sums[R][V];
         for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) integer_sum[r][v] = Integers{} + a.corrections[r * a.blocks + block];
-        for (int i = from; i < std::min(k, from + block_size_); i += STEP) {
+          for (int v = 0; v < V; ++v) sums[r][v].total = Integers{} + a.corrections[r * a.blocks + block];
+        const int end = std::min(k_, from + block_size_);
+        for (int i = from; i < end; i += STEP) {
           Integers low[V], high[V];
+#pragma GCC unroll 3
           for (int v = 0; v < V; ++v) {
-            std::memcpy(&low[v], b + v * LANES * 4, sizeof(Integers));
+            low[v] = load_integers(b + v * LANES * 4);
             if (BITS == 8) {
-              std::memcpy(&high[v], b + (width + v * LANES) * 4, sizeof(Integers));
+              high[v] = load_integers(b + (width + v * LANES) * 4);
             } else {
               high[v] = low[v] >> 4 & 0x0f0f0f0f;
               low[v] &= 0x0f0f0f0f;
             }
           }
+          fetch_ahead<R>(b, V * LANES * BITS);
           b += width * BITS;
           for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) integer_sum[r][v] = dot(integer_sum[r][v], low[v], value(r, i));
+            for (int v = 0; v < V; ++v) sums[r][v].add(low[v], value(r, i));
           for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) integer_sum[r][v] = dot(integer_sum[r][v], high[v], value(r, i + 4));
+            for (int v = 0; v < V; ++v) sums[r][v].add(high[v], value(r, i + 4));
+          if ((i - from) % FLUSH_ROWS == FLUSH_ROWS - STEP || i + STEP >= end)
+            for (int r = 0; r < R; ++r)
+              for (int v = 0; v < V; ++v) sums[r][v].flush();
         }
         for (int v = 0; v < V; ++v) {
           const Vector scale = load(scales + v * LANES);
           for (int r = 0; r < R; ++r)
-            sum[r][v] += __builtin_convertvector(integer_sum[r][v], Vector) * (scale * a.scales[r * a.blocks + block]);
+            sum[r][v] += __builtin_convertvector(sums[r][v].total, Vector) * (scale * a.scales[r * a.blocks + block]);
         }
       }
-      finish(sum, c, ldc, x, t);
+      finish(sum, target);
     }
 
-    int k_, padded_k_, n_, block_size_, blocks_;
-    uint8_t* data_;
-    float* scales_;
+    Stream* stream_;
+    int k_, n_, block_size_, blocks_;
+    int column_bytes_;  // of one column of a block: its scale and its weights
+    size_t offset_;
   };
 
  private:

@@ -19,8 +19,9 @@ struct Info;
 struct Domain;
 struct Options;
 
-enum Type : int { ANY = 0, FLOAT = 1, UINT8 = 2, FLOAT16 = 10 };
-enum Arity : int { REQUIRED = 0, VARIADIC = 2 };
+enum Type : int { ANY = 0, FLOAT = 1, UINT8 = 2, FLOAT16 = 10, BFLOAT16 = 16 };
+enum Arity : int { REQUIRED = 0, OPTIONAL = 1, VARIADIC = 2 };
+enum Memory : int { ON_DEVICE = 0, ON_HOST = -2 };  // where an operator takes an input
 
 struct Api {
   void* functions[275];
@@ -47,6 +48,11 @@ struct Api {
   Status* input(const Context* context, size_t index, const Value** out) const { return call(90, context, index, out); }
   Status* output(Context* context, size_t index, const int64_t* dims, size_t rank, Value** out) const {
     return call(91, context, index, dims, rank, out);
+  }
+  Status* stream(const Context* context, void** out) const { return call(193, context, out); }
+  Status* setting(const Options* options, const char* name, int* exists) const { return call(237, options, name, exists); }
+  Status* setting(const Options* options, const char* name, char* out, size_t* size) const {
+    return call(238, options, name, out, size);
   }
   Status* input_count(const Info* info, size_t* out) const { return call(230, info, out); }
   Status* constant(const Info* info, size_t index, int* is_constant, const Value** out) const {

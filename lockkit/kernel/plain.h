@@ -43,53 +43,51 @@ struct Plain {
   class Matrix {
    public:
     static constexpr int PANEL = W * LANES;
-    Matrix(Arena& arena, int k, int n, const Plain&)
-        : k_(k), n_(n), data_(static_cast<T*>(arena.allocate(sizeof(T) * k * n))) {}
+    Matrix(Stream& stream, int k, int n, const Plain&)
+        : stream_(&stream), offset_(stream.append(sizeof(T) * k * n)), k_(k), n_(n) {}
 
-    // Copy a weight into the columns that start at `column`.
-    void pack(const Weight& weight, int column) {
-      const int rows = int(weight.dims[0]), n = int(weight.n);
-      for (int row = 0; row < rows; ++row)
-        for (int i = 0; i < n; ++i) at(row, column + i) = weight.data[size_t(row) * n + i];
+    // Copy rows [first_row, first_row + k) and columns [first, end) of a weight into the columns that start at `to`.
+    void pack(const Weight& weight, int first_row, int first, int end, int to) {
+      T* data = reinterpret_cast<T*>(stream_->at(offset_));
+      for (int row = 0; row < std::min(k_, int(weight.dims[0]) - first_row); ++row)
+        for (int i = first; i < std::min(end, int(weight.n)); ++i) {
+          const int column = to + i - first, from = column / PANEL * PANEL;
+          data[size_t(from) * k_ + size_t(row) * std::min(PANEL, n_ - from) + column - from] =
+              weight.data[size_t(first_row + row) * weight.n + i];
+        }
     }
 
-    // Columns [k_from, k_to) of `a` as the left operand of `multiply`.
-    Rows prepare(int, int k_from, int, const float* a, int stride) const { return {a + k_from, stride}; }
+    // `a` [m, k] as the left operand of `multiply`.
+    Rows prepare(int, const float* a, int stride) const { return {a, stride}; }
 
-    // A [m, k_to - k_from] times rows [k_from, k_to) and columns [from, to) of this matrix. The result goes to
-    // C [m, to - from], or updates the stream (see `finish`). `from` is the start of a panel.
-    void multiply(int m, int k_from, int k_to, int from, int to, const Rows& a, float* c, int ldc,
-                  const float* x = nullptr, float* t = nullptr) const {
-      for_tiles<ROWS, W>(m, from, to, n_, [&](auto rows, auto vectors, int row, int column, int width) {
-        const int at = row * ldc + column - from;
-        const T* b = &data_[size_t(column) * k_ + size_t(k_from) * width];
-        const float* these = a.data + row * a.stride;
-        tile<decltype(rows)::value, decltype(vectors)::value>(these, a.stride, b, width, k_to - k_from, c + at, ldc,
-                                                              x ? x + at : x, x ? t + at : t);
+    // A [m, k] times this matrix.
+    void multiply(int m, const Rows& a, const Target& target) const {
+      const T* data = reinterpret_cast<const T*>(stream_->at(offset_));
+      for_tiles<ROWS, W>(m, n_, [&](auto rows, auto vectors, int row, int column, int width) {
+        tile<decltype(rows)::value, decltype(vectors)::value>(a.data + row * a.stride, a.stride,
+                                                              data + size_t(column) * k_, width, k_,
+                                                              target.at(row, column));
       });
     }
 
    private:
-    T& at(int row, int column) {
-      const int from = column / PANEL * PANEL;
-      return data_[size_t(from) * k_ + size_t(row) * std::min(PANEL, n_ - from) + column - from];
-    }
-
-    // One tile: C [R, V * LANES] = A [R, k] B [k, V * LANES]. All are row-major; sums stay in registers.
+    // One tile: A [R, k] times B [k, V * LANES], both row-major; sums stay in registers.
     template <int R, int V>
-    static void tile(const float* a, int lda, const T* b, int ldb, int k, float* c, int ldc, const float* x, float* t) {
+    static void tile(const float* a, int lda, const T* b, int ldb, int k, const Target& target) {
       Vector sum[R][V] = {};
       for (int i = 0; i < k; ++i, b += ldb) {
         Vector row[V];
         for (int v = 0; v < V; ++v) row[v] = load(b + v * LANES);
+        fetch_ahead<R>(b, V * LANES * sizeof(T));
         for (int r = 0; r < R; ++r)
           for (int v = 0; v < V; ++v) sum[r][v] += a[r * lda + i] * row[v];
       }
-      finish(sum, c, ldc, x, t);
+      finish(sum, target);
     }
 
+    Stream* stream_;
+    size_t offset_;
     int k_, n_;
-    T* data_;
   };
 };
 

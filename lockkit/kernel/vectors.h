@@ -23,10 +23,13 @@ constexpr int LANES = 4, ROWS = 4;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float AnyVector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef int32_t AnyIntegers __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 typedef _Float16 Half;
 typedef Half HalfVector __attribute__((vector_size(2 * LANES), aligned(2)));
 
 inline Vector load(const float* at) { return *reinterpret_cast<const AnyVector*>(at); }
+// Not with memcpy: for AVX2, GCC turns that into two halves through memory.
+inline Integers load_integers(const void* at) { return *static_cast<const AnyIntegers*>(at); }
 inline Vector load(const Half* at) {
 #if defined(__AVX512F__)  // compilers turn the general form below into 16 scalar conversions
   return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));

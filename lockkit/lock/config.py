@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockkit.errors import UsageError
-from lockkit.settings import UserPath, shown, validated
+from lockkit.settings import UserPath, option_of, refuse_unused, shown, validated
 from lockkit.text import DataColumn, read_text
 
 if TYPE_CHECKING:
@@ -67,9 +67,16 @@ class LockConfig(BaseModel):
         "(the English documentation of Python), `licences` (of the installed packages), or whatever --data takes. `none` "
         "for no such text.",
     )
-    tokens: int = Field(65_536, ge=1, description="Training tokens of phase 1, for each layer's chain by itself.")
+    tokens: int = Field(
+        65_536,
+        ge=1,
+        description="Training tokens of phase 1, for each layer's chain by itself: whole steps of --batch-tokens.",
+    )
     end_to_end_tokens: int = Field(
-        0, ge=0, description="Training tokens of phase 2, for all chains together on the logits; 0 skips phase 2."
+        0,
+        ge=0,
+        description="Training tokens of phase 2, for all chains together on the logits: whole steps of "
+        "--end-to-end-batch-tokens; 0 skips phase 2.",
     )
     block_tokens: int = Field(256, ge=8, description="Length of a row of text, in tokens.")
     batch_tokens: int = Field(512, ge=8, description="Tokens per step of phase 1.")
@@ -147,9 +154,48 @@ class LockConfig(BaseModel):
         if self.depth > width:
             raise UsageError(f"--depth {self.depth} is larger than the MLP's width {width}: lower it")
 
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect beside others: see `lockkit.settings.refuse_unused`."""
+        found = {}
+        fixed = {"--gain": self.gain, "--coupling": self.coupling, "--init random": self.init == "random"}
+        if one := next((option for option, value in fixed.items() if value), None):
+            found["max_kl"] = f"with {one}: leave out one of them"
+        if self.gain:
+            found["coupling"] = "with --gain: leave out one of them"
+        if not self.end_to_end_tokens:
+            phase_2 = ("end_to_end_batch_tokens", "end_to_end_learning_rate", "offload")
+            found |= dict.fromkeys(phase_2, "without phase 2: give --end-to-end-tokens, or leave it out")
+        if "none" in self.other_texts and len(self.other_texts) > 1:
+            found["other_texts"] = "where it is `none`: leave out `none`, or the other texts"
+        elif self.data in self.other_texts:
+            found["other_texts"] = f"for {self.data}, the text of the lock: leave it out"
+        return found
+
+    def check_amounts(self, block: int) -> None:
+        """Check that each amount of text is at least what one step, or one row of `block` tokens, takes.
+
+        Raises:
+            UsageError: one is not.
+        """
+        least = {"tokens": ("batch_tokens", self.batch_tokens), "validation_tokens": ("block_tokens", block)}
+        if self.end_to_end_tokens:
+            least["end_to_end_batch_tokens"] = ("block_tokens", block)
+            least["end_to_end_tokens"] = ("end_to_end_batch_tokens", self.end_to_end_batch_tokens)
+        for name, (other, lowest) in [*least.items(), ("tokens", ("block_tokens", block))]:
+            option, of = option_of(LockConfig, name), option_of(LockConfig, other)
+            if (value := getattr(self, name)) < lowest:
+                raise UsageError(f"{option} {value:,} is less than {of} {lowest:,}: raise {option}, or lower {of}")
+
     def result_settings(self) -> dict[str, Any]:
         """The settings that the locked weights depend on: all but device, memory, work folder and what is only measured."""
         return self.model_dump(exclude={"device", "offload", "cache_gigabytes", "work", "other_texts"})
+
+
+def effective_source(config: LockConfig, model: str) -> str:
+    """The source of the text for a lock of `model`, with `--data auto` resolved."""
+    if config.data != "auto":
+        return config.data
+    return "stdlib" if model == "demo" else "self"
 
 
 def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:
@@ -162,7 +208,11 @@ def make_config(recipe: Path | None = None, **overrides: Any) -> LockConfig:
     """
     given = {name: value for name, value in overrides.items() if value is not None}
     values = _read_recipe(recipe) if recipe else {}
-    return validated(LockConfig, values | given, recipe, values.keys() - given.keys())
+    config = validated(LockConfig, values | given, recipe, values.keys() - given.keys())
+    # A recipe may list defaults that have no effect beside its other settings.
+    fields = LockConfig.model_fields
+    refuse_unused(config, {*given, *(name for name in values if getattr(config, name) != fields[name].default)})
+    return config
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -72,13 +72,6 @@ class DistillationData:
         }
 
 
-def effective_source(config: LockConfig, model: str) -> str:
-    """The source of the text for a lock of `model`, with `--data auto` resolved."""
-    if config.data != "auto":
-        return config.data
-    return "stdlib" if model == "demo" else "self"
-
-
 def load_data(
     config: LockConfig, source: str, model_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> DistillationData:
@@ -95,7 +88,7 @@ def load_data(
     """
     block, wanted = _sizes(config, model_config)
     option = "--tokens" if config.tokens >= config.end_to_end_tokens else "--end-to-end-tokens"
-    held_out = max(block, config.validation_tokens)
+    held_out = config.validation_tokens
     needs = {
         "distill": Need(
             max(block, math.ceil(wanted / MAX_PASSES)), wanted, option, f"{option} {wanted:,} in {MAX_PASSES} passes"
@@ -167,7 +160,11 @@ def sampled_data(
     }
 
 
+def row_tokens(config: LockConfig, model_config: PreTrainedConfig) -> int:
+    """The tokens in a row: as many as the recipe says, at most the model's context."""
+    return min(config.block_tokens, getattr(model_config, "max_position_embeddings", config.block_tokens))
+
+
 def _sizes(config: LockConfig, model_config: PreTrainedConfig) -> tuple[int, int]:
     """The tokens in a row, and the tokens to train on."""
-    block = min(config.block_tokens, getattr(model_config, "max_position_embeddings", config.block_tokens))
-    return block, max(config.tokens, config.end_to_end_tokens, block)
+    return row_tokens(config, model_config), max(config.tokens, config.end_to_end_tokens)

@@ -5,27 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lockkit.devices import PeakMemory, available_bytes
 from lockkit.dlr.cost import mlp_parameters
-from lockkit.dlr.mlp import MLPShape
-from lockkit.dlr.net import block_ranks
+from lockkit.dlr.shape import MLPShape, block_ranks
 from lockkit.lock.config import LockConfig
-from lockkit.lock.data import DistillationData
-from lockkit.lock.meter import ROWS_IN_A_BATCH
-from lockkit.lock.modulewise import FIT_TOKENS
-from lockkit.lock.pilot import MEASURED_TOKENS
-from lockkit.lock.sampling import ROWS_AT_ONCE, samples_in_bfloat16
-from lockkit.measure.totals import CHUNK_LOGITS, PIECE_LOGITS
-from lockkit.models.capture import TOKENS_IN_A_BATCH
-from lockkit.models.checkpoint import stored_dtype
+from lockkit.lock.sizes import FIT_TOKENS, MEASURED_TOKENS, ROWS_AT_ONCE, ROWS_IN_A_BATCH
+from lockkit.measure.sizes import CHUNK_LOGITS, PIECE_LOGITS
 from lockkit.models.families import mlp_weights
-from lockkit.models.layered import StreamedModel
-from lockkit.models.save import SHARD_BYTES
+from lockkit.models.sizes import TOKENS_IN_A_BATCH
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
     from transformers import PreTrainedConfig
+
+    from lockkit.devices import PeakMemory
+    from lockkit.lock.data import DistillationData
+    from lockkit.models.layered import StreamedModel
 
 FLOAT_BYTES = 4
 HALF_BYTES = 2
@@ -58,7 +51,7 @@ class MemoryPrediction:
         step_bytes: activations of one training step, or of the fit before it.
         activation_cache_bytes: hidden states and MLP inputs of phase 1.
         logits_bytes: logits while the locked model is compared with the original.
-        writing_bytes: tensors collected for the next file of the checkpoint.
+        writing_bytes: the largest tensor, while it is written into the checkpoint.
         buffer_bytes: the tokenizer, caches of libraries and the allocator.
         phase_2_keeps_all_layers: phase 2 has all layers in memory, not one at a time.
     """
@@ -107,11 +100,7 @@ def predicted_memory(stream: StreamedModel, config: LockConfig, data: Distillati
         outside_parameters=sum(p.numel() for n, p in stream.model.named_parameters() if ".layers." not in n),
         vocab_size=stream.config.vocab_size,
         tokens=tokens + data.validation.numel(),
-        sampling_bytes=0
-        if data.source != "self"
-        else sampling_bytes(
-            stream.config, stream.model, stored_dtype(stream.folder, stream.config), stream.device, data.train.shape[1]
-        ),
+        sampling_bytes=_sampling_bytes(stream, data.train.shape[1]) if data.source == "self" else 0,
         together=layers_together(stream, config),
         in_memory=keeps_everything(stream, config),
         config=config,
@@ -163,7 +152,7 @@ def predict(
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
         logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters, config.end_to_end_tokens > 0)
         + FLOAT_BYTES * layers * MEASURED_TOKENS * shape.hidden_size,  # the pilot's variants
-        writing_bytes=2 * min(SHARD_BYTES, FLOAT_BYTES * layer_parameters * layers),
+        writing_bytes=FLOAT_BYTES * shape.hidden_size * max(vocab_size, shape.intermediate_size),
         buffer_bytes=BUFFER_BYTES + TOKENIZER_BYTES_PER_TOKEN * vocab_size,
         phase_2_keeps_all_layers=kept > 1,
     )
@@ -179,24 +168,35 @@ def logits_bytes(vocab_size: int, block: int, outside_bytes: int, phase_2: bool)
     return chunk + BYTES_PER_LOGIT_OF_A_PIECE * min(PIECE_LOGITS, logits) + outside_bytes
 
 
-def sampling_bytes(
-    config: PreTrainedConfig, model: nn.Module, stored: torch.dtype, device: torch.device, block: int
-) -> int:
+def sampling_bytes(parameters: int, cache_values: int, vocab_size: int, half: bool, block: int) -> int:
     """Bytes of a model that samples text: its weights, its cache, and the logits of one step (sampling.py).
 
     Args:
-        config: of the model.
-        model: all its parameters; their values are not needed.
-        stored: dtype of its files.
-        device: that samples.
+        parameters: of the model.
+        cache_values: numbers in its cache, per token.
+        vocab_size: number of logits per token.
+        half: it samples in bfloat16, not in float32.
         block: tokens in a row.
     """
-    value_bytes = HALF_BYTES if samples_in_bfloat16(stored, device) else FLOAT_BYTES
+    logits = ROWS_AT_ONCE * vocab_size
+    values = parameters + cache_values * ROWS_AT_ONCE * block + logits
+    return (HALF_BYTES if half else FLOAT_BYTES) * values + 2 * FLOAT_BYTES * min(CHUNK_LOGITS, logits)
+
+
+def cache_values(config: PreTrainedConfig) -> int:
+    """Numbers in a model's cache of keys and values, per token."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * heads * head_width * ROWS_AT_ONCE * block
-    values = sum(p.numel() for p in model.parameters()) + cache + ROWS_AT_ONCE * config.vocab_size
-    return value_bytes * values + 2 * FLOAT_BYTES * min(CHUNK_LOGITS, ROWS_AT_ONCE * config.vocab_size)
+    return 2 * config.num_hidden_layers * heads * head_width
+
+
+def _sampling_bytes(stream: StreamedModel, block: int) -> int:
+    from lockkit.lock.sampling import samples_in_bfloat16
+    from lockkit.models.checkpoint import stored_dtype
+
+    parameters = sum(parameter.numel() for parameter in stream.model.parameters())
+    half = samples_in_bfloat16(stored_dtype(stream.folder, stream.config), stream.device)
+    return sampling_bytes(parameters, cache_values(stream.config), stream.config.vocab_size, half, block)
 
 
 def fit_bytes(shape: MLPShape, depth: int, tokens: int) -> int:
@@ -229,6 +229,8 @@ def layers_together(stream: StreamedModel, config: LockConfig) -> int:
         return min(config.layers_together, len(stream))
     if stream.device.type == "cpu":
         return 1  # batching layers is slower on a CPU, as measured with tools/benchmark_lock.py
+    from lockkit.devices import available_bytes
+
     shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
     layer_parameters = sum(p.numel() for p in stream.layers[0].parameters())
     bytes_per_layer = FLOAT_BYTES * (layer_parameters + COPIES_OF_A_CHAIN * mlp_parameters(shape))
@@ -240,6 +242,8 @@ def keeps_everything(stream: StreamedModel, config: LockConfig) -> bool:
     """Whether phase 2 keeps all layers, chains and optimisers in memory, by the recipe or because they fit."""
     if config.offload != "auto":
         return config.offload == "none"
+    from lockkit.devices import available_bytes
+
     shape = mlp_weights(stream.layers[0].mlp, stream.family).shape
     layer_parameters = sum(p.numel() for p in stream.layers[0].parameters())
     needed_bytes = FLOAT_BYTES * len(stream) * (layer_parameters + COPIES_OF_A_CHAIN * mlp_parameters(shape))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lockkit.lock.data import DistillationData
+from lockkit.lock.sizes import ROWS_IN_A_BATCH
 from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.measure.totals import Outputs, TextFigures
 from lockkit.models.identity import public_name
@@ -16,7 +17,6 @@ from lockkit.models.layered import StreamedModel, return_free_memory
 from lockkit.progress import NoProgress, Progress
 from lockkit.workers import Workers
 
-ROWS_IN_A_BATCH = 4
 Chains = Callable[[int], nn.Module]  # from the index of a layer to the module that replaces its MLP
 
 

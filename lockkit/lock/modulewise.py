@@ -34,6 +34,7 @@ from lockkit.lock.initialise import set_to_zero, start_from_noise, start_from_te
 from lockkit.lock.least_squares import fit_to_stream
 from lockkit.lock.optimiser import ScheduledAdam
 from lockkit.lock.packed import PackedChains
+from lockkit.lock.sizes import FIT_TOKENS
 from lockkit.measure.metrics import nmse
 from lockkit.measure.totals import NMSE
 from lockkit.progress import Progress
@@ -41,7 +42,6 @@ from lockkit.training import shuffled_order
 
 EVALUATION_TOKENS = 4096  # in one forward pass
 SAMPLE_TOKENS = 4096
-FIT_TOKENS = 32_768  # for least squares
 REPORT_EVERY = 20  # steps; reading a loss synchronises the GPU
 DIVERGED_NMSE = 10.0  # a constant output, the teacher's mean, has NMSE 1
 ATTEMPTS = 4  # each at half the step size of the one before

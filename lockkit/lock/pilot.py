@@ -23,8 +23,10 @@ from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.meter import mlp_replaced
 from lockkit.lock.modulewise import LayerTask, start_chain
+from lockkit.lock.sizes import CAPTURED_TOKENS, MEASURED_TOKENS
 from lockkit.measure.metrics import kl_of_log_probabilities, log_probabilities
-from lockkit.measure.totals import PIECE_LOGITS, chunks
+from lockkit.measure.sizes import PIECE_LOGITS
+from lockkit.measure.totals import chunks
 from lockkit.models.activation_cache import ActivationCache
 from lockkit.models.capture import LayerwiseCapture
 from lockkit.models.families import mlp_weights
@@ -34,8 +36,6 @@ from lockkit.workers import Workers
 
 PILOT_COUPLING = 0.1
 MAX_COUPLING = 1.0
-CAPTURED_TOKENS = 16_384
-MEASURED_TOKENS = 1_024
 
 
 def choose_couplings(

@@ -4,6 +4,7 @@ Schema `lockkit-lock/2`:
 
     schema, versions, git_hash, machine     software and hardware that made the lock
     model, model_type, original_sha256      the original (a name, never a local path)
+    weights_sha256                          one hash over the weight files of the lock, as audits name it
     licence                                 the original's licence, null if it names none, and names of its licence files
     dlr                                     depth, ranks and gains of the chains
     recipe                                  all settings (lockkit/lock/config.py)
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from lockkit.dlr.net import block_ranks
+from lockkit.dlr.shape import block_ranks
 from lockkit.lock.config import LockConfig
 from lockkit.lock.data import DistillationData
 from lockkit.lock.end_to_end import EndToEndResult
@@ -46,6 +47,7 @@ def lock_record(
     *,
     model: str,
     original_sha256: str,
+    weights_sha256: str,
     intermediate_size: int,
     family: Family,
     config: LockConfig,
@@ -68,6 +70,7 @@ def lock_record(
     Args:
         model: public name of the original.
         original_sha256: hash of its weights.
+        weights_sha256: the same of the lock.
         intermediate_size: width of its MLPs.
         family: its family.
         config: the recipe.
@@ -95,6 +98,7 @@ def lock_record(
         "model": model,
         "model_type": family.model_type,
         "original_sha256": original_sha256,
+        "weights_sha256": weights_sha256,
         "licence": licence,
         "dlr": {
             "depth": config.depth,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lockkit.devices import PeakMemory, choose_device
-from lockkit.dlr.net import ChainConfig, DLRNet, block_ranks
+from lockkit.dlr.mlp import chains_for
+from lockkit.dlr.net import ChainConfig, DLRNet
+from lockkit.dlr.shape import block_ranks
 from lockkit.errors import DistillationError, UsageError, counted
 from lockkit.files import CARD, LOCK_RECORD, files_below, readable_disk_errors
 from lockkit.lock.card import locked_model_card
-from lockkit.lock.config import LockConfig
-from lockkit.lock.data import DistillationData, effective_source, load_data, other_rows, sampled_data
+from lockkit.lock.config import LockConfig, effective_source
+from lockkit.lock.data import DistillationData, load_data, other_rows, row_tokens, sampled_data
 from lockkit.lock.end_to_end import EndToEnd, EndToEndResult
 from lockkit.lock.initialise import scrub_teacher_rows
 from lockkit.lock.memory import keeps_everything, predicted_memory
@@ -51,6 +53,8 @@ from lockkit.models.origin import Origin, copy_legal_files, origin_of
 from lockkit.models.save import save_description, save_locked_weights
 from lockkit.output_folders import check_apart, new_folder
 from lockkit.progress import NoProgress, Progress
+from lockkit.text import require_columns
+from lockkit.text.sources import BUILT_IN
 from lockkit.version import versions
 from lockkit.workers import Workers
 
@@ -124,6 +128,7 @@ class _Lock:
         self.device = choose_device(config.device, self.workers)
         self.memory = PeakMemory(self.device)
         config.check_depth(self.raw_config.intermediate_size)
+        config.check_amounts(row_tokens(config, self.raw_config))
         self.tokenizer = load_tokenizer(self.original)
         named = config.dtype
         self.dtype = stored_dtype(self.original, self.raw_config) if named == "auto" else getattr(torch, named)
@@ -169,6 +174,8 @@ class _Lock:
         self.resumable = True
         prediction = predicted_memory(self.stream, self.config, data)
         self.progress.say(_summary(self.raw_config, self.config, data))
+        for line in _lowered(self.raw_config, self.config):
+            self.progress.say(line)
         self.progress.say(prediction.line())
         self._check_text(data)
         layers = distil_all_layers(
@@ -185,6 +192,7 @@ class _Lock:
             record = lock_record(
                 model=public_name(self.model),
                 original_sha256=self.original_sha256,
+                weights_sha256=weights_sha256(folder),
                 intermediate_size=self.raw_config.intermediate_size,
                 family=self.family,
                 config=self.config,
@@ -226,6 +234,8 @@ class _Lock:
         source = effective_source(self.config, self.model)
         if source != "self":
             return load_data(self.config, source, self.stream.config, self.tokenizer)
+        if {"none", "stdlib", *BUILT_IN}.issuperset(self.config.other_texts):  # else the column may be of one of those
+            require_columns(source, self.config.data_column)
         if self.workers.first and not self.work.has_rows():
             self.work.save_rows(
                 sampled_data(self.original, self.config, self.stream.config, self.tokenizer, self.device, self.progress)
@@ -253,7 +263,7 @@ class _Lock:
     def chains(self) -> ChainConfig:
         """The description of the chains, without their gains, which phase 1 chooses."""
         shape = mlp_weights(self.stream.layers[0].mlp, self.family).shape
-        return shape.chain_config(self.config.depth, activation_name(self.stream.config))
+        return chains_for(shape, self.config.depth, activation_name(self.stream.config))
 
     def empty_chain(self, gain: float) -> DLRNet:
         """An untrained chain for any layer of this model."""
@@ -337,3 +347,11 @@ def _summary(raw_config: PreTrainedConfig, config: LockConfig, data: Distillatio
         + (f" ({passes:.1f} passes)" if passes > 1 else "")
         + f", two held-out sets of {data.validation.numel():,} tokens"
     )
+
+
+def _lowered(raw_config: PreTrainedConfig, config: LockConfig) -> Iterator[str]:
+    """One line for each setting that is higher than the model allows."""
+    if (context := row_tokens(config, raw_config)) < config.block_tokens:
+        yield f"rows have {context:,} tokens, the model's context, not --block-tokens {config.block_tokens:,}"
+    if (config.layers_together or 0) > (layers := raw_config.num_hidden_layers):
+        yield f"{counted(layers, 'layer')} together, all of the model, not --layers-together {config.layers_together}"

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from lockkit.devices import has_fast_bfloat16
 from lockkit.errors import UsageError
+from lockkit.lock.sizes import ROWS_AT_ONCE
 from lockkit.measure.totals import chunks
 from lockkit.models.load import load_model
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from lockkit.progress import Progress
 
-ROWS_AT_ONCE = 128
 GROUP_TOKENS = 512  # tokens of the vocabulary in a group
 
 

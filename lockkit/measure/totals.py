@@ -22,13 +22,7 @@ from lockkit.measure.metrics import (
     perplexity_of_loss,
 )
 from lockkit.measure.records import Fidelity, MeasuredText
-
-# Logits of one model in a chunk: 64 MB in float32. The head's weights are read once per chunk: with a vocabulary of
-# 262,144 tokens and a quarter of this, figures took 1.8 times as long.
-CHUNK_LOGITS = 16_000_000
-# Logits of one model that figures are computed from at a time. A temporary in float64 has 8 MB. It stays in the
-# processor's cache, and the allocator keeps its memory: with whole chunks, figures took four times as long.
-PIECE_LOGITS = 1 << 20
+from lockkit.measure.sizes import CHUNK_LOGITS, PIECE_LOGITS
 
 Head = Callable[[torch.Tensor], torch.Tensor]  # from hidden states, `[tokens, hidden]`, to logits, `[tokens, vocab]`
 

@@ -16,12 +16,11 @@ from torch import nn
 
 from lockkit.models.activation_cache import ActivationCache
 from lockkit.models.layered import LayeredModel
+from lockkit.models.sizes import TOKENS_IN_A_BATCH
 from lockkit.workers import Workers
 
 if TYPE_CHECKING:
     from lockkit.models.families import DecoderLayer
-
-TOKENS_IN_A_BATCH = 2048
 
 
 class LayerwiseCapture:

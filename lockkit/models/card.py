@@ -122,6 +122,12 @@ def with_results(card: str, part: str, text: str) -> str:
     return card[:start] + results_part(part, text) + card[end + len(marks[1]) :].removeprefix("\n")
 
 
+def from_results(card: str, part: str) -> str:
+    """A card from its part for the results of a command on; empty if it has none."""
+    start = card.find(_marks(part)[0])
+    return card[start:] if start >= 0 else ""
+
+
 def _marks(part: str) -> tuple[str, str]:
     return f"<!-- results of lockkit {part}, written by lockkit card -->", f"<!-- end of lockkit {part} -->"
 

@@ -89,11 +89,28 @@ def require_generation_config(folder: Path) -> None:
     Raises:
         UsageError: it cannot be read, or it has a value that no generation can use.
     """
+    raw = checked_generation_config(folder)
+    if raw is None:
+        return
     from transformers import GenerationConfig
 
     file = folder / GENERATION_CONFIG
+    try:
+        with errors_only():  # entries without effect are no problem
+            GenerationConfig.from_dict(raw).validate()
+    except Exception as error:
+        raise UsageError(f"{file} cannot be used ({first_line(error)}): correct it, or change MODEL") from error
+
+
+def checked_generation_config(folder: Path) -> dict[str, Any] | None:
+    """The content of a model folder's generation_config.json, without a check by transformers; None if there is no file.
+
+    Raises:
+        UsageError: it cannot be read, or a token id or a number in it is none.
+    """
+    file = folder / GENERATION_CONFIG
     if not file.is_file():
-        return
+        return None
     raw = read_json(file, "MODEL")
     for name in _TOKEN_IDS:
         found = raw.get(name)
@@ -105,11 +122,7 @@ def require_generation_config(folder: Path) -> None:
             raise UsageError(
                 f"{name} is {found!r} in {file}, and it must be a number from {lowest}: correct it, or change MODEL"
             )
-    try:
-        with errors_only():  # entries without effect are no problem
-            GenerationConfig.from_dict(raw).validate()
-    except Exception as error:
-        raise UsageError(f"{file} cannot be used ({first_line(error)}): correct it, or change MODEL") from error
+    return raw
 
 
 def _is_whole(value: object) -> bool:

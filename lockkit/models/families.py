@@ -1,7 +1,7 @@
 """The model families that lockkit can lock, and the names of the parts of their MLPs.
 
-To add a family: one entry in `_ALL` below, one in `lockkit/export/builders.py`, and a tiny configuration in
-`tests/tiny.py`. The tests then lock, save, load and export it.
+To add a family: one entry in `_ALL` below, one in `lockkit/export/family_builders.py`, and a tiny
+configuration in `tests/tiny.py`. The tests then lock, save, load and export it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lockkit.dlr.mlp import MLPWeights
 from lockkit.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from lockkit.dlr.mlp import MLPWeights
 
     class DecoderLayer(nn.Module):
         """A decoder layer of any family, as a type for mypy."""
@@ -131,6 +132,8 @@ def _why_unsupported(config: PreTrainedConfig) -> str:
 
 def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
     """The weights of an original's MLP, not copied. Gate and up are views if the family packs them into one matrix."""
+    from lockkit.dlr.mlp import MLPWeights
+
     down = getattr(mlp, family.down)
     if family.packed_gate_up is None:
         up = getattr(mlp, family.up)

@@ -10,13 +10,17 @@ that the file was made from. So the folder is larger than the file, and as accur
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lockkit.errors import UsageError, counted, first_line
-from lockkit.files import cache_folder, sha256_of_file
+from lockkit.files import CACHE_VARIABLE, cache_folder, readable_disk_errors, sha256_of_file
 from lockkit.models.quiet import errors_only, no_progress_bars
 from lockkit.models.weight_files import listed
 from lockkit.output_folders import new_folder
@@ -41,10 +45,30 @@ def folder_of_gguf(file: Path, option: str = "MODEL") -> Path:
         raise UsageError(f"{file} needs the package gguf: pip install 'lockkit[gguf]'")
     folder = cache_folder() / "gguf" / f"{file.stem}-{sha256_of_file(file)[:16]}"
     if not folder.is_dir():
-        log.warning("%s: its weights are dequantised to float32 and kept in %s", file.name, folder)
-        with new_folder(folder) as temporary:
-            _convert(file, temporary, option)
+        with _alone(folder, file):
+            if not folder.is_dir():  # another process has written it in the meantime
+                log.warning("%s: its weights are dequantised to float32 and kept in %s", file.name, folder)
+                with new_folder(folder, option=CACHE_VARIABLE) as temporary:
+                    _convert(file, temporary, option)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, file: Path) -> Iterator[None]:
+    """Keep other processes from converting a file at the same time: they wait, and say so."""
+    with readable_disk_errors(folder, CACHE_VARIABLE):
+        locks = cache_folder() / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{folder.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process dequantises %s: waiting for it", file.name)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _convert(file: Path, folder: Path, option: str) -> None:

@@ -14,7 +14,6 @@ from lockkit.files import CARD, EXPORT_MANIFEST, impostor, read_json
 from lockkit.models.config_checks import require_generation_config, reset_run_settings
 from lockkit.models.families import FAMILIES, LOCKED_PREFIX, Family, family_of
 from lockkit.models.gguf import folder_of_gguf
-from lockkit.models.locked import base_config, chain_config, locked_classes
 from lockkit.models.origin import LEGAL_FILES
 from lockkit.models.quiet import no_progress_bars
 from lockkit.models.weight_files import ADAPTER_FILE
@@ -110,6 +109,8 @@ def load_config(folder: Path) -> PreTrainedConfig:
         UnsupportedModelError: the model is of no family that lockkit supports.
     """
     from transformers import AutoConfig
+
+    from lockkit.models.locked import chain_config, locked_classes
 
     raw = read_json(folder / "config.json", "MODEL")
     model_type = str(raw.get("model_type", ""))
@@ -217,5 +218,7 @@ def _tokenizer_config(folder: Path) -> PreTrainedConfig | None:
     model_type = str(read_json(folder / "config.json", "MODEL").get("model_type", ""))
     if not model_type.startswith(LOCKED_PREFIX):
         return None
+    from lockkit.models.locked import base_config
+
     config = load_config(folder)
     return base_config(config, family_of(config))

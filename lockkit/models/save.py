@@ -1,30 +1,60 @@
-"""Write a locked checkpoint: an ordinary Hugging Face folder that loads without lockkit."""
+"""Write a locked checkpoint: an ordinary Hugging Face folder that loads without lockkit.
+
+The weights are in files of at most `SHARD_BYTES`, as `save_pretrained` splits them. Names and shapes of all tensors are
+known before, so that the head of each file is written first, and the tensors follow one after the other. Only one is in
+memory at a time, besides the layer that it belongs to.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
 
 from lockkit.files import CARD, LOCK_RECORD, write_json
 from lockkit.models.load import TOKENIZER_FILES, load_tokenizer
 from lockkit.models.locked import AUTO_MAP, MODELING_FILE, locked_config, render_modeling_file
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
     from transformers import PreTrainedConfig
 
     from lockkit.dlr.net import ChainConfig, DLRNet
     from lockkit.models.layered import StreamedModel
 
-# Size of the tensors that are collected before a file is written. It limits memory: writing safetensors takes twice
-# this size.
-SHARD_BYTES = 48 * 2**20
+SHARD_BYTES = 5_000_000_000
+# Names of dtypes in safetensors.
+_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.int16: "I16",
+        torch.int8: "I8",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    },
+}
+
+
+@dataclass(frozen=True)
+class TensorHead:
+    """A tensor that is going to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size in the file."""
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def save_locked_weights(
@@ -43,7 +73,7 @@ def save_locked_weights(
         chains: description of the chains, with their gains.
         dtype: of the weights.
     """
-    _write_shards(_locked_tensors(stream, chain, dtype), folder)
+    write_shards(_heads(stream, chain, dtype), _locked_tensors(stream, chain, dtype), folder)
     _write_config(stream, folder, chains, dtype)
     (folder / MODELING_FILE).write_text(render_modeling_file(stream.family), encoding="utf-8")
     copy_tokenizer(stream.folder, folder)
@@ -60,55 +90,93 @@ def save_description(folder: Path, record: dict[str, Any], card: str) -> None:
     (folder / CARD).write_text(card, encoding="utf-8")
 
 
+def _outside(stream: StreamedModel) -> dict[str, torch.Tensor]:
+    """The tensors outside the decoder layers. A tied matrix (a head that is the embedding) is there once, first name."""
+    outside = {id(value): (name, value) for name, value in reversed(stream.model.state_dict(keep_vars=True).items())}
+    return {name: value for name, value in reversed(outside.values()) if ".layers." not in name}
+
+
+def _heads(stream: StreamedModel, chain: Callable[[int], DLRNet], dtype: torch.dtype) -> list[TensorHead]:
+    """Names and shapes of what `_locked_tensors` yields, in the same order. All chains have the same shapes."""
+    found = list(_outside(stream).items())
+    mlp = [(f"mlp.{name}", value.to("meta")) for name, value in chain(0).state_dict().items()]
+    for index, layer in enumerate(stream.layers):
+        own = [(name, value) for name, value in layer.state_dict().items() if not name.startswith("mlp.")]
+        found += [(f"model.layers.{index}.{name}", value) for name, value in [*own, *mlp]]
+    return [TensorHead(name, dtype if value.is_floating_point() else value.dtype, value.shape) for name, value in found]
+
+
 def _locked_tensors(
     stream: StreamedModel, chain: Callable[[int], DLRNet], dtype: torch.dtype
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The locked model's tensors by name: first those outside the decoder layers, then layer by layer."""
-    # A tied matrix (a head that is the embedding) is written once, under its first name.
-    outside = {id(value): (name, value) for name, value in reversed(stream.model.state_dict(keep_vars=True).items())}
-    rest = {name: value for name, value in reversed(outside.values()) if ".layers." not in name}
-    yield {name: _published(value, dtype) for name, value in rest.items()}
+) -> Iterator[torch.Tensor]:
+    """The locked model's tensors: first those outside the decoder layers, then layer by layer."""
+    for value in _outside(stream).values():
+        yield _published(value, dtype)
     for index in range(len(stream)):
         with stream.layer(index) as layer:
-            own = {name: value for name, value in layer.state_dict().items() if not name.startswith("mlp.")}
-        mlp = {f"mlp.{name}": value for name, value in chain(index).state_dict().items()}
-        yield {f"model.layers.{index}.{name}": _published(value, dtype) for name, value in (own | mlp).items()}
+            for name, value in layer.state_dict().items():
+                if not name.startswith("mlp."):
+                    yield _published(value, dtype)
+        for value in chain(index).state_dict().values():
+            yield _published(value, dtype)
 
 
 def _published(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
 
 
-def _write_shards(pieces: Iterator[dict[str, torch.Tensor]], folder: Path) -> None:
-    """Write the pieces into safetensors files of about `SHARD_BYTES`, with an index if there are several files."""
-    shards: list[list[str]] = []
-    pending: dict[str, torch.Tensor] = {}
-    total_bytes = 0
+def write_shards(heads: list[TensorHead], tensors: Iterable[torch.Tensor], folder: Path) -> None:
+    """Write tensors into safetensors files of at most `SHARD_BYTES`, with an index if there are several files.
 
-    def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
+    Args:
+        heads: names, dtypes and shapes of all tensors.
+        tensors: the tensors, on the CPU, in the same order. Each is written before the next is asked for.
+        folder: that gets the files.
 
-    for piece in pieces:
-        size_bytes = sum(value.nbytes for value in piece.values())
-        if pending and size_bytes + sum(value.nbytes for value in pending.values()) > SHARD_BYTES:
-            flush()
-        pending.update(piece)
-        total_bytes += size_bytes
-    flush()
-    count = len(shards)
+    Raises:
+        ValueError: a tensor is not what its head says.
+    """
+    shards: list[list[TensorHead]] = [[]]
+    for head in heads:
+        if shards[-1] and sum(other.size_bytes for other in shards[-1]) + head.size_bytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(head)
+    count, source = len(shards), iter(tensors)
     names = (
         [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)] if count > 1 else ["model.safetensors"]
     )
-    for number, name in enumerate(names):
-        (folder / f"shard-{number}").rename(folder / name)
-        (folder / name).chmod(0o644)  # the library makes them readable for the owner only
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as file:
+            file.write(_file_head(shard))
+            for head in shard:
+                file.write(_bytes(head, next(source)))
     if count > 1:
-        weight_map = {tensor: name for name, tensors in zip(names, shards, strict=True) for tensor in tensors}
+        weight_map = {head.name: name for name, shard in zip(names, shards, strict=True) for head in shard}
+        total_bytes = sum(head.size_bytes for head in heads)
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         )
+
+
+def _file_head(shard: list[TensorHead]) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then JSON, padded so that the tensors are aligned."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for head in shard:
+        end = offset + head.size_bytes
+        entries[head.name] = {
+            "dtype": _DTYPES[head.dtype], "shape": list(head.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(head: TensorHead, value: torch.Tensor) -> Buffer:
+    if (value.dtype, value.shape) != (head.dtype, head.shape):
+        raise ValueError(f"{head.name} is {value.dtype} {tuple(value.shape)}, not {head.dtype} {tuple(head.shape)}")
+    return cast("Buffer", value.reshape(-1).view(torch.uint8).numpy())
 
 
 def _write_config(stream: StreamedModel, folder: Path, chains: ChainConfig, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lockkit.attack.record import OLD_SCHEMA, SCHEMA, read_summary
 from lockkit.errors import UsageError, first_line
 from lockkit.export.card import export_card
 from lockkit.files import EXPORT_MANIFEST, read_json, readable_disk_errors, sha256_of_file, write_text
@@ -21,8 +22,6 @@ from lockkit.publish.results import Results, audit_results, lock_results, ours, 
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
-
-AUDIT_SCHEMA = "lockkit-attack-summary/2"
 
 
 def write_card(folder: Path, verify: Path | None = None, audit: Path | None = None) -> Path:
@@ -41,8 +40,11 @@ def write_card(folder: Path, verify: Path | None = None, audit: Path | None = No
             read or written.
     """
     opened = open_publishable(folder)
+    if opened.web:
+        raise UsageError(f"{folder} has the card of its export: give results to that, and run lockkit web again")
     found = [_verified(opened, verify)] if verify else []
     found += [_audited(opened, audit)] if audit else []
+    opened.require_described()
     card = _card(opened)
     index = card.data.get("eval_results", [])
     new = {"lock": lock_results(opened.record)} if opened.record and opened.record.get("fidelity") else {}
@@ -107,9 +109,15 @@ def _verified(opened: Publishable, path: Path) -> Results:
 def _audited(opened: Publishable, path: Path) -> Results:
     summary = _summary(path)
     try:
-        if not opened.locked or summary["identity"]["locked_sha256"] != opened.source_sha256():
-            raise UsageError(f"{path} is not the audit of this lock: change --audit")
-        return audit_results(summary)
+        identity = summary["identity"]
+        if not opened.locked or identity["locked_sha256"] != opened.source_sha256():
+            raise UsageError(f"{path} is not the audit of this lock: run lockkit attack again, or change --audit")
+        if opened.record and identity["original_sha256"] != opened.record["original_sha256"]:
+            raise UsageError(
+                f"{path} compares this lock with other weights than those of {opened.record['model']}, which it was made "
+                "from: run lockkit attack --original with those, or change --audit"
+            )
+        return audit_results(read_summary(summary).record())
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{path} does not match its schema ({type(error).__name__}: {error}): change --audit"
@@ -120,6 +128,6 @@ def _summary(path: Path) -> dict[str, Any]:
     """The summary of an audit, given its file or its folder."""
     path = path / "summary.json" if path.is_dir() else path
     summary = read_json(path, "--audit")
-    if summary.get("schema") != AUDIT_SCHEMA:
-        raise UsageError(f"{path} is not the summary.json of an audit ({AUDIT_SCHEMA}): change --audit")
+    if summary.get("schema") not in (SCHEMA, OLD_SCHEMA):
+        raise UsageError(f"{path} is not the summary.json of an audit ({SCHEMA}): change --audit")
     return summary

@@ -7,13 +7,14 @@ folder, are deleted in the same commit: loaders would mix them with the new ones
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockkit.errors import LockkitError, UsageError, first_line
-from lockkit.files import SIGNATURE
+from lockkit.files import EXPORT_MANIFEST, LOCK_RECORD, SIGNATURE
 from lockkit.models.card import read_metadata
 from lockkit.publish.config import PushConfig
 from lockkit.publish.folder import Publishable, open_publishable
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LEFT_OUT = [".*", "*/.*", "*.partial*", "*.incomplete", "*.tmp", "*.lock", "*~", "*.pyc", "*__pycache__/*"]
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data*", SIGNATURE]
+_BRANCH = re.compile(r"(?!.*(\.\.|//))\w[\w./-]*")  # what git allows, and no more than is needed
+_REPLACED = [
+    *("*.safetensors", "*.safetensors.index.json", "*.onnx", "*.onnx_data*", "genai_config.json"),
+    *(EXPORT_MANIFEST, LOCK_RECORD, SIGNATURE),
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ def push_folder(folder: Path, repository: str, config: PushConfig | None = None)
     """
     config = config or PushConfig()
     _check_name(repository)
+    if config.revision and not _BRANCH.fullmatch(config.revision):
+        raise UsageError(f"'{config.revision}' is not the name of a branch: change --revision")
     opened = open_publishable(folder)
     opened.require_intact()
     files = published_files(folder)

@@ -91,21 +91,21 @@ def audit_results(summary: dict[str, Any]) -> Results:
     from huggingface_hub import EvalResult
 
     lowest = {key: found for key in RESOURCE_TITLES if (found := lowest_amplification(summary, key))}
+    if summary["verdict"]["missing"]:
+        lowest = {}  # the ratios do not count
     reached = {key: (task, found) for key, (task, found) in lowest.items() if found["value"] is not None}
     lines = "\n".join(
         f"| {RESOURCE_TITLES[key]} | {_public(task)} | {found['says']} | {found['best_attack'] or '–'} |"
         for key, (task, found) in lowest.items()
     )
+    head = "| resource | task | against the cheapest of these attacks | attack |\n|---|---|---|---|\n"
+    table = f"{head}{lines}\n\n" if lines else ""
     depth = summary["effective_depth"]
     text = f"""## What this lock is worth
 
 **{worth_line(summary)}**
 
-| resource | task | against the cheapest of these attacks | attack |
-|---|---|---|---|
-{lines}
-
-- Effective depth: {depth["says"]} of {depth["depth"]} blocks (KL divergence within {depth["kl_limit"]}),
+{table}- Effective depth: {depth["says"]} of {depth["depth"]} blocks (KL divergence within {depth["kl_limit"]}),
   {depth["says_within_5_percent"]} (perplexity within 5 %).
 - Unlock ratio: {summary["unlock_ratio"]["says"]}. Owner's advantage: {summary["owner_advantage"]["says"]}.
 - Budget: {summary["budget"]}.
@@ -132,6 +132,9 @@ These figures say nothing about attacks that were not tried. If the original wei
 
 def worth_line(summary: dict[str, Any]) -> str:
     """One line on what a lock is worth, from the summary of its audit."""
+    verdict = summary["verdict"]
+    if verdict["rules"]:  # a summary of an earlier version has none
+        return verdict["sentence"]
     lowest = [lowest_amplification(summary, key) for key in RESOURCE_TITLES]
     values = [found[1]["value"] for found in lowest if found and found[1]["value"] is not None]
     if summary["first_line"]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lockkit.errors import GateFailed, UsageError, first_line
 from lockkit.files import SIGNATURE, readable_disk_errors, replaced
+from lockkit.models.weight_files import listed
 from lockkit.publish.config import CheckConfig, SignConfig
 from lockkit.publish.folder import open_publishable
 from lockkit.publish.push import published_files
@@ -155,6 +157,8 @@ def _reason(error: Exception) -> str:
     """An error of the libraries in one line. Some have no text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if changed := re.findall(r"Hash mismatch for \\?'([^'\\]+)", str(error)):
+        return f"{listed(changed)} changed after it"
     known = {"InvalidSignature": "it was made with another key", "AttributeError": "not an elliptic-curve key"}
     return known.get(type(error).__name__, first_line(error))
 

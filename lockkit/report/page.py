@@ -10,12 +10,47 @@ from typing import Any
 from lockkit.measure.records import MeasuredText
 
 
+class Number(str):
+    """A figure as text, as a page shows it. The JSON of a report has its value.
+
+    Attributes:
+        value: the figure; None if it is missing or not finite.
+    """
+
+    value: float | int | None
+
+    def __new__(cls, text: str, value: float | int | None = None) -> Number:
+        made = super().__new__(cls, text)
+        made.value = value
+        return made
+
+
+class Stack(str):
+    """A cell of several lines, one above the other. In the JSON of a report it is a list.
+
+    Attributes:
+        lines: texts or figures.
+    """
+
+    lines: tuple[str, ...]
+
+    def __new__(cls, *lines: str) -> Stack:
+        made = super().__new__(cls, "; ".join(lines))
+        made.lines = lines
+        return made
+
+
 @dataclass
 class Table:
-    """A table. All cells are text. The first column names the row."""
+    """A table. All cells are text. The first column names the row.
+
+    Attributes:
+        failed: indexes of rows that show a failure.
+    """
 
     head: list[str]
     rows: list[list[str]]
+    failed: list[int] = field(default_factory=list)
 
 
 Points = Sequence[tuple[float, float]]
@@ -47,6 +82,11 @@ class Curve:
     muted: Mapping[str, Points] = field(default_factory=dict)
     level: tuple[str, float] | None = None
 
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a point to draw."""
+        return any(self.lines.values()) or any(self.muted.values())
+
 
 @dataclass
 class Section:
@@ -55,21 +95,35 @@ class Section:
     Attributes:
         title: heading.
         part: whether this is a subsection of the section before it.
-        warning: shown first, highlighted.
+        verdict: the result in one sentence, shown first; the page begins with those of all its sections.
+        passed: whether the verdict is good or bad; None if it is neither.
+        warning: shown next, highlighted.
+        notes: what the reader has to do about this result; highlighted, shown with the verdicts and in the terminal, too.
         text: paragraphs.
         figures: labels and values, shown large.
+        facts: labels and values of how the result was made: date, versions, machine; shown small at the end.
     """
 
     title: str
     part: bool = False
+    verdict: str = ""
+    passed: bool | None = None
     warning: str = ""
+    notes: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     figures: list[tuple[str, str]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show under the title."""
+        parts = (self.verdict, self.warning, self.notes, self.text, self.figures, self.facts)
+        return not (any(parts) or any(table.rows for table in self.tables) or any(c.drawn for c in self.curves))
 
 
-def number(value: Any, form: str = ".4g") -> str:
+def number(value: Any, form: str = ".4g") -> Number:
     """A figure as text; a dash if it is missing or not finite.
 
     Args:
@@ -77,8 +131,21 @@ def number(value: Any, form: str = ".4g") -> str:
         form: format specification for floats. Integers get thousands separators.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return "–" if value is None or isinstance(value, float) else str(value)
-    return f"{value:,}" if isinstance(value, int) else format(value, form)
+        return Number("–" if value is None or isinstance(value, float) else str(value))
+    return Number(f"{value:,}" if isinstance(value, int) else format(value, form), value)
+
+
+def made_with(record: dict) -> list[tuple[str, str]]:
+    """The facts that results of all kinds have: date, versions, commit and machine. Missing ones are left out."""
+    versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    machine = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in (record.get("machine") or {}).items())
+    facts = {
+        "date": str(record.get("created") or "").replace("T", " ")[:19],
+        "versions": versions,
+        "commit": record.get("git_hash") or "",
+        "machine": machine,
+    }
+    return [(name, value) for name, value in facts.items() if value]
 
 
 def measured_on(text: dict | None) -> str:

@@ -1,58 +1,78 @@
-"""Sections as one self-contained HTML page, and as Markdown. All text from results is escaped."""
+"""Sections as one self-contained HTML page, and as Markdown. All text from results is escaped.
+
+The page has no scripts. It begins with the verdicts of all its sections and the contents; it ends with the words that it
+uses.
+"""
 
 from __future__ import annotations
 
 import html
 import re
 
-from lockkit.report.page import Section, Table
+from lockkit.report.glossary import terms_in
+from lockkit.report.page import Number, Section, Stack, Table
 from lockkit.report.plot import svg
+from lockkit.report.style import STYLE
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1d2430;--soft:#56606e;--line:#d7dce3;--page:#fff;--card:#f6f8fa;--warn:#8a3b00;
---c0:#0b66c3;--c1:#d1480b;--c2:#1b7f3b;--c3:#8a3fbf;--c4:#a8780a;--c5:#0c8a8a;--c6:#c2307a;--c7:#6b4a2f;--c8:#5a6b1f}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--soft:#9aa5b4;--line:#3a424e;--page:#14181e;--card:#1c222b;
---warn:#ffb27a;--c0:#6db3ff;--c1:#ff9966;--c2:#68d08a;--c3:#cd9bf5;--c4:#e6c056;--c5:#5fd4d4;--c6:#ff8fc4;--c7:#d0a988;
---c8:#b9cf6a}}
-*{box-sizing:border-box}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);margin:0 auto;max-width:72rem;padding:1rem}
-h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.35rem;margin:2.5rem 0 .6rem;overflow-wrap:anywhere}
-h3{font-size:1.1rem;margin:2rem 0 .5rem;overflow-wrap:anywhere}
-h2{border-top:1px solid var(--line);padding-top:1.2rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10rem),1fr));gap:.7rem;margin:1rem 0}
-.figures div{border:1px solid var(--line);background:var(--card);border-radius:.5rem;padding:.7rem}
-.figures b{display:block;font-size:1.15rem;line-height:1.3;overflow-wrap:anywhere}
-.figures span,footer{color:var(--soft);font-size:.85rem}
-.warning{color:var(--warn);font-weight:600}
-.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-size:.875rem}
-th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;max-width:20rem}
-td{overflow-wrap:break-word}td.t{min-width:11rem}th.n{text-align:right}td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}
-th:first-child,td:first-child{position:sticky;left:0;background:var(--page);padding-left:0;max-width:11rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem}
-p{overflow-wrap:anywhere;max-width:46rem}svg{display:block;width:100%;max-width:34rem;height:auto;color:var(--ink)}
-footer{margin-top:3rem}
-"""
 LONG_CELL = 16  # characters; longer text gets a minimum width, so that it does not break into single words
+DENSE_TABLE = 8  # columns; the cells of a wider table stand closer together
+WIDE_TABLE = 4  # columns; a wider table scrolls on a phone, and says so
 _NUMBER = re.compile(r"[<>–]?\s?[-+]?[\d.,]*(e[-+]?\d+)?\s?%?|> budget|\d+, \d+")
+_MARKS = {True: "good", False: "bad", None: "plain"}
 
 
 def html_page(sections: list[Section], made_by: str) -> str:
     """The HTML page. Style and SVG are inline; there are no scripts and no external resources."""
+    sections = [section for section in sections if not section.empty]
     body = "\n".join(_html_section(section, number) for number, section in enumerate(sections))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>lockkit report</title><style>{_STYLE}</style></head>\n'
-        f"<body><h1>lockkit report</h1>\n{body}\n<footer>{html.escape(made_by)}</footer></body></html>\n"
+        f'<link rel="icon" href="data:,"><title>lockkit report</title><style>{STYLE}</style></head>\n'
+        f"<body><header><h1>lockkit report</h1><p>{html.escape(made_by)}</p>{_verdicts(sections)}</header>\n"
+        f"{_contents(sections)}\n<main>{body}\n{_words(sections)}</main></body></html>\n"
     )
+
+
+def _verdicts(sections: list[Section]) -> str:
+    """The verdict of each result, the failed ones first."""
+    said = [(number, section) for number, section in enumerate(sections) if section.verdict or section.warning]
+    said = [(number, section) for number, section in said if not section.part]
+    said.sort(key=lambda entry: entry[1].passed is not False)
+    items = "".join(
+        f'<li class="{_MARKS[section.passed]}"><a href="#s{number}">{html.escape(section.title)}</a> '
+        f"{html.escape(' '.join([section.verdict or section.warning, *section.notes]))}</li>"
+        for number, section in said
+    )
+    return f'<ul class="verdicts">{items}</ul>' if items else ""
+
+
+def _contents(sections: list[Section]) -> str:
+    """Links to the sections."""
+    items = "".join(
+        f'<li{" class=part" if section.part else ""}><a href="#s{number}">{html.escape(section.title)}</a></li>'
+        for number, section in enumerate(sections)
+    )
+    words = '<li><a href="#words">Words</a></li>' if terms_in(markdown(sections)) else ""
+    return f'<nav aria-label="Contents"><b>Contents</b><ul>{items}{words}</ul></nav>'
+
+
+def _words(sections: list[Section]) -> str:
+    """The terms that the page uses."""
+    terms = terms_in(markdown(sections))
+    if not terms:
+        return ""
+    entries = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in terms.items())
+    return f'<section id="words"><h2>Words</h2><dl class="words">{entries}</dl></section>'
 
 
 def _html_section(section: Section, position: int) -> str:
     heading = "h3" if section.part else "h2"
-    parts = [f"<section><{heading}>{html.escape(section.title)}</{heading}>"]
-    if section.warning:
-        parts.append(f'<p class="warning">{html.escape(section.warning)}</p>')
+    parts = [f'<section id="s{position}"><{heading}>{html.escape(section.title)}</{heading}>']
+    if section.verdict:
+        parts.append(f'<p class="verdict {_MARKS[section.passed]}">{html.escape(section.verdict)}</p>')
+    warnings = [section.warning, *section.notes] if section.warning else section.notes
+    parts += [f'<p class="warning">{html.escape(said)}</p>' for said in warnings]
     if section.figures:
         cards = "".join(
             f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
@@ -61,38 +81,54 @@ def _html_section(section: Section, position: int) -> str:
         parts.append(f'<div class="figures">{cards}</div>')
     parts += [f"<p>{html.escape(text)}</p>" for text in section.text]
     parts += [_html_table(table) for table in section.tables if table.rows]
-    plots = [f"<div>{svg(curve, f'{position}-{index}')}</div>" for index, curve in enumerate(section.curves)]
+    drawn = [curve for curve in section.curves if curve.drawn]
+    plots = [f"<div>{svg(curve, f'{position}-{index}')}</div>" for index, curve in enumerate(drawn)]
     if plots:
         parts.append(f'<div class="plots">{"".join(plots)}</div>')
+    if section.facts:
+        facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in section.facts)
+        parts.append(f'<dl class="facts">{facts}</dl>')
     return "\n".join(parts) + "</section>"
 
 
 def _html_table(table: Table) -> str:
-    numeric = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*table.rows, strict=True)]
+    numeric = [all(map(_is_number, column)) for column in zip(*table.rows, strict=True)]
     head = "".join(
         f'<th class="n">{html.escape(cell)}</th>' if right else f"<th>{html.escape(cell)}</th>"
         for cell, right in zip(table.head, numeric, strict=True)
     )
-    rows = "".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in table.rows)
+    rows = "".join(
+        f"<tr{' class=bad' if index in table.failed else ''}>" + "".join(map(_html_cell, row)) + "</tr>"
+        for index, row in enumerate(table.rows)
+    )
+    hint = '<p class="hint">The table scrolls sideways.</p>' if len(table.head) > WIDE_TABLE else ""
     # The tabindex makes the scrollable region reachable by keyboard.
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.head[0])}">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'{hint}<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.head[0])}">'
+        f"<table{' class=dense' if len(table.head) > DENSE_TABLE else ''}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
+def _is_number(cell: str) -> bool:
+    if isinstance(cell, Stack):
+        return all(map(_is_number, cell.lines))
+    return isinstance(cell, Number) or _NUMBER.fullmatch(cell) is not None
+
+
 def _html_cell(cell: str) -> str:
-    kind = ' class="n"' if _NUMBER.fullmatch(cell) else ' class="t"' if len(cell) > LONG_CELL else ""
-    return f"<td{kind}>{html.escape(cell)}</td>"
+    lines = cell.lines if isinstance(cell, Stack) else (cell,)
+    kind = ' class="n"' if _is_number(cell) else ' class="t"' if max(map(len, lines)) > LONG_CELL else ""
+    return f"<td{kind}>{'<br>'.join(map(html.escape, lines))}</td>"
 
 
 def markdown(sections: list[Section]) -> str:
     """Sections as Markdown, for a model card; without curves."""
     parts = []
     for section in sections:
+        if section.empty:
+            continue
         parts.append(f"{'###' if section.part else '##'} {_plain(section.title)}")
-        if section.warning:
-            parts.append(f"**{_plain(section.warning)}**")
+        parts += [f"**{_plain(said)}**" for said in (section.verdict, section.warning, *section.notes) if said]
         if section.figures:
             parts.append("\n".join(f"- {_plain(label)}: **{_plain(value)}**" for label, value in section.figures))
         parts += [_plain(text) for text in section.text]
@@ -100,6 +136,8 @@ def markdown(sections: list[Section]) -> str:
             if table.rows:
                 lines = [table.head, ["---"] * len(table.head), *table.rows]
                 parts.append("\n".join("| " + " | ".join(map(_plain, line)) + " |" for line in lines))
+        if section.facts:
+            parts.append("\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in section.facts))
     return "\n\n".join(parts) + "\n"
 
 

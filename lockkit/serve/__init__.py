@@ -7,7 +7,8 @@ A request passes through these modules:
 * `config.py`: all settings.
 * `server.py`: the process, its socket, and limits on slow clients.
 * `guard.py`: checks that come before any endpoint.
-* `app.py`: the endpoints. `protocol.py` has their JSON, `parse.py` reads it, `stream.py` writes server-sent events.
+* `app.py`: the endpoints. `protocol.py` and `answers.py` have their JSON, `logprobs.py` a
+  part of it, `parse.py` reads it, `stream.py` writes server-sent events.
 * `service.py`: a request becomes jobs of the engine, and their text becomes the answer.
 * `model.py`: the export and its tokenizer.
 * `engine.py`: continuous batching. `lockkit/text_stream.py` turns tokens into text.

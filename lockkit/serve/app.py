@@ -7,29 +7,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
+from lockkit.serve.answers import ChatCompletion, Completion, Health, ModelCard, ModelList
 from lockkit.serve.config import ServeConfig
 from lockkit.serve.engine import Engine
 from lockkit.serve.guard import ENDPOINTS, Guard, refusal
 from lockkit.serve.parse import parse_request
 from lockkit.serve.prometheus import Metrics
-from lockkit.serve.protocol import (
-    ApiError,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    ErrorResponse,
-    Health,
-    ModelCard,
-    ModelList,
-)
+from lockkit.serve.protocol import ApiError, ChatRequest, CompletionRequest, ErrorResponse
 from lockkit.serve.service import Service
 from lockkit.version import __version__
 
@@ -50,7 +41,12 @@ _REFUSALS = {
 
 
 def make_app(
-    model: ServedModel, engine: Engine, config: ServeConfig, api_key: SecretStr | None, metrics: Metrics
+    model: ServedModel,
+    engine: Engine,
+    config: ServeConfig,
+    api_key: SecretStr | None,
+    metrics: Metrics,
+    request_log: TextIO | None = None,
 ) -> FastAPI:
     """Make the ASGI application for one model. The engine starts and stops with it.
 
@@ -60,6 +56,7 @@ def make_app(
         config: limits and the model's name in requests.
         api_key: required of every request except /health; None for no key.
         metrics: filled by every request.
+        request_log: gets a line for every request; closed at the end.
     """
     service = Service(model, engine, config)
 
@@ -68,6 +65,8 @@ def make_app(
         engine.start()
         yield
         engine.stop()
+        if request_log is not None:
+            request_log.close()
 
     app = FastAPI(
         title="lockkit serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -116,7 +115,7 @@ def make_app(
 
     # FastAPI documents this assignment as the way to change the description.
     app.openapi = lambda: _openapi(app, service.name, api_key is not None)  # type: ignore[method-assign]
-    app.add_middleware(Guard, config=config, api_key=api_key, metrics=metrics)
+    app.add_middleware(Guard, config=config, api_key=api_key, metrics=metrics, request_log=request_log)
     return app
 
 

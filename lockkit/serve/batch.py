@@ -2,10 +2,9 @@
 
 Each request has a row. The graphs' GroupQueryAttention takes a row's length from the sum of its
 attention mask and stores its keys from position 0 (see `export/session.py`). So rows of different
-lengths can share a forward pass. Each cache input has one buffer for all rows, `[rows, kv_heads,
-capacity, head_size]`. onnxruntime reads it as the past and writes the new keys and values into it, in
-place, so a step copies nothing else. The rows in use are contiguous from 0, so that a batch is a prefix
-of the buffer. When a row ends, the last row in use moves there.
+lengths can share a forward pass, with one buffer of caches for all rows (see `export/rows.py`, which
+also holds what differs on a GPU). The rows in use are contiguous from 0, so that a batch is a prefix of
+the buffer. When a row ends, the last row in use moves there.
 
 This does not use onnxruntime-genai. Its `Engine` batches continuously only graphs with PagedAttention.
 Its builder writes those for CUDA (fp16, bf16) and WebGPU only, and onnxruntime has no CPU kernel for
@@ -18,8 +17,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lockkit.errors import UsageError
-from lockkit.export.session import torch_type
+from lockkit.errors import LockkitError, UsageError
+from lockkit.export.rows import cache_rows
 from lockkit.serve.model import open_session
 
 if TYPE_CHECKING:
@@ -63,7 +62,9 @@ class Rows(Protocol):
         """Move the `length` tokens of row `source` to row `target`, which is overwritten."""
 
 
-def open_rows(model: ServedModel, rows: int, capacity: int, provider: str, threads: int | None) -> Rows:
+def open_rows(
+    model: ServedModel, rows: int, capacity: int, provider: str, threads: int | None, cuda_graphs: bool = True
+) -> Rows:
     """Load the graph: with shared caches if every row still gets the same answer as when it runs alone, else separate.
 
     Args:
@@ -72,17 +73,13 @@ def open_rows(model: ServedModel, rows: int, capacity: int, provider: str, threa
         capacity: most tokens in a row.
         provider: execution provider, a name in `lockkit.targets.Provider`.
         threads: of one operator on the CPU; None for onnxruntime's choice.
+        cuda_graphs: on a GPU, launch each step as one CUDA graph.
 
     Raises:
         UsageError: the graph cannot be loaded, or the caches do not fit into memory.
     """
-    session = open_session(model, provider, threads)
-    # LongRoPE has two tables of positions, and the longest row of a batch chooses for all rows. Attention
-    # with positions as an input does not count a row's length.
-    rows_interfere = (model.config.get("rope_parameters") or {}).get("rope_type") == "longrope"
-    if rows_interfere or not session.counts_positions:
-        return SeparateRows(session, rows)
-    return SharedRows(session, rows, capacity)
+    session = open_session(model, provider, threads, cuda_graphs)
+    return SharedRows(session, rows, capacity) if session.steps_in_place else SeparateRows(session, rows)
 
 
 class SharedRows:
@@ -98,16 +95,10 @@ class SharedRows:
     """
 
     def __init__(self, session: ExportSession, rows: int, capacity: int):
-        import torch
-
         self._session, self.fused = session, session.fused
-        self._staging = rows  # the last row
         try:
-            self._caches = {
-                name: torch.empty((rows + 1, heads, capacity, size), dtype=torch_type(kind), device=session.device)
-                for name, (heads, size, kind) in session.cache_shapes().items()
-            }
-        except (RuntimeError, MemoryError) as error:
+            self._rows = cache_rows(session, rows, capacity)
+        except (LockkitError, MemoryError) as error:
             raise UsageError(
                 f"the caches of {rows} requests of {capacity} tokens do not fit into memory: lower --max-batch, "
                 f"--max-prompt-tokens or --max-output-tokens"
@@ -116,32 +107,32 @@ class SharedRows:
     @property
     def cache_bytes(self) -> int:
         """Memory that the caches take when every row is full."""
-        return sum(cache.nbytes for cache in self._caches.values())
+        return self._rows.nbytes
 
     def prefill(self, tokens: list[int], past: int) -> torch.Tensor:
         """See `Rows`."""
-        return self._run([tokens], [past + len(tokens)], slice(self._staging, self._staging + 1))[0, -1]
+        return self._run([tokens], [past + len(tokens)], self._rows.staging)[0]
 
     def admit(self, row: int, length: int) -> None:
         """See `Rows`."""
-        self.move(self._staging, row, length)
+        self.move(self._rows.staging, row, length)
 
     def decode(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
         """See `Rows`."""
-        return self._run([[token] for token in tokens], lengths, slice(0, len(tokens)))[:, 0]
+        return self._run([[token] for token in tokens], lengths, 0)
 
     def move(self, source: int, target: int, length: int) -> None:
         """See `Rows`."""
-        if source != target:
-            for cache in self._caches.values():
-                cache[target, :, :length] = cache[source, :, :length]
+        self._rows.move(source, target, length)
 
-    def _run(self, tokens: list[list[int]], lengths: list[int], rows: slice) -> torch.Tensor:
+    def _run(self, tokens: list[list[int]], lengths: list[int], first: int) -> torch.Tensor:
         import numpy as np
+        import torch
 
-        mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-        caches = {name: cache[rows] for name, cache in self._caches.items()}
-        return self._session.step(np.array(tokens, np.int64), mask.astype(np.int64), caches)
+        logits = self._rows.run(np.array(tokens, np.int64), np.array(lengths, np.int64), first)
+        kind = getattr(torch, self._session.logits_type.torch)
+        # NumPy has no bfloat16: its bits come as integers.
+        return torch.from_numpy(logits.view(np.int16)).view(kind) if kind.itemsize == 2 else torch.from_numpy(logits)
 
 
 class SeparateRows:

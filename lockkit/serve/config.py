@@ -32,6 +32,14 @@ class ServeConfig(BaseModel):
     )
     provider: Provider = Field(Provider.cpu, description="Execution provider of onnxruntime.")
     threads: int | None = Field(None, ge=1, description="Threads of onnxruntime. Default: all physical cores but one.")
+    no_cuda_graphs: bool = Field(
+        False, description="On a GPU, do not launch each step as one CUDA graph, even if the export can be captured."
+    )
+    request_log: Path | None = Field(
+        None,
+        description="File that gets a line of JSON for each request: time, endpoint, status, seconds and numbers of "
+        "tokens. It never contains prompts, answers, keys or addresses.",
+    )
     max_batch: int = Field(16, ge=1, le=4096, description="Largest number of requests that generate at the same time.")
     max_queue: int = Field(
         256, ge=0, description="Largest number of waiting requests. Further ones are refused (HTTP 429)."
@@ -57,6 +65,11 @@ class ServeConfig(BaseModel):
     shutdown_seconds: float = Field(
         30, ge=0, description="Seconds that running requests get to finish after a signal to stop."
     )
+
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect beside others: see `lockkit.settings.refuse_unused`."""
+        on_cpu = "on the CPU: leave it out, or give --provider cuda"
+        return {"no_cuda_graphs": on_cpu} if self.provider == Provider.cpu else {}
 
     def read_api_key(self) -> SecretStr | None:
         """The API key from the file or the environment variable; None if neither is set.

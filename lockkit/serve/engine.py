@@ -20,11 +20,11 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lockkit.generate import next_token
+from lockkit.generate import Sampling
 from lockkit.serve.batch import PREFILL_TOKENS, Rows
 from lockkit.text_stream import TextStream, byte_tokens
 
@@ -58,11 +58,13 @@ class Job:
     Attributes:
         prompt: token ids, at least one.
         max_tokens: most tokens to generate.
-        temperature, top_p: see `lockkit.generate.next_token`.
+        sampling: how tokens are chosen.
+        on_token: called in the engine's thread with the logits, `[vocab]`, and the token that was chosen by them.
         seed: of the sampling; None for a random one.
         stops: strings that end the answer.
         stop_ids: tokens that end this answer, with those that end every answer.
-        index: number of the prompt in its request, from 0.
+        index: number of the answer in its request, from 0.
+        counts_prompt: whether its prompt is counted; not for further answers to the same prompt.
         pieces: the text, to be read in the event loop. The jobs of a request share one queue.
         generated: tokens so far, including the one that ended the text.
         done: nothing more is computed for this job.
@@ -71,12 +73,13 @@ class Job:
 
     prompt: list[int]
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
+    on_token: Callable[[torch.Tensor, int], None] | None = None
     seed: int | None = None
     stops: Sequence[str] = ()
     stop_ids: frozenset[int] = frozenset()
     index: int = 0
+    counts_prompt: bool = True
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
     generated: int = 0
     done: bool = False
@@ -86,7 +89,8 @@ class Job:
     length: int = 0  # tokens in the row
     token: int = 0  # the newest token, not run yet
     stream: TextStream | None = None  # set when the prompt has been run
-    random: torch.Generator | None = None  # set when the prompt has been run, if the temperature is above 0
+    random: torch.Generator | None = None  # set when the prompt has been run, unless the most likely token is taken
+    tokens: list[int] = field(default_factory=list)  # of the prompt and the answer, if a penalty needs them
 
 
 class Engine:
@@ -236,7 +240,8 @@ class Engine:
 
         job.length = len(job.prompt)
         job.stream = TextStream(self._tokenizer.decode, job.prompt, job.stops, self._byte_of)
-        if job.temperature > 0:
+        if not job.sampling.takes_the_most_likely:
+            job.tokens = list(job.prompt)
             seed = secrets.randbits(63) if job.seed is None else job.seed
             job.random = torch.Generator().manual_seed(seed)
         self._metrics.prompt_tokens.inc(len(job.prompt))
@@ -267,7 +272,10 @@ class Engine:
             try:
                 token = most_likely[row]
                 if job.random is not None:
-                    token = next_token(logits[row], job.temperature, job.random, job.top_p)
+                    token = job.sampling.choose(logits[row], job.random, job.tokens)
+                    job.tokens.append(token)
+                if job.on_token is not None:
+                    job.on_token(logits[row], token)
                 self._append(job, token)
             except Exception as error:
                 self._fail([job], error)

@@ -5,7 +5,8 @@ Before that, the path and the method get a plain form (`_plain`).
 1. The API key, if the server has one. Every path but /health needs it.
 2. The body: at most `max_body_bytes`, complete within `read_seconds`. It is read completely here, so
    that an endpoint never waits for a slow client.
-3. An unexpected error in an endpoint becomes a response 500 of one line. Only the class and the place
+3. With `--request-log`, one line for each request, without anything that the client wrote.
+4. An unexpected error in an endpoint becomes a response 500 of one line. Only the class and the place
    of the error are logged, since its text may quote a prompt.
 """
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
 import re
 import time
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from starlette.responses import JSONResponse
 
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from lockkit.serve.engine import Job
+
 log = logging.getLogger(__name__)
+JOBS = "lockkit.jobs"  # in the scope of a request: the engine's jobs for it
 _OPEN_PATH = "/health"  # needs no API key
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
@@ -43,10 +49,19 @@ class Guard:
         config: limits on the body.
         api_key: required of every request except /health; None for no key.
         metrics: counts every request.
+        request_log: gets a line for every request; None for no log.
     """
 
-    def __init__(self, app: ASGIApp, config: ServeConfig, api_key: SecretStr | None, metrics: Metrics):
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServeConfig,
+        api_key: SecretStr | None,
+        metrics: Metrics,
+        request_log: TextIO | None = None,
+    ):
         self._app, self._config, self._key, self._metrics = app, config, api_key, metrics
+        self._log = request_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, pass it on, and count it (ASGI)."""
@@ -54,7 +69,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
-        scope = _plain(scope)
+        scope = {**_plain(scope), JOBS: []}
 
         async def counted_send(message: Message) -> None:
             nonlocal status
@@ -78,7 +93,10 @@ class Guard:
         finally:
             endpoint = next((path for path in ENDPOINTS if f"{scope['path']}/".startswith(f"{path}/")), "other")
             self._metrics.requests.labels(endpoint, str(status)).inc()
-            self._metrics.request_seconds.labels(endpoint).observe(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._metrics.request_seconds.labels(endpoint).observe(seconds)
+            if self._log is not None:
+                self._log.write(_log_line(endpoint, status, seconds, scope[JOBS]))
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] == _OPEN_PATH:
@@ -112,6 +130,20 @@ class Guard:
         except TimeoutError:
             seconds = self._config.read_seconds
             raise ApiError(408, f"the body did not come within {seconds:g} seconds", code="slow_body") from None
+
+
+def _log_line(endpoint: str, status: int, seconds: float, jobs: list[Job]) -> str:
+    """A line of the request log. The status is 0 if the client left before an answer began."""
+    fields = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "endpoint": endpoint,
+        "status": status,
+        "seconds": round(seconds, 4),
+        "answers": len(jobs),
+        "prompt_tokens": sum(len(job.prompt) for job in jobs if job.counts_prompt),
+        "completion_tokens": sum(job.generated for job in jobs),
+    }
+    return json.dumps(fields) + "\n"
 
 
 def _plain(scope: Scope) -> Scope:

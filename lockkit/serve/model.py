@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.errors import UsageError, first_line
-from lockkit.export.chains import has_kernel_form
 from lockkit.export.manifest import Manifest, check_manifest
-from lockkit.export.session import MODEL_FILE, ExportSession
+from lockkit.export.session import ExportSession
 from lockkit.files import read_json
-from lockkit.targets import provider_called
+from lockkit.kernel.opened import open_generating
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -96,7 +95,7 @@ class ServedModel:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def open_session(model: ServedModel, provider: str, threads: int | None) -> ExportSession:
+def open_session(model: ServedModel, provider: str, threads: int | None, cuda_graphs: bool = True) -> ExportSession:
     """Load the graph, with the fused operator if `lockkit kernel` installed it in the export.
 
     If it is installed but cannot be used, the export is loaded without it and one warning is logged. The
@@ -106,29 +105,17 @@ def open_session(model: ServedModel, provider: str, threads: int | None) -> Expo
         model: the export.
         provider: execution provider, a name in `lockkit.targets.Provider`.
         threads: of one operator on the CPU; None for onnxruntime's choice.
+        cuda_graphs: on a GPU, launch each step as one CUDA graph. If that is not possible, one warning is logged.
 
     Raises:
         UsageError: the graph cannot be loaded.
     """
-    from lockkit.kernel import find_kernel, has_kernel
-
-    if provider_called(provider).row.runs_kernel and has_kernel(model.folder):
-        kernel, remedy = find_kernel(), f"run lockkit kernel {model.folder}"
-        if not has_kernel_form(model.folder / MODEL_FILE):
-            reason, remedy = "this version does not know the form of its chains", "export again"
-        elif not kernel:
-            reason = "it has not been compiled for this machine and version"
-        else:
-            try:
-                session = ExportSession(model.folder, provider, False, threads, kernel, last_only=True)
-            except UsageError as error:
-                reason = str(error)
-            else:
-                if session.fused:
-                    return session
-                reason = "onnxruntime does not use it"
-        log.warning("serving %s without the fused kernel, slower (%s): %s", model.folder, reason, remedy)
-    return ExportSession(model.folder, provider, check=False, threads=threads, last_only=True)
+    session = open_generating(
+        model.folder, provider, threads, cuda_graphs, warn=lambda text: log.warning("serving %s %s", model.folder, text)
+    )
+    if cuda_graphs and session.gpu is not None and not session.captures:
+        log.warning("serving %s without CUDA graphs, slower: onnxruntime cannot capture its graph", model.folder)
+    return session
 
 
 def open_served_model(folder: Path) -> ServedModel:

@@ -1,6 +1,6 @@
-"""The JSON of requests and answers, as in OpenAI's API reference (Completions, Chat Completions, Models).
+"""The JSON of requests and errors, as in OpenAI's API reference (Completions, Chat Completions, Models).
 
-This server does not support several answers per prompt, log probabilities, penalties and tools. Their
+This server does not support penalties of presence and frequency, biases, tools, and answers in a given form. Their
 fields are accepted only with the value that asks for nothing (`_Only`). Otherwise the request is refused, and
 the message names the field. Unknown fields are refused, too. A field that is null counts as absent, since
 clients send back all fields of an earlier answer. Numbers have the ranges of the reference; `service.py`
@@ -12,8 +12,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, core_schema
+
+from lockkit.generate import LOWEST_PENALTY
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -123,19 +135,35 @@ class _Generation(_Strict):
     stream: bool | None = Field(None, description="Send the answer while it is generated, as server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Accepted and ignored; not stored.")
-    n: _OnlyOne = None
+    n: int | None = Field(None, ge=1, le=128, description="Answers for each prompt. Default: 1.")
     presence_penalty: _OnlyZero = None
     frequency_penalty: _OnlyZero = None
     logit_bias: _OnlyNoFields = None
     # Not in OpenAI's API, but sent by clients of other servers.
-    top_k: Annotated[Any, _Only(-1, 0)] = None
-    min_p: _OnlyZero = None
-    repetition_penalty: _OnlyOne = None
+    top_k: int | None = Field(
+        None, ge=-1, le=2**31, description="Sample only from this many most likely tokens; 0 and -1 for all."
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="Sample only from tokens at least this share as likely as the most likely one."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=LOWEST_PENALTY,
+        le=10,
+        description="Above 1, tokens that were there before, also in the prompt, become less likely.",
+    )
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of `lockkit.generate.Sampling` that the request sets."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given | ({"top_k": max(0, given["top_k"])} if "top_k" in given else {})
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
@@ -163,6 +191,26 @@ _PROMPT_SCHEMA = {
 }
 
 
+_MOST_COMPLETION_LOGPROBS = 5
+
+
+def _completion_logprobs(value: Any) -> int | None:
+    if value is False:
+        return None
+    if type(value) is not int or not 0 <= value <= _MOST_COMPLETION_LOGPROBS:
+        raise _wrong(f"must be a whole number from 0 to {_MOST_COMPLETION_LOGPROBS}")
+    return value
+
+
+_LOGPROBS_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": _MOST_COMPLETION_LOGPROBS},
+        {"const": False},
+        {"type": "null"},
+    ]
+}
+
+
 class CompletionRequest(_Generation):
     """Continue a prompt, or several."""
 
@@ -171,8 +219,15 @@ class CompletionRequest(_Generation):
     )
     best_of: _OnlyOne = None
     echo: _OnlyFalse = None
-    logprobs: _OnlyFalse = None
+    logprobs: Annotated[int | None, PlainValidator(_completion_logprobs), WithJsonSchema(_LOGPROBS_SCHEMA)] = Field(
+        None, description="Send the log probability of each token, and of this many most likely ones in its place."
+    )
     suffix: _OnlyNoText = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Most likely tokens to report for each place; None for no log probabilities at all."""
+        return self.logprobs
 
 
 def _message_text(value: Any) -> str:
@@ -244,8 +299,10 @@ class ChatRequest(_Generation):
     response_format: ResponseFormat | None = None
     prompt_cache_key: str | None = Field(None, description="Accepted and ignored; not stored.")
     safety_identifier: str | None = Field(None, description="Accepted and ignored; not stored.")
-    logprobs: _OnlyFalse = None
-    top_logprobs: _OnlyZero = None
+    logprobs: bool | None = Field(None, description="Send the log probability of each token.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="With logprobs: and those of this many most likely tokens in its place."
+    )
     tools: _OnlyNoItems = None
     functions: _OnlyNoItems = None
     tool_choice: _Choice = None
@@ -258,83 +315,17 @@ class ChatRequest(_Generation):
     reasoning_effort: Annotated[Any, _Only("none")] = None
     verbosity: Annotated[Any, _Only("medium")] = None
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise _wrong("needs logprobs: true")
+        return value
 
-class Usage(BaseModel):
-    """Numbers of tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionChoice(BaseModel):
-    """The text that continues a prompt."""
-
-    index: int = 0
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class Completion(BaseModel):
-    """Answer of /v1/completions."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class AssistantMessage(BaseModel):
-    """The model's message."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class ChatChoice(BaseModel):
-    """The model's answer to a conversation."""
-
-    index: int = 0
-    message: AssistantMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
-
-
-class ChatCompletion(BaseModel):
-    """Answer of /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ModelCard(BaseModel):
-    """The served model."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "lockkit"
-
-
-class ModelList(BaseModel):
-    """Answer of /v1/models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    """Answer of /health."""
-
-    status: Literal["ok"] = "ok"
-    fused_kernel: bool = False  # whether chains run in the fused operator of `lockkit kernel`
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Most likely tokens to report for each place; None for no log probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class ErrorDetail(BaseModel):

@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import TextIO, cast
 
 import h11
 import psutil
@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lockkit.errors import UsageError
+from lockkit.files import check_output_file, readable_disk_errors
 from lockkit.serve.app import make_app
 from lockkit.serve.batch import open_rows
 from lockkit.serve.config import ServeConfig
@@ -33,7 +34,9 @@ from lockkit.serve.engine import Engine
 from lockkit.serve.model import open_served_model, warn_about_chat
 from lockkit.serve.prometheus import Metrics
 from lockkit.serve.protocol import error_body
+from lockkit.settings import option_of
 
+log = logging.getLogger(__name__)
 _BACKLOG = 1024  # connections that wait to be accepted; all of them may be accepted at once
 _OTHER_FILES = 128  # open files of the process that are no connections
 
@@ -79,8 +82,10 @@ def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
     """
     config = config or ServeConfig()
     api_key = config.read_api_key()
+    request_log = _open_log(config.request_log)
     model = open_served_model(Path(folder))
     warn_about_chat(model)
+    _warn_about_context(model.context, config)
     capacity = config.max_prompt_tokens + config.max_output_tokens
     rows = open_rows(
         model,
@@ -88,12 +93,33 @@ def open_app(folder: Path | str, config: ServeConfig | None = None) -> FastAPI:
         min(capacity, model.context or capacity),
         config.provider,
         config.threads or _spare_cores(),
+        not config.no_cuda_graphs,
     )
     metrics = Metrics()
     engine = Engine(rows, model.fast_tokenizer, model.end_ids, config.max_batch, config.max_queue, metrics)
-    app = make_app(model, engine, config, api_key, metrics)
+    app = make_app(model, engine, config, api_key, metrics, request_log)
     app.state.cache_bytes, app.state.has_key = rows.cache_bytes, api_key is not None
     return app
+
+
+def _warn_about_context(context: int | None, config: ServeConfig) -> None:
+    """Log a warning for a limit that somebody set higher than the model allows."""
+    for name in ("max_prompt_tokens", "max_output_tokens"):
+        if context is not None and name in config.model_fields_set and getattr(config, name) > context:
+            log.warning(
+                "%s is more than the model's context, %s tokens, which is the limit",
+                option_of(ServeConfig, name),
+                context,
+            )
+
+
+def _open_log(path: Path | None) -> TextIO | None:
+    """The request log, each line of which is written at once."""
+    if path is None:
+        return None
+    check_output_file(path, "--request-log")
+    with readable_disk_errors(path, "--request-log"):
+        return path.open("a", buffering=1, encoding="utf-8")
 
 
 def _spare_cores() -> int:

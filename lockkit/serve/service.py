@@ -1,6 +1,6 @@
 """Requests for text: they become jobs of the engine, and the jobs' text becomes answers.
 
-Each prompt of a request is a job. A job ends when the engine finishes it, when its time is up, or when its
+Each answer to a prompt of a request is a job. A job ends when the engine finishes it, when its time is up, or when its
 client disconnects. In the last two cases it is cancelled, and its row is free within one step of the engine.
 """
 
@@ -10,28 +10,32 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lockkit.errors import first_line
-from lockkit.serve.config import ServeConfig
-from lockkit.serve.engine import Engine, Job, Piece, QueueFullError
-from lockkit.serve.protocol import (
-    ApiError,
+from lockkit.generate import Sampling, sampling_defaults
+from lockkit.serve.answers import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
-    ChatRequest,
+    ChatLogprobs,
     Completion,
     CompletionChoice,
-    CompletionRequest,
+    CompletionLogprobs,
     ModelCard,
     Usage,
 )
+from lockkit.serve.config import ServeConfig
+from lockkit.serve.engine import Engine, Job, Piece, QueueFullError
+from lockkit.serve.guard import JOBS
+from lockkit.serve.logprobs import LogprobRecorder
+from lockkit.serve.protocol import ApiError, ChatRequest, CompletionRequest
 from lockkit.serve.stream import EventStream
 
 if TYPE_CHECKING:
     from fastapi import Request
+    from pydantic import BaseModel
     from starlette.types import Receive
 
     from lockkit.serve.model import ServedModel
@@ -51,6 +55,8 @@ class Service:
 
     def __init__(self, model: ServedModel, engine: Engine, config: ServeConfig):
         self._model, self._engine, self._config = model, engine, config
+        # What a request does not set: as in generation_config.json, else as in OpenAI's API.
+        self._sampling = {"temperature": 1.0} | sampling_defaults(model.folder)
         self.name = config.name or model.folder.resolve().name
         self._created = int(time.time())
 
@@ -75,23 +81,26 @@ class Service:
             ApiError: the request is refused or fails.
         """
         self.check_model(body.model)
-        self._check_count(len(body.prompt))
+        self._check_count(len(body.prompt), body.n or 1)
         prompts = [
             prompt if isinstance(prompt, list) else await asyncio.to_thread(self._encode, prompt)
             for prompt in body.prompt
         ]
-        jobs = self._submit(body, prompts, "prompt", body.max_tokens, _DEFAULT_COMPLETION_TOKENS)
+        jobs, logprobs = self._submit(body, prompts, "prompt", body.max_tokens, _DEFAULT_COMPLETION_TOKENS, request)
         envelope = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if body.stream:
             envelope["object"] = "text_completion"
 
             def choice(piece: Piece) -> dict[str, Any]:
-                return {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.reason}
+                found = _plain(logprobs.completion(piece.index, piece.text, piece.reason))
+                return {"index": piece.index, "text": piece.text, "logprobs": found, "finish_reason": piece.reason}
 
             return self._stream(jobs, envelope, choice, body.include_usage)
         answers = await self._answers(jobs, request)
         choices = [
-            CompletionChoice(index=index, text=text, finish_reason=reason)
+            CompletionChoice(
+                index=index, text=text, logprobs=logprobs.completion(index, text, reason), finish_reason=reason
+            )
             for index, (text, reason) in enumerate(answers)
         ]
         return Completion(**envelope, choices=choices, usage=_usage(jobs))
@@ -107,26 +116,38 @@ class Service:
             raise ApiError(400, f"{self._model.chat_problem}: use /v1/completions", code="no_chat_template")
         prompt = await asyncio.to_thread(self._encode_chat, body)
         wanted = body.max_completion_tokens or body.max_tokens
-        jobs = self._submit(body, [prompt], "messages", wanted, self._config.max_output_tokens)
+        self._check_count(1, body.n or 1)
+        jobs, logprobs = self._submit(body, [prompt], "messages", wanted, self._config.max_output_tokens, request)
         envelope = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if body.stream:
             envelope["object"] = "chat.completion.chunk"
-            opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            role = {"role": "assistant", "content": ""}
+            opening = [{"index": job.index, "delta": role, "logprobs": None, "finish_reason": None} for job in jobs]
 
             def choice(piece: Piece) -> dict[str, Any]:
+                found = _plain(logprobs.chat(piece.index, piece.text, piece.reason))
                 delta = {"content": piece.text} if piece.text else {}
-                return {"index": 0, "delta": delta, "finish_reason": piece.reason}
+                return {"index": piece.index, "delta": delta, "logprobs": found, "finish_reason": piece.reason}
 
             return self._stream(jobs, envelope, choice, body.include_usage, opening)
-        [(text, reason)] = await self._answers(jobs, request)
-        message = AssistantMessage(content=text)
-        choices = [ChatChoice(message=message, finish_reason=reason)]
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AssistantMessage(content=text),
+                logprobs=logprobs.chat(index, text, reason),
+                finish_reason=reason,
+            )
+            for index, (text, reason) in enumerate(await self._answers(jobs, request))
+        ]
         return ChatCompletion(**envelope, choices=choices, usage=_usage(jobs))
 
-    def _check_count(self, prompts: int) -> None:
+    def _check_count(self, prompts: int, answers: int) -> None:
         most = self._config.max_batch + self._config.max_queue
         if prompts > most:
             raise ApiError(400, f"prompt has {prompts} prompts, and this server takes {most} in a request", "prompt")
+        if prompts * answers > most:
+            message = f"n asks for {prompts * answers} answers, and this server gives {most} to a request"
+            raise ApiError(400, message, "n")
 
     def _encode(self, prompt: str) -> list[int]:
         try:
@@ -149,7 +170,8 @@ class Service:
         param: str,
         wanted: int | None,
         default: int,
-    ) -> list[Job]:
+        request: Request,
+    ) -> tuple[list[Job], _Logprobs]:
         """Check all prompts against the server's limits and the model, and queue their jobs.
 
         Args:
@@ -157,29 +179,42 @@ class Service:
             prompts: token ids of each.
             param: name of the field with the prompts, for messages.
             wanted: tokens that the request asks for; None for `default`.
+            request: gets the jobs, for the log.
+
+        Returns:
+            The jobs, `n` for each prompt, and the log probabilities of their answers.
         """
         pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        stop_ids = self._model.stop_ids(body.stop)
-        jobs = []
-        for index, prompt in enumerate(prompts):
+        stop_ids, top = self._model.stop_ids(body.stop), body.wanted_logprobs
+        sampling, count = Sampling(**self._sampling | body.sampling), body.n or 1
+        jobs: list[Job] = []
+        recorders: list[LogprobRecorder] = []
+        for prompt in prompts:
             tokens, room = self._check_prompt(prompt, param, wanted)
-            job = Job(
-                prompt=tokens,
-                max_tokens=wanted or min(default, room),
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                seed=body.seed,
-                stops=body.stop,
-                stop_ids=stop_ids,
-                index=index,
-                pieces=pieces,
-            )
-            jobs.append(job)
+            for number in range(count):
+                if top is not None:
+                    ends = self._model.end_ids | stop_ids
+                    recorders.append(LogprobRecorder(self._model.fast_tokenizer, top, ends))
+                job = Job(
+                    prompt=tokens,
+                    max_tokens=wanted or min(default, room),
+                    sampling=sampling,
+                    on_token=recorders[-1].add if recorders else None,
+                    # Answers to one prompt must differ; the first is that of a request for one.
+                    seed=None if body.seed is None else (body.seed + number) % 2**63,
+                    stops=body.stop,
+                    stop_ids=stop_ids,
+                    index=len(jobs),
+                    counts_prompt=number == 0,
+                    pieces=pieces,
+                )
+                jobs.append(job)
         try:
             self._engine.submit(*jobs)
         except QueueFullError:
             raise ApiError(429, "too many requests are waiting: try again later", code="queue_full") from None
-        return jobs
+        request.scope[JOBS].extend(jobs)
+        return jobs, _Logprobs(recorders)
 
     def _check_prompt(self, prompt: list[int], param: str, wanted: int | None) -> tuple[list[int], int]:
         """Return the tokens of a prompt, which are not empty, and the most tokens that its answer can have."""
@@ -226,14 +261,14 @@ class Service:
         envelope: dict[str, Any],
         choice: _MakeChoice,
         include_usage: bool,
-        opening: dict[str, Any] | None = None,
+        opening: Sequence[dict[str, Any]] = (),
     ) -> EventStream:
         """The answers as chunks. A chunk has all the text of an answer that came while the last one was sent."""
 
         async def chunks(receive: Receive) -> AsyncGenerator[dict[str, Any], None]:
             extra = {"usage": None} if include_usage else {}
-            if opening:
-                yield envelope | {"choices": [opening]} | extra
+            for first in opening:
+                yield envelope | {"choices": [first]} | extra
             async with self._watch(jobs, receive):
                 async for piece in _pieces(jobs):
                     error = _failure(piece, self._config)
@@ -268,6 +303,34 @@ class Service:
             timer.cancel()
             watcher.cancel()
             cancel("cancelled")
+
+
+class _Logprobs:
+    """The log probabilities of all answers of a request, piece by piece.
+
+    Args:
+        recorders: one per answer; none if the request does not want log probabilities.
+    """
+
+    def __init__(self, recorders: list[LogprobRecorder]):
+        self._recorders, self._characters = recorders, [0] * len(recorders)
+
+    def completion(self, index: int, text: str, reason: str | None) -> CompletionLogprobs | None:
+        """Those of the next text of an answer, in the form of /v1/completions."""
+        return self._recorders[index].completion(self._advance(index, text, reason)) if self._recorders else None
+
+    def chat(self, index: int, text: str, reason: str | None) -> ChatLogprobs | None:
+        """Those of the next text of an answer, in the form of /v1/chat/completions."""
+        return self._recorders[index].chat(self._advance(index, text, reason)) if self._recorders else None
+
+    def _advance(self, index: int, text: str, reason: str | None) -> int | None:
+        """Characters of an answer so far; None if all its tokens count: no stop string cut it."""
+        self._characters[index] += len(text)
+        return None if reason == "length" else self._characters[index]
+
+
+def _plain(found: BaseModel | None) -> dict[str, Any] | None:
+    return None if found is None else found.model_dump()
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
@@ -310,5 +373,6 @@ def _failure(piece: Piece, config: ServeConfig) -> ApiError | None:
 
 
 def _usage(jobs: list[Job]) -> Usage:
-    prompt, answer = sum(len(job.prompt) for job in jobs), sum(job.generated for job in jobs)
+    prompt = sum(len(job.prompt) for job in jobs if job.counts_prompt)
+    answer = sum(job.generated for job in jobs)
     return Usage(prompt_tokens=prompt, completion_tokens=answer, total_tokens=prompt + answer)

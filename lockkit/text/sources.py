@@ -153,7 +153,7 @@ def require_columns(source: str, column: str | None, option: str = "--data") -> 
         UsageError: it is built-in, or a file or folder of plain text.
     """
     path = Path(source)
-    if source == "stdlib" or source in BUILT_IN:
+    if source in ("stdlib", "self") or source in BUILT_IN:
         plain = True
     elif path.is_dir():
         plain = not any(kind_of(file) in TABLES for file in _files_in(path, option))

@@ -34,3 +34,8 @@ class VerifyConfig(Gates):
     )
     provider: Provider = Field(Provider.cpu, description="Execution provider that runs the ONNX graph.")
     seed: int = Field(0, description="Seed that chooses the rows for the cache, padding and continuation checks.")
+
+    def unused(self) -> dict[str, str]:
+        """Settings without an effect beside others: see `lockkit.settings.refuse_unused`."""
+        reason = "with --prompts 0: leave it out, or change --prompts"
+        return {} if self.prompts else dict.fromkeys(("new_tokens", "tie_tolerance", "min_continuations"), reason)

@@ -154,13 +154,14 @@ GATES: dict[str, Gate] = {}
 
 
 def _gate(name: str, at_most: bool, description: str, figures: Callable[[Measured], dict[str, Any]]) -> Any:
-    """Register a gate; return its field in `Gates`."""
+    """Register a gate; return its field in `Gates`. All lower limits are shares, so a limit above 1 could not be met."""
+    most = None if at_most else 1
     GATES[name] = Gate(name, at_most, figures)
     shown = [(_shown(precision.row.limit(name)), precision) for precision in Precision]
     if len({limit for limit, _ in shown}) == 1:
-        return Field(None, ge=0, description=f"{description} By default {shown[0][0]}.")
+        return Field(None, ge=0, le=most, description=f"{description} By default {shown[0][0]}.")
     by_precision = ", ".join(f"{limit} {precision}" for limit, precision in shown)
-    return Field(None, ge=0, description=f"{description} By default, by precision: {by_precision}.")
+    return Field(None, ge=0, le=most, description=f"{description} By default, by precision: {by_precision}.")
 
 
 def _shown(limit: float | None) -> str:

@@ -26,6 +26,7 @@ from lockkit.verify.figures import Continuations, Parting
 _BATCH_LOGITS = 64_000_000
 MAX_BATCH_ROWS = 8
 _CHECK_ROWS = 4  # in the cache and padding checks
+_LAST_ROWS = 24  # in the check of the last positions
 
 
 def batch_rows(block_tokens: int, vocab_size: int) -> int:
@@ -41,6 +42,14 @@ def rows_to_check(rows: torch.Tensor, vocab_size: int) -> torch.Tensor:
     count = min(_CHECK_ROWS, max(2, batch_rows(rows.shape[1], vocab_size)))
     several = rows if len(rows) > 1 else rows.repeat(2, 1)
     return several[:count, : max(8, _BATCH_LOGITS // (count * vocab_size))]
+
+
+def rows_of_last_positions(rows: torch.Tensor) -> torch.Tensor:
+    """The first of `rows`, `[rows, block]`, for the check of the last positions.
+
+    Each gives two positions only, and the limits are for averages. So there are many rows; their logits are few.
+    """
+    return (rows if len(rows) > 1 else rows.repeat(2, 1))[:_LAST_ROWS]
 
 
 def measure_text(
@@ -142,10 +151,10 @@ def _add(result: Comparison, expected: Outputs, states: torch.Tensor, logits: to
 
 def greedy(runner: Runner, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
     """Continue `prompts`, `[prompts, seq]`, with a cache. Returns the new ids, `[prompts, new_tokens]`."""
-    ids, cache, found = prompts, None, []
+    count, length = prompts.shape
+    texts, ids, found = runner.begin(count, length + new_tokens), prompts, []
     for _ in range(new_tokens):
-        logits, cache = runner.next_logits(ids, cache)
-        ids = logits.argmax(dim=-1, keepdim=True)
+        ids = texts.next_logits(ids).argmax(dim=-1, keepdim=True)
         found.append(ids)
     return torch.cat(found, dim=1)
 
@@ -177,7 +186,7 @@ def compare_continuations(
             if len(differing):
                 position = int(differing[0])
                 before = torch.cat([prompt, expected[i, :position]])
-                logits = reference.next_logits(before[None])[0][0]
+                logits = reference.begin(1, len(before)).next_logits(before[None])[0]
                 gap = (logits[expected[i, position]] - logits[found[i, position]]).item()
                 partings.append(Parting(prompt=start + i, position=position, gap=gap, tied=abs(gap) <= tie_tolerance))
         progress.advance(len(some))

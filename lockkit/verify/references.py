@@ -107,8 +107,7 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
     source, column = config.data, config.data_column
     if source == "auto":
         source, column = record.source(given.locked.name if given.locked else ""), column or record.data_column
-    else:
-        text.require_columns(source, column)
+    text.require_columns(source, config.data_column)
     context = min(getattr(reference.config, "max_position_embeddings", None) or 2**31 for reference in references)
     block = min(config.block_tokens, context)
     if config.prompts and block // 4 + config.new_tokens > context:
@@ -123,7 +122,11 @@ def held_out_rows(session: ExportSession, given: References, config: VerifyConfi
                 f"{reference.name} has a vocabulary of {sizes[0]} tokens, the export one of {sizes[1]}: "
                 "change --reference to the model of the export"
             )
-    sizes = block, max(config.tokens, block)
+    if config.tokens < block:
+        raise UsageError(
+            f"--tokens {config.tokens} is less than a row of {block} tokens: raise it, or lower --block-tokens"
+        )
+    sizes = block, config.tokens
     tokenizer = load_tokenizer(session.folder, "EXPORT")
     rows = text.token_blocks(tokenizer, text.documents(source, SPLIT, column=column), *sizes)
     text.require_embedded(tokenizer, rows, session.config["vocab_size"], source, "--data")

@@ -27,16 +27,17 @@ from lockkit.export.manifest import unlisted_files
 from lockkit.export.session import ExportSession
 from lockkit.files import EXPORT_MANIFEST, sha256_of_file
 from lockkit.measure.records import MeasuredText
-from lockkit.measure.totals import Comparison, Outputs, TextFigures
+from lockkit.measure.totals import Comparison, TextFigures
 from lockkit.models.load import load_model
 from lockkit.models.weight_files import listed
 from lockkit.progress import NoProgress, Progress
 from lockkit.runners import OnnxRunner, Runner, TorchRunner
-from lockkit.targets import Precision
+from lockkit.settings import option_of
+from lockkit.targets import LOCK_GATES, Precision
 from lockkit.verify import parity
 from lockkit.verify.config import VerifyConfig
 from lockkit.verify.figures import Measured, Mode, Parity, PerplexityFigures, judge
-from lockkit.verify.references import find_references, held_out_rows
+from lockkit.verify.references import References, find_references, held_out_rows
 from lockkit.verify.result import VerifyResult
 from lockkit.version import git_hash, versions
 
@@ -73,8 +74,13 @@ def verify_export(
     manifest = session.manifest
     assert manifest is not None  # a session that checks its files has one
     compared = given.source_of(manifest)
+    _require_both(given, config)
     limits = config.limits(_precision(manifest.precision))
     rows, text = held_out_rows(session, given, config)
+    if text.block_tokens < config.block_tokens:
+        progress.say(
+            f"rows have {text.block_tokens} tokens, the model's context, not --block-tokens {config.block_tokens}"
+        )
     if text.tokens < config.tokens // text.block_tokens * text.block_tokens:
         progress.say(f"{text.source} has only {text.tokens:,} held-out tokens, fewer than --tokens {config.tokens:,}")
     if unlisted := unlisted_files(session.folder, manifest):
@@ -113,6 +119,20 @@ def verify_export(
     )
 
 
+def _require_both(given: References, config: VerifyConfig) -> None:
+    """Check that the gates that need both references, and that a user set, have both.
+
+    Raises:
+        UsageError: one reference is missing.
+    """
+    off = {"max_lock_kl": (None, float("inf")), "min_lock_top1": (None, 0.0)}
+    for name in LOCK_GATES:
+        if getattr(config, name) not in off[name] and len(given.all()) < 2:
+            raise UsageError(
+                f"{option_of(VerifyConfig, name)} needs both models: give --reference twice, or leave it out"
+            )
+
+
 @dataclass(frozen=True)
 class Scored:
     """What the graph with the logits of all positions has shown.
@@ -120,16 +140,10 @@ class Scored:
     Attributes:
         figures: on all rows of text.
         modes: the parity in each way of running the graph.
-        checked: the rows of the checks with a cache and padding, `[rows, block]`.
-        lengths: of these rows in a padded batch.
-        expected: the reference's outputs for `checked`.
     """
 
     figures: TextFigures
     modes: dict[Mode, Comparison]
-    checked: torch.Tensor
-    lengths: list[int]
-    expected: Outputs
 
 
 def score(
@@ -151,24 +165,21 @@ def score(
         progress: reports the steps.
     """
     reference = references[compared_with]
-    vocab_size = reference.next_logits(rows[:1, :1])[0].shape[-1]
+    vocab_size = reference.begin(1, 1).next_logits(rows[:1, :1]).shape[-1]
     batch = parity.batch_rows(rows.shape[1], vocab_size)
     figures = parity.measure_text(onnx, references, compared_with, rows, batch, progress)
     some, random = _in_random_order(rows, config)
     checked = parity.rows_to_check(some, vocab_size)
-    block = checked.shape[1]
     progress.start("cache and padding", 3)
-    lengths = torch.randint(1, block, (len(checked),), generator=random).tolist()
-    lengths[0], lengths[-1] = block - 1, 1  # the longest and the shortest are always included
     expected = reference.outputs(checked)
     modes: dict[Mode, Comparison] = {"prefill": figures.comparison[compared_with, "onnx"]}
-    modes["cache_tokens"] = parity.compare_cache_tokens(expected, onnx, checked, min(block // 2, _MAX_STEPS))
+    modes["cache_tokens"] = parity.compare_cache_tokens(expected, onnx, checked, min(checked.shape[1] // 2, _MAX_STEPS))
     progress.advance()
     modes["cache_chunk"] = parity.compare_cache_chunk(expected, onnx, checked)
     progress.advance()
-    modes["padded_batch"] = parity.compare_padded(expected, onnx, checked, lengths)
+    modes["padded_batch"] = parity.compare_padded(expected, onnx, checked, _unequal_lengths(checked, random))
     progress.finish()
-    return Scored(figures, modes, checked, lengths, expected)
+    return Scored(figures, modes)
 
 
 def with_generation(
@@ -191,11 +202,13 @@ def with_generation(
         config: the settings.
         progress: reports the steps.
     """
-    last = parity.compare_padded(scored.expected, onnx, scored.checked, scored.lengths, last_only=True)
+    some, random = _in_random_order(rows, config)
+    batch = parity.rows_of_last_positions(some)
+    lengths = _unequal_lengths(batch, random)
+    last = parity.compare_padded(reference.outputs(batch), onnx, batch, lengths, last_only=True)
     modes: dict[Mode, Comparison] = {**scored.modes, "last_position": last}
     continuations = None
     if config.prompts:
-        some, _ = _in_random_order(rows, config)
         prompts = some.repeat(-(-config.prompts // len(some)), 1)[: config.prompts, : max(1, rows.shape[1] // 4)]
         continuations = parity.compare_continuations(
             reference, onnx, prompts, config.new_tokens, config.tie_tolerance, progress
@@ -210,6 +223,14 @@ def with_generation(
         ),
         fidelity=scored.figures.fidelity(text) if ("original", "locked") in scored.figures.comparison else None,
     )
+
+
+def _unequal_lengths(rows: torch.Tensor, random: torch.Generator) -> list[int]:
+    """Lengths for a padded batch of `rows`, `[rows, block]`. The longest and the shortest are always included."""
+    block = rows.shape[1]
+    lengths = torch.randint(1, block, (len(rows),), generator=random).tolist()
+    lengths[0], lengths[-1] = block - 1, 1
+    return lengths
 
 
 def _in_random_order(rows: torch.Tensor, config: VerifyConfig) -> tuple[torch.Tensor, torch.Generator]:

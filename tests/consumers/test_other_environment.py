@@ -23,9 +23,12 @@ from tiny import save_tiny
 
 from lockkit.export import ExportConfig, export_model
 from lockkit.export.manifest import ALL_LOGITS_FILE
+from lockkit.generate import GenerateConfig, generate, open_model
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.models.load import load_model, load_tokenizer
+from lockkit.publish.web import web_folder
+from lockkit.targets import Precision
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serve_onnxruntime.py"
 LM_EVAL = Path(__file__).parents[2] / "examples" / "lm_eval"
@@ -175,9 +178,21 @@ def test_transformers_js_generates_the_same(qwen3):
         npm = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
         subprocess.run(npm, cwd=folder, check=True)
     shutil.copy(HERE / "node" / "generate.mjs", folder)
-    done = subprocess.run(
-        ["node", "generate.mjs", qwen3 / "onnx", PROMPT, str(NEW_TOKENS)],
-        capture_output=True, text=True, cwd=folder, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == expected(qwen3 / "locked")[0]
+
+    def tokens(*arguments: object) -> list[int]:
+        done = subprocess.run(
+            ["node", "generate.mjs", *map(str, arguments)], capture_output=True, text=True, cwd=folder, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["tokens"]
+
+    wanted = expected(qwen3 / "locked")[0]
+    assert tokens(qwen3 / "onnx", PROMPT, NEW_TOKENS) == wanted
+    exports = [qwen3 / "onnx"]
+    for precision in (Precision.int4, Precision.int8):
+        exports.append(qwen3 / f"{precision}")
+        export_model(str(qwen3 / "locked"), exports[-1], ExportConfig(precision=precision, block_size=16))
+    web_folder(exports, qwen3 / "web")
+    for dtype, export in zip(("fp32", "q4", "q8"), exports, strict=True):
+        own = generate(open_model(str(export)), PROMPT, GenerateConfig(max_new_tokens=NEW_TOKENS)).token_ids
+        assert tokens(qwen3 / "web", PROMPT, NEW_TOKENS, dtype) == own

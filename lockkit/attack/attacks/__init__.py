@@ -1,1 +1,1 @@
-"""One module per attack or group of related attacks; registry.py collects their classes."""
+"""One module per attack or group of related attacks, sorted by kind; registry.py collects their classes."""

@@ -5,7 +5,8 @@ A module registers a function that turns a result into sections, by the `schema`
     @reports("lockkit-lock/2", place=1)
     def lock_sections(record: dict, path: Path) -> list[Section]: ...
 
-To report on another kind of result, add a module. No other file changes.
+To report on another kind of result, add a module. No other file changes. A function that is registered with
+`@compares(schemas)` makes sections from all results of these schemas; they come first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lockkit.report.page import Section
 # Arguments: a result (a JSON object), and the file it was read from.
 Build = Callable[[dict, Path], list[Section]]
 _registered: dict[str, tuple[int, Build]] = {}
+Compare = Callable[[list[tuple[dict, Path]]], list[Section]]
+_comparisons: list[tuple[tuple[str, ...], Compare]] = []
 
 
 def reports(schema: str, place: int) -> Callable[[Build], Build]:
@@ -43,6 +46,16 @@ def reports(schema: str, place: int) -> Callable[[Build], Build]:
     return register
 
 
+def compares(*schemas: str) -> Callable[[Compare], Compare]:
+    """Register a function that compares results, for reports with at least two results of these schemas."""
+
+    def register(compare: Compare) -> Compare:
+        _comparisons.append((schemas, compare))
+        return compare
+
+    return register
+
+
 @functools.cache
 def builders() -> dict[str, Build]:
     """All registered functions by schema, in the order of their places."""
@@ -60,10 +73,32 @@ def sections(results: list[tuple[dict, Path]]) -> list[Section]:
     Raises:
         UsageError: another file that belongs to a result is broken.
     """
-    return [
-        section
-        for schema, build in builders().items()
+    known = builders()
+    compared: list[Section] = []
+    for schemas, compare in _comparisons:
+        same = [(result, path) for result, path in results if result["schema"] in schemas]
+        compared += compare(same) if len(same) > 1 else []
+    built = [
+        (build(result, path), path)
+        for schema, build in known.items()
         for result, path in results
         if result["schema"] == schema
-        for section in build(result, path)
     ]
+    heads = [(own[0], path) for own, path in built if own]
+    for (head, _), title in zip(heads, told_apart([(head.title, path) for head, path in heads]), strict=True):
+        head.title = title
+    return compared + [section for own, _ in built for section in own]
+
+
+def told_apart(names: list[tuple[str, Path]]) -> list[str]:
+    """Names of results; where several are the same, each with the folder of its file, or with the file.
+
+    Args:
+        names: each with the file of its result.
+    """
+    told = []
+    for name, path in names:
+        same = [other for known, other in names if known == name]
+        folders = {other.parent for other in same}
+        told.append(name if len(same) == 1 else f"{name} ({path.parent if len(folders) == len(same) else path})")
+    return told

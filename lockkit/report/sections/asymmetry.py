@@ -10,8 +10,10 @@ from lockkit.report.sections import reports
 
 @reports("lockkit-asymmetry/1", place=3)
 def depth_sections(record: dict, path: Path) -> list[Section]:
-    """The sections from the JSON of tools/measure_asymmetry.py. Missing entries are left out."""
-    rows, settings = record.get("rows", []), record.get("settings", {})
+    """The sections from the JSON of tools/measure_asymmetry.py. The settings may be missing."""
+    rows, settings = record["rows"], record.get("settings", {})
+    if not rows:
+        return []
     section = Section("Time and memory against depth, locked over original")
     section.text.append(
         f"Random weights, {settings.get('device', 'cpu')}, {settings.get('dtype', '')}, {number(settings.get('tokens'))} "
@@ -29,5 +31,7 @@ def depth_sections(record: dict, path: Path) -> list[Section]:
                 ratio = (row.get("ratios") or {}).get(metric)
                 if (row["shape"], row["subject"]) == (shape, subject) and row["depth"] and ratio:
                     lines.setdefault(row["saver"], []).append((row["depth"], ratio))
-            section.curves.append(Curve(f"{shape}, {subject}: {label}", "depth", "locked over original", lines))
+            section.curves.append(
+                Curve(f"{shape}, {subject}: {label}", "depth", "locked / original", lines, level=("original", 1.0))
+            )
     return [section]

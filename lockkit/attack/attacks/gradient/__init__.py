@@ -1,0 +1,1 @@
+"""Attacks that fine-tune a model: one module per method or group of related methods."""

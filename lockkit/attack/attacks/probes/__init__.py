@@ -1,0 +1,1 @@
+"""Attacks that measure something and train nothing."""

@@ -1,0 +1,1 @@
+"""Attacks that turn a lock into a model that is cheaper to train."""
