@@ -28,6 +28,19 @@ def test_a_step_is_one_graph_launch_on_one_stream(fake_gpu, cuda_exports, kernel
     assert {call.name for call in found["move"]} == {"device to device"}
 
 
+@pytest.mark.parametrize("sessions", [1, 2])
+def test_nothing_of_another_thread_falls_into_a_capture(fake_gpu, cuda_exports, sessions):  # noqa: F811
+    """Neither a copy, which would be lost, nor what CUDA forbids while a graph is captured."""
+    folder = cuda_exports(True, "fp16")
+    alone = fake_gpu.run(steps.captures_of_threads, folder, 1, 1)
+    slow = {"FAKE_CUDA_CAPTURE_MS": "40"}
+    found = fake_gpu.run(steps.captures_of_threads, folder, 3, sessions, environment=slow)
+    assert len(alone) == 6 and len(found) == 3 * len(alone)
+    for captured in found:
+        assert captured in alone, [captured - of_one for of_one in alone]  # what is too much
+        assert not any(kind == "wait" or "pinned" in name or "pageable" in name for kind, name in captured)
+
+
 def test_without_graphs_a_step_launches_its_kernels(fake_gpu, cuda_exports):  # noqa: F811
     found = fake_gpu.run(steps.served_steps, cuda_exports(True, "fp16"), None, False)
     assert launches(found["second"]) > 30

@@ -167,6 +167,7 @@ def test_a_client_that_disconnects_frees_its_row(server):
     before = server.metric("lockkit_generated_tokens_total")
     with server.client().completions.create(**long_request(stream=True)) as stream:
         next(iter(stream))
+    server.wait_until(lambda: server.metric("lockkit_running_requests") == 0)
     with server.raw() as connection:  # not streamed: the client disconnects while it waits
         body = json.dumps(long_request()).encode()
         head = (

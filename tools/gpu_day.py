@@ -13,6 +13,9 @@ ends after `--minutes`; run it again to get what was not reached, since finished
 3. The operator alone under compute-sanitizer's racecheck.
 4. Speed of the lock's training (benchmark_lock.py).
 5. Time and memory of the three ways to train through a lock (measure_asymmetry.py).
+6. The operator's kernels for many plans, beside the times that it chooses its plans by (gpu_plans.py).
+
+The exports of the comparisons are made in other processes while the parts before them run (`Preparation`).
 
 It writes `gpu-day.json` (schema lockkit-gpu-day/2) and `gpu-day.md`, tables with the machine's name. The bundle is the
 committed repository and the packages that it needs, in one archive, cut into parts of at most 60 MB:
@@ -36,14 +39,18 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # lockkit need not be installed
+
+from gpu_tables import markdown  # noqa: E402
 
 from lockkit.errors import LockkitError, UsageError  # noqa: E402
 from lockkit.files import write_json  # noqa: E402
@@ -52,6 +59,8 @@ from lockkit.version import git_hash, versions  # noqa: E402
 SCHEMA = "lockkit-gpu-day/2"
 PART_BYTES = 60_000_000
 COMMIT = "COMMIT"  # a file of the bundle, which has no .git
+PROCESSES = max(1, min(4, (os.cpu_count() or 1) // 4))  # that make exports at the same time
+AHEAD = 8  # exports that are made and not measured: each has 1 to 2 GB
 TORCH = ("torch", "transformers", "accelerate", "safetensors", "pydantic", "psutil")
 EXPORTING = (*TORCH, "onnx", "onnx_ir", "onnxruntime-gpu", "onnxruntime_genai")
 # Shape, depth and precision, the most important first.
@@ -67,7 +76,9 @@ class Planned:
 
     Attributes:
         needs: Python modules, and packages with a hyphen in their names, without which the part is "not here".
-        figures: a file of JSON that the command writes; its name may be a pattern.
+        figures: a file of JSON, or of lines of JSON, that the command writes; its name may be a pattern.
+        programs: without which the part is "not here", besides that of the command.
+        prepare: a command for what the part's own command does first, which may run while other parts run.
     """
 
     name: str
@@ -75,6 +86,13 @@ class Planned:
     command: Sequence[object]
     needs: Sequence[str] = ()
     figures: Path | None = None
+    programs: Sequence[str] = ()
+    prepare: Sequence[object] = ()
+
+    def missing(self) -> list[str]:
+        """The packages and programs that it needs and that are not here."""
+        programs = [str(self.command[0]), *self.programs]
+        return [name for name in self.needs if not _is_here(name)] + [p for p in programs if shutil.which(p) is None]
 
 
 @dataclass
@@ -95,9 +113,10 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
 
     def speed(shape: str, depth: int, precision: str) -> Planned:
         out = work / f"speed-{shape}-{depth}-{precision}.json"
-        case = [python, tools / "gpu_speed.py", shape, depth, precision, "--work", work / "models", "--out", out]
+        case = [python, tools / "gpu_speed.py", shape, depth, precision, "--work", work / "models"]
+        command = [*case, "--out", out, *(["--no-operator"] if reduced else [])]
         name = f"speed {shape} depth {depth} {precision}"
-        return Planned(name, 90, [*case, *(["--no-operator"] if reduced else [])], EXPORTING, out)
+        return Planned(name, 90, command, EXPORTING, out, prepare=[*case, "--prepare"])
 
     def training(shape: str) -> Planned:
         out, small = work / f"training-{shape}", ["--depth", 4, "--tokens", 64, "--rounds", 1, "--warm-up", 0]
@@ -123,8 +142,11 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
     racecheck = ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", 1, *chain]
     first, *others = [speed(*case) for case in ([("tiny", 5, "fp16")] if reduced else SPEEDS)]
     operator = [python, "-c", "from lockkit.kernel import build_kernel; build_kernel()"]
+    # As lockkit.kernel.build, which cannot be imported without pydantic.
+    compiler = [os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
+    plans = work / "plans.jsonl"
     return [
-        *([] if reduced else [Planned("operator", 60, operator, EXPORTING)]),
+        *([] if reduced else [Planned("operator", 60, operator, EXPORTING, programs=compiler)]),
         tests(True),
         first,
         *others[:1],
@@ -132,6 +154,7 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
         lock(),
         *[training(shape) for shape in (["tiny"] if reduced else ["qwen3-0.6b", "qwen3-8b"])],
         Planned("races", 40, racecheck, EXPORTING),
+        Planned("plans", 40, [python, tools / "gpu_plans.py", "--out", plans], ("pydantic",), plans, compiler),
         *others[1:],
         *([] if reduced else [lock("--compile")]),
     ]
@@ -141,18 +164,16 @@ def run_part(part: Planned, end: float) -> Part:
     """Run a part's command until its limit or `end` (`time.monotonic`), and read the figures that it wrote."""
     words = [str(word) for word in part.command]
     found = Part(part.name, "not reached", command=_without_paths(shlex.join(words)))
-    missing = [name for name in part.needs if not _is_here(name)]
-    if missing or shutil.which(words[0]) is None:
-        found.state, found.last_lines = "not here", [f"missing: {', '.join(missing) or words[0]}"]
+    if missing := part.missing():
+        found.state, found.last_lines = "not here", [f"missing: {', '.join(missing)}"]
         return found
     limit = min(part.seconds, end - time.monotonic())
     if limit < min(part.seconds, 10):
         return found
     start = time.monotonic()
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
-        start_new_session=True, env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        start_new_session=True, env=_environment(),
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=limit)
@@ -163,8 +184,66 @@ def run_part(part: Planned, end: float) -> Part:
         found.state = "too slow"
     found.last_lines, found.seconds = _without_paths(output).splitlines()[-5:], round(time.monotonic() - start, 1)
     for path in part.figures.parent.glob(part.figures.name) if part.figures else ():
-        found.figures = json.loads(path.read_text())
+        found.figures = _figures(path)
     return found
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a part's processes: this lockkit, and no network."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+
+
+def _figures(path: Path) -> Any:
+    """The figures in a file. Of lines, the last one may be incomplete."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return json.loads(text)
+    return {"rows": [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]}
+
+
+class Preparation:
+    """Runs the `prepare` commands of parts in the background, a few at a time, in the order of the parts.
+
+    A part that comes before its preparation has begun does that work itself. If it has begun, the part's command waits for
+    it (`gpu_speed.py`).
+    """
+
+    def __init__(self, planned: Iterable[Planned]):
+        self._room, self._lock, self._ended = threading.Semaphore(AHEAD), threading.Lock(), False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pool = ThreadPoolExecutor(PROCESSES)
+        self._begun: dict[str, Future[None]] = {}
+        for part in planned:
+            if part.prepare and not part.missing():
+                self._begun[part.name] = self._pool.submit(self._run, part.prepare)
+
+    def _run(self, command: Sequence[object]) -> None:
+        self._room.acquire()
+        with self._lock:
+            if self._ended:
+                return
+            process = subprocess.Popen(
+                [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
+                start_new_session=True, env=_environment() | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            self._processes.append(process)
+        process.wait()  # if it fails, so does the part, which says why
+
+    def begin(self, part: Planned) -> None:
+        """The part begins, so do not prepare it any more."""
+        if part.name in self._begun and not self._begun[part.name].cancel():
+            self._room.release()
+
+    def end(self) -> None:
+        """End all processes."""
+        with self._lock:
+            self._ended = True
+            for process in self._processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        self._room.release(PROCESSES)  # for those that wait for it
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _is_here(name: str) -> bool:
@@ -194,13 +273,19 @@ def run_day(out: Path, minutes: float, reduced: bool) -> int:
     done = _finished(out / "gpu-day.json", record)
     found: list[Part] = []
     with tempfile.TemporaryDirectory(dir=out, prefix="work-") as folder:
-        for planned in parts(Path(folder), reduced):
-            part = done.get(planned.name) or run_part(planned, end)
-            found.append(part)
-            print(f"{part.name}: {part.state}, {part.seconds} s", flush=True)
-            record["parts"] = [asdict(part) for part in found]
-            write_json(out / "gpu-day.json", record)
-            (out / "gpu-day.md").write_text(markdown(record), encoding="utf-8")
+        every = parts(Path(folder), reduced)
+        preparation = Preparation(planned for planned in every if planned.name not in done)
+        try:
+            for planned in every:
+                preparation.begin(planned)
+                part = done.get(planned.name) or run_part(planned, end)
+                found.append(part)
+                print(f"{part.name}: {part.state}, {part.seconds} s", flush=True)
+                record["parts"] = [asdict(part) for part in found]
+                write_json(out / "gpu-day.json", record)
+                (out / "gpu-day.md").write_text(markdown(record), encoding="utf-8")
+        finally:
+            preparation.end()
     print(markdown(record))
     return int(any(part.state == "failed" for part in found))
 
@@ -238,65 +323,6 @@ def commit() -> str | None:
     """The commit: of the checkout, or of the bundle."""
     packed = ROOT / COMMIT
     return git_hash() or (packed.read_text().strip() if packed.is_file() else None)
-
-
-def markdown(record: dict[str, Any]) -> str:
-    """The results as Markdown: the state of each part, then the figures of the finished ones."""
-    found = record["parts"]
-    lines = [f"# {record['machine']}", "", f"Commit {record['git_hash']}.", ""]
-    lines += _table(("part", "state", "seconds", ""), ((p["name"], p["state"], p["seconds"], _why(p)) for p in found))
-    by_kind = {kind: [p["figures"] for p in found if p["name"].startswith(kind) and p["figures"]] for kind in
-               ("speed", "lock", "training")}  # fmt: skip
-    speeds = [row for figures in by_kind["speed"] for row in figures["rows"]]
-    if speeds:
-        lines += [
-            "",
-            "Exports. `decode` and `prefill`: speed over that of the original's export; above 1, the locked one is",
-        ]
-        lines += [
-            "faster. With 4 layers, the ratio is that of layers alone; that of the whole model is closer to 1.",
-            "",
-        ]
-        lines += _table(tuple(speeds[0]), (row.values() for row in speeds))
-    rows = [row for figures in by_kind["lock"] for row in figures["rows"]]
-    if rows:
-        lines += ["", "Speed of a lock's training, over that of a plain loop over layers:", ""]
-        names = ("way", "speed_over_plain", "layer_tokens_per_second", "share_of_peak")
-        lines += _table(names, ((_short(row[name]) for name in names) for row in rows))
-    rows = [row for figures in by_kind["training"] for row in figures["rows"]]
-    if rows:
-        lines += ["", "Training through a lock, over the original under plain autograd:", ""]
-        ratios = ("forward_seconds", "training_seconds", "saved_bytes", "peak_bytes")
-        names = ("shape", "subject", "depth", "saver")
-        lines += _table(
-            (*names, *ratios),
-            ([row[name] for name in names] + [_short(row["ratios"].get(name, "")) for name in ratios] for row in rows),
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _why(part: dict[str, Any]) -> str:
-    """The last line of a part that is not done."""
-    return part["last_lines"][-1].replace("|", "/") if part["state"] != "done" and part["last_lines"] else ""
-
-
-def _table(names: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    names = list(names)
-    return [
-        f"| {' | '.join(names)} |",
-        "|" + "---|" * len(names),
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-    ]
-
-
-def _short(value: object) -> object:
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 1000
-        else value
-        if isinstance(value, str)
-        else f"{value:,.0f}"
-    )
 
 
 def bundle(out: Path, wheels: bool, without: Sequence[str]) -> None:

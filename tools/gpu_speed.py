@@ -1,10 +1,12 @@
 """One comparison on a GPU: a locked export with the fused operator, its bodies, and the original's export, side by side.
 
     python tools/gpu_speed.py 0.6B 32 bf16 --work /tmp/exports --out speed.json
+    python tools/gpu_speed.py 0.6B 32 bf16 --work /tmp/exports --prepare  # steps 1 and 2 alone, before
     python tools/gpu_speed.py tiny 5 fp16 --work /tmp/exports --chain     # the operator alone, for compute-sanitizer
 
 1. Make both models. Their weights repeat a million random numbers: speed does not depend on them, and this takes seconds.
-2. Export both for CUDA. What is in `--work` already is used again; the locked export is removed at the end.
+2. Export both for CUDA. What is in `--work` already is used again, and what another process is making there is waited for.
+   The locked export is removed at the end.
 3. Copy the locked export with another name for its chains, which the operator does not know.
 4. `lockkit bench` measures the three in turns, at batch 1, 16 and 64 with prompts of 512 tokens, in CUDA graphs.
 
@@ -15,10 +17,11 @@ vocabulary, so its ratio is that of layers alone: that of the whole model is clo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +61,10 @@ SHAPES = {
 
 
 class Models:
-    """Models and exports of one shape in a folder, made when they are asked for. `depth` None is the original."""
+    """Models and exports of one shape in a folder, made when they are asked for. `depth` None is the original.
+
+    Several processes may use the folder: each model and each export is made by one of them, and the others wait.
+    """
 
     def __init__(self, shape: str, work: Path):
         self.name, self.shape, self.work = shape, SHAPES[shape], work
@@ -67,23 +73,31 @@ class Models:
         """The folder of an export for CUDA."""
         from lockkit.export import ExportConfig, export_model
 
-        folder = self.work / f"{self.name}-{self._kind(depth)}-{precision}"
-        if not folder.exists():
-            export_model(str(self._saved(depth)), folder, ExportConfig(precision=precision, provider="cuda"))
+        with self._alone(f"{self.name}-{self._kind(depth)}-{precision}") as folder:
+            if not folder.exists():
+                export_model(str(self._saved(depth)), folder, ExportConfig(precision=precision, provider="cuda"))
         return folder
 
     def _saved(self, depth: int | None) -> Path:
         from lockkit.models.load import DEMO
         from lockkit.models.save import copy_tokenizer
 
-        folder = self.work / f"{self.name}-{self._kind(depth)}"
-        if not folder.exists():
-            unfinished = folder.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            self._model(depth).save_pretrained(unfinished)
-            copy_tokenizer(DEMO, unfinished)
-            unfinished.rename(folder)
+        with self._alone(f"{self.name}-{self._kind(depth)}") as folder:
+            if not folder.exists():
+                unfinished = folder.with_name(f"{folder.name}.unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                self._model(depth).save_pretrained(unfinished)
+                copy_tokenizer(DEMO, unfinished)
+                unfinished.rename(folder)
         return folder
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[Path]:
+        """The folder `name`, when no other process makes it. A process that ends lets the next one go on."""
+        from filelock import FileLock
+
+        with FileLock(self.work / f".{name}.lock"):
+            yield self.work / name
 
     @staticmethod
     def _kind(depth: int | None) -> str:
@@ -120,6 +134,14 @@ class Models:
             if parameter.ndim == 1:
                 parameter.data.fill_(1.0)
         return model
+
+
+def prepare(shape: str, depth: int, precision: str, work: Path) -> None:
+    """Make what `measure` needs, and let other processes go first."""
+    os.nice(10)
+    models = Models(shape, work)
+    for each in (depth, None):
+        models.exported(each, precision)
 
 
 def measure(shape: str, depth: int, precision: str, work: Path, operator: bool) -> list[dict[str, Any]]:
@@ -230,6 +252,7 @@ def main() -> int:
     parser.add_argument("precision", choices=["fp16", "bf16", "int4", "int8"])
     parser.add_argument("--work", type=Path, required=True, help="folder of models and exports, several GB")
     parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
+    parser.add_argument("--prepare", action="store_true", help="make the exports, and measure nothing")
     parser.add_argument("--chain", action="store_true", help="run the fused operator alone, and measure nothing")
     parser.add_argument("--no-operator", dest="operator", action="store_false", help="measure without it")
     arguments = parser.parse_args()
@@ -238,6 +261,8 @@ def main() -> int:
     try:
         if arguments.chain:
             run_chain(*case)
+        elif arguments.prepare:
+            prepare(*case)
         else:
             rows = measure(*case, arguments.operator)
             print("\n".join(map(str, rows)))

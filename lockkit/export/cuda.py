@@ -4,8 +4,9 @@ All work of a session goes to one stream, which onnxruntime gets as `user_comput
 never early: the stream runs it after the step before it and before the step after it. The driver's library has the same
 name for every version of CUDA, and no part of PyTorch is needed, so this also works beside a PyTorch without CUDA.
 
-Sessions of one process take turns (`Gpu.turn`): onnxruntime captures CUDA graphs in CUDA's mode "global", in which no other
-thread of the process may allocate or free memory of the device.
+The threads of a process take turns (`Gpu.turn`), for two reasons. onnxruntime captures CUDA graphs in CUDA's mode "global",
+in which no other thread of the process may allocate or free memory of the device. And what another thread puts on the
+stream that is being captured goes into the graph, and is not done. So every call of the driver takes the turn (`Gpu.call`).
 """
 
 from __future__ import annotations
@@ -69,8 +70,7 @@ class DeviceBuffer:
 
     def __init__(self, gpu: Gpu, nbytes: int):
         address = ctypes.c_void_p()
-        with gpu.turn():
-            gpu.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
+        gpu.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
         self.address, self.nbytes = int(address.value or 0), nbytes
         weakref.finalize(self, gpu.free, "cuMemFree_v2", self.address)
 
@@ -108,7 +108,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Keep the GPU from the other threads of this process, for what may be captured, allocates or frees."""
+        """Keep the GPU from the other threads of this process. A thread that has the turn may take it again."""
         with _TURN:
             yield
 
@@ -125,8 +125,7 @@ class Gpu:
         kind = np.dtype(dtype)
         nbytes = max(1, int(np.prod(shape)) * kind.itemsize)
         address = ctypes.c_void_p()
-        with self.turn():
-            self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
+        self.call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(nbytes), 0)
         memory: Any = (ctypes.c_char * nbytes).from_address(int(address.value or 0))
         weakref.finalize(memory, self.free, "cuMemFreeHost", int(address.value or 0))
         return np.frombuffer(memory, kind, int(np.prod(shape))).reshape(shape)
@@ -144,8 +143,9 @@ class Gpu:
     def _download(self, array: np.ndarray, address: int) -> None:
         stream = ctypes.c_void_p(self.stream)
         size, target = ctypes.c_size_t(array.nbytes), ctypes.c_void_p(array.ctypes.data)
-        self.call("cuMemcpyDtoHAsync_v2", target, ctypes.c_void_p(address), size, stream)
-        self.wait()
+        with self.turn():  # so that it does not wait for other threads' work
+            self.call("cuMemcpyDtoHAsync_v2", target, ctypes.c_void_p(address), size, stream)
+            self.wait()
 
     def read(self, address: int, shape: tuple[int, ...], kind: ElementType) -> np.ndarray:
         """Numbers on the device as float32, in the stream's order. They pass through pinned memory in chunks.
@@ -196,14 +196,15 @@ class Gpu:
         return f"the driver is for CUDA {cuda}, {free.value / 2**30:.1f} of {total.value / 2**30:.1f} GiB are free"
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function of the driver in this thread.
+        """Call a function of the driver in this thread, when no other thread has the turn.
 
         Raises:
             MemoryError: the device has no memory left.
             LockkitError: the driver reports another error.
         """
-        self._check("cuCtxSetCurrent", self._context)
-        self._check(name, *arguments)
+        with self.turn():
+            self._check("cuCtxSetCurrent", self._context)
+            self._check(name, *arguments)
 
     def free(self, name: str, address: int) -> None:
         """Free memory with the driver's function `name`. At the end of the process the driver may be gone already."""

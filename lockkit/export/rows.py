@@ -101,7 +101,10 @@ class HostRows:
 
 
 class DeviceRows:
-    """Rows on a GPU; see `CacheRows`. All work and all copies are on the session's stream."""
+    """Rows on a GPU; see `CacheRows`. All work and all copies are on the session's stream.
+
+    Other threads use the stream, too. So each call of `run` is one turn of the GPU, with all its copies.
+    """
 
     def __init__(self, session: ExportSession, gpu: Gpu, rows: int, capacity: int, staging: bool):
         self._session, self._gpu, self.staging, self._capacity = session, gpu, rows, capacity
@@ -124,9 +127,14 @@ class DeviceRows:
 
     def run(self, tokens: np.ndarray, lengths: np.ndarray, first: int = 0) -> np.ndarray:
         """See `CacheRows`."""
+        with self._gpu.turn():
+            if tokens.shape[1] == 1 and first == 0:
+                return self._step(tokens, lengths)
+            return self._prompt(tokens, lengths, first)
+
+    def _prompt(self, tokens: np.ndarray, lengths: np.ndarray, first: int) -> np.ndarray:
+        """Any tokens, as their lengths differ from call to call."""
         batch, seq = tokens.shape
-        if seq == 1 and first == 0:
-            return self._step(tokens, lengths)
         tokens = np.ascontiguousarray(tokens)
         mask = _mask(lengths, lengths.max())
         kind, shape = self._session.logits_type, self._session.logits_shape(batch, seq)

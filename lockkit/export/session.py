@@ -55,7 +55,8 @@ class ExportSession:
         cuda_graphs: on a GPU, capture steps of `cache_rows` as CUDA graphs, if onnxruntime can capture this graph.
 
     Several threads may run one session. On a GPU they take turns, and so do all sessions of a process: while a step is
-    captured, CUDA forbids every thread of the process to allocate memory.
+    captured, CUDA forbids every thread of the process to allocate memory, and copies of another thread would go into the
+    CUDA graph.
 
     Attributes:
         folder: the export's folder.
@@ -212,12 +213,13 @@ class ExportSession:
             caches: a tensor `[batch, kv_heads, capacity, head_size]` for each of `cache_names`.
             logits: of `logits_shape`, is written.
         """
-        binding = self._session.io_binding()
-        for name, tensor in {"input_ids": input_ids, "attention_mask": mask, **caches}.items():
-            binding.bind_input(name, *tensor.place())
-        for name, tensor in caches.items():
-            binding.bind_output(name.replace("past_key_values.", "present."), *tensor.place())
-        binding.bind_output("logits", *logits.place())
+        with self._one_at_a_time():  # onnxruntime copies inputs to the device here
+            binding = self._session.io_binding()
+            for name, tensor in {"input_ids": input_ids, "attention_mask": mask, **caches}.items():
+                binding.bind_input(name, *tensor.place())
+            for name, tensor in caches.items():
+                binding.bind_output(name.replace("past_key_values.", "present."), *tensor.place())
+            binding.bind_output("logits", *logits.place())
         return binding
 
     def run_bound(self, binding: Any, graph: int = _NOT_CAPTURED) -> None:
@@ -317,14 +319,14 @@ class ExportSession:
         if not self.counts_positions:
             positions = np.maximum(mask.cumsum(1) - 1, 0)
             feeds["position_ids"] = positions[:, -input_ids.shape[1] :]
-        binding = self._session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, value in (cache or self._empty_cache(input_ids.shape[0])).items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._output_names:
-            binding.bind_output(name, self.device)
-        with self._one_at_a_time():
+        with self._one_at_a_time():  # with the copies of inputs to the device
+            binding = self._session.io_binding()
+            for name, value in feeds.items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            for name, value in (cache or self._empty_cache(input_ids.shape[0])).items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._output_names:
+                binding.bind_output(name, self.device)
             self._session.run_with_iobinding(binding, self._run_options())
             outputs = dict(zip(self._output_names, binding.get_outputs(), strict=True))
             logits = self._on_the_host(outputs.pop("logits"))

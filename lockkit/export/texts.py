@@ -49,7 +49,10 @@ class TextSession:
         if context:
             capacity = min(capacity, context)
         spare = self._spare[rows, capacity]
-        buffers = spare.pop() if spare else cache_rows(self._session, rows, capacity, staging=False)
+        try:
+            buffers = spare.pop()  # in one call, since other threads take from this list, too
+        except IndexError:
+            buffers = cache_rows(self._session, rows, capacity, staging=False)
         texts = Texts(self._session, buffers)
         weakref.finalize(texts, spare.append, buffers)
         return texts

@@ -30,6 +30,12 @@ def find_kernel() -> Path | None:
     return path if path.is_file() else None
 
 
+def find_compiler() -> str | None:
+    """The path of the C++ compiler: of CXX if it is set, else the first of `COMPILERS` that is installed."""
+    wanted = os.environ.get("CXX")
+    return shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
 def build_kernel() -> Path:
     """Compile the kernel unless it is compiled already, and return the path of the library.
 
@@ -41,11 +47,11 @@ def build_kernel() -> Path:
     path = _library()
     if path.is_file():
         return path
-    wanted = os.environ.get("CXX")
-    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = find_compiler()
     if compiler is None or os.name != "posix":
+        wanted = os.environ.get("CXX") or ", ".join(COMPILERS)
         raise UsageError(
-            f"the kernel needs a C++ compiler ({wanted or ', '.join(COMPILERS)}) on Linux or macOS: install one, "
+            f"the kernel needs a C++ compiler ({wanted}) on Linux or macOS: install one, "
             "set CXX, or run without the kernel"
         )
     try:

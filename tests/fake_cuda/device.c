@@ -11,7 +11,8 @@
  * 3. While a stream is captured, calls that CUDA forbids there fail as they do in CUDA.
  *
  * Environment variables: FAKE_CUDA_SM (90), FAKE_CUDA_DEVICES (1), FAKE_CUDA_BYTES of device memory (8 GiB),
- * FAKE_CUDA_ATTRIBUTES of the device by their numbers in cuda.h ("16=4,97=49152"), FAKE_CUDA_FAIL (see fake.h). */
+ * FAKE_CUDA_ATTRIBUTES of the device by their numbers in cuda.h ("16=4,97=49152"), FAKE_CUDA_FAIL (see fake.h),
+ * FAKE_CUDA_CAPTURE_MS by which a capture takes longer, so that other threads meet it. */
 #define _GNU_SOURCE
 #include "fake.h"
 
@@ -243,6 +244,7 @@ EXPORT int fake_begin_capture(Stream stream) {
   fake_note("capture", "begin", stream);
   captured = stream;
   capturing = 1;
+  usleep((useconds_t)number("FAKE_CUDA_CAPTURE_MS", 0) * 1000);
   return OK;
 }
 EXPORT int fake_end_capture(Stream stream, void** graph) {

@@ -9,6 +9,7 @@ import runpy
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,52 @@ def in_threads(folders: list[Path], kernel: Path, sessions: int, steps: int = 6)
         thread.join()
     assert not failed, failed
     return calls()
+
+
+def captures_of_threads(folder: Path, threads: int, sessions: int) -> list[Counter[tuple[str, str]]]:
+    """What is captured in each CUDA graph while several threads do what the server and `TextSession` do."""
+    from lockkit.export.rows import cache_rows
+    from lockkit.export.session import ExportSession
+    from lockkit.export.texts import TextSession
+
+    opened = [ExportSession(folder, "cuda", last_only=True) for _ in range(sessions)]
+    shared = [TextSession(session) for session in opened]
+    start, failed = threading.Barrier(threads), []
+
+    def work(number: int) -> None:
+        session = opened[number % sessions]
+        try:
+            start.wait()
+            for batch in (1, 2, 3):  # each is captured again
+                texts = shared[number % sessions].begin(batch, 40)
+                time.sleep(0.02)  # so that prompts, too, meet captures of others
+                for tokens in (8, 1, 1):
+                    texts.next_logits(np.ones((batch, tokens), np.int64))
+                rows = cache_rows(session, batch, 64)
+                time.sleep(0.02)
+                rows.run(np.ones((1, 6), np.int64), np.array([6]), rows.staging)
+                rows.move(rows.staging, 0, 6)
+                for _ in range(2):
+                    rows.run(np.ones((batch, 1), np.int64), np.full(batch, 7))
+                time.sleep(0.02)
+                session.forward(np.ones((1, 8), np.int64))
+        except BaseException as error:
+            failed.append(repr(error))
+
+    calls()
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failed, failed
+    captures: list[Counter[tuple[str, str]]] = []
+    for call in calls():
+        if (call.kind, call.name) == ("capture", "begin"):
+            captures.append(Counter())
+        elif call.captured:
+            captures[-1][call.kind, call.name] += 1
+    return captures
 
 
 def tool(path: Path, arguments: list[object], libraries: Path) -> None:
