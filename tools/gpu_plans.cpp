@@ -9,14 +9,13 @@
 #include <cstdio>
 #include <random>
 
-#include "cross.h"
 #include "driver.h"
 
 using namespace lockkit_cuda;
 
 namespace {
 
-constexpr size_t BYTES_OF_ALL_COPIES = 400'000'000;  // several times the largest L2 cache
+constexpr size_t BYTES_OF_ALL_COPIES = 150'000'000;  // several times the largest L2 cache
 constexpr int ROUNDS = 3;
 
 struct Case {
@@ -51,20 +50,14 @@ Shape shape_of(const Case& which) {
 
 void launch(const Plan& plan, const Shape& shape, Args args) {
   const cuda::Function function = device().function(plan.kernel(shape.bits == 16 ? "BFloat16" : "Half", shape.bits));
-  const size_t barriers = size_t(device().gpu().multiprocessors) * BARRIER_BYTES, sums = plan.sums_bytes(shape);
-  if (!plan.cluster) {
-    const cuda::Address at = device().scratch(nullptr, barriers + sums + plan.units_bytes(shape));
-    args.barriers = reinterpret_cast<unsigned*>(at);
-    args.sums = reinterpret_cast<float*>(at + barriers);
-    args.units = reinterpret_cast<void*>(at + barriers + sums);
-  }
-  const int rows = plan.groups * plan.rows();
+  if (!plan.cluster) args.inboxes = reinterpret_cast<unsigned char*>(device().zeros(nullptr, plan.inboxes_bytes(shape)));
+  const int rows = plan.groups * plan.rows;
   const Args all = args;
   for (int done = 0; done < all.tokens; done += rows) {
     const size_t moved = size_t(done) * shape.hidden * 2;
     args.x = static_cast<const char*>(all.x) + moved, args.y = static_cast<char*>(all.y) + moved;
     args.tokens = std::min(all.tokens - done, rows);
-    const int groups = (args.tokens + plan.rows() - 1) / plan.rows();
+    const int groups = (args.tokens + plan.rows - 1) / plan.rows;
     cuda::LaunchOption option{plan.cluster ? cuda::LAUNCH_CLUSTER : cuda::LAUNCH_COOPERATIVE, 0,
                               {plan.cluster ? plan.team : 1, 1, 1}};
     cuda::LaunchConfig config{{unsigned(groups * plan.team), 1, 1}, {THREADS, 1, 1}, unsigned(plan.shared_bytes),
@@ -76,15 +69,11 @@ void launch(const Plan& plan, const Shape& shape, Args args) {
 }
 
 void measure(const Case& which, int tokens, const Plan& plan, bool chosen, const std::vector<cuda::Address>& weights,
-             cuda::Address cross, cuda::Address x, cuda::Address y) {
-  const Shape shape = [&] {
-    Shape found = shape_of(which);
-    found.span = plan.span;
-    return found;
-  }();
+             cuda::Address x, cuda::Address y) {
+  const Shape shape = shape_of(which);
   Args args = plan.args(shape);
   args.x = reinterpret_cast<void*>(x), args.y = reinterpret_cast<void*>(y), args.tokens = tokens;
-  args.cross = reinterpret_cast<void*>(cross), args.inverse_gain = 0.5f, args.activation = Activation::silu;
+  args.inverse_gain = 0.5f, args.activation = Activation::silu;
   void *start, *end;
   driver().call("cuEventCreate", &start, 0u), driver().call("cuEventCreate", &end, 0u);
   float least = 0;
@@ -100,11 +89,10 @@ void measure(const Case& which, int tokens, const Plan& plan, bool chosen, const
     driver().call("cuEventElapsedTime", &milliseconds, start, end);
     if (round == 1 || (round > 1 && milliseconds < least)) least = milliseconds;
   }
-  std::printf("{\"hidden\": %d, \"depth\": %d, \"rank\": %d, \"bits\": %d, \"tokens\": %d, \"mode\": \"%s\", \"mt\": %d, "
-              "\"nt\": %d, \"team\": %d, \"tiles\": %d, \"span\": %d, \"groups\": %d, \"chosen\": %s, "
-              "\"expected_us\": %.1f, \"measured_us\": %.1f}\n",
-              which.hidden, which.depth, shape.rank, which.bits, tokens, plan.cluster ? "cluster" : "global", plan.mt,
-              plan.nt, plan.team, plan.tiles, plan.span, plan.groups, chosen ? "true" : "false", plan.microseconds,
+  std::printf("{\"hidden\": %d, \"depth\": %d, \"rank\": %d, \"bits\": %d, \"tokens\": %d, \"mode\": \"%s\", \"team\": %d, "
+              "\"tiles\": %d, \"rows\": %d, \"groups\": %d, \"chosen\": %s, \"expected_us\": %.1f, \"measured_us\": %.1f}\n",
+              which.hidden, which.depth, shape.rank, which.bits, tokens, plan.cluster ? "cluster" : "global", plan.team,
+              plan.tiles, plan.rows, plan.groups, chosen ? "true" : "false", plan.microseconds,
               least * 1e3 / double(weights.size()));
   std::fflush(stdout);
 }
@@ -115,34 +103,24 @@ void measure(const Case& which) {
   const size_t bytes = shape.block_bytes() * shape.depth;
   std::vector<cuda::Address> weights;
   while (weights.size() * bytes < BYTES_OF_ALL_COPIES || weights.size() < 4) weights.push_back(random_memory(bytes));
-  const cuda::Address cross = random_memory(cross_count(shape, 4) * 2 + cross_count(shape, 2) * 2);
   const cuda::Address x = random_memory(size_t(512) * shape.hidden * 2), y = random_memory(size_t(512) * shape.hidden * 2);
-  for (const int tokens : {1, 16, 64, 512}) {
-    Shape spanned = shape;
-    spanned.span = best_span(gpu, shape);
-    const Plan best = make_plan(gpu, spanned, tokens);
-    for (const int mt : {1, 4})
-      for (const int mode : {0, 1})
-        for (const int span : {1, 2, 4}) {
-          if ((mode && (span > 1 || !gpu.max_cluster)) || (mt > 1 && (tokens <= TILE || span > 1))) continue;
-          int before = 0;
-          for (const int team : {16, 32, 43, 64, 86, 128}) {
-            if (mode && team != 16) continue;
-            Plan plan;
-            plan.cluster = mode, plan.mt = mt, plan.span = span;
-            plan.team = mode ? std::min(gpu.max_cluster, shape.hidden_tiles()) : std::min(team, shape.hidden_tiles());
-            Shape own = shape;
-            own.span = span;
-            if (!complete(plan, gpu, own, tokens) || plan.team == before) continue;
-            before = plan.team;
-            const bool chosen = plan.cluster == best.cluster && plan.mt == best.mt && plan.span == best.span &&
-                                plan.team == best.team;
-            measure(which, tokens, plan, chosen, weights, cross, x, y);
-          }
-        }
+  for (const int tokens : {1, 4, 16, 64}) {
+    const Plan best = make_plan(gpu, shape, tokens);
+    for (const bool cluster : {true, false}) {
+      int before = 0;
+      for (const int team : {8, 16, 32, 43, 64, 86, 128}) {
+        Plan plan;
+        plan.cluster = cluster, plan.team = std::min(team, shape.hidden_tiles());
+        if (cluster && team > gpu.max_cluster) continue;
+        if (!complete(plan, gpu, shape, tokens) || plan.team == before) continue;
+        before = plan.team;
+        const bool chosen = plan.cluster == best.cluster && plan.team == best.team;
+        measure(which, tokens, plan, chosen, weights, x, y);
+      }
+    }
   }
   for (const cuda::Address at : weights) device().free(at);
-  for (const cuda::Address at : {cross, x, y}) device().free(at);
+  for (const cuda::Address at : {x, y}) device().free(at);
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ def _plans(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _plan(row: dict[str, Any]) -> str:
-    return f"{row['mode']}, team {row['team']}, mt {row['mt']}, span {row['span']}"
+    return f"{row['mode']}, team {row['team']}, {row['rows']} rows"
 
 
 def _why(part: dict[str, Any]) -> str:

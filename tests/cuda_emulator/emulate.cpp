@@ -22,32 +22,34 @@ static const std::map<std::string, Kernel> kernels = {
 #if defined(MUTANTS)
 #include MUTANTS
 #else
-#define ENTRY(TYPE, FORMAT, MODE, MT, NT, STAGES)               \
-  {"chain_" #TYPE "_" #FORMAT "_" #MODE "_" #MT "_" #NT,        \
-   [](const Args& args) { Chain<TYPE, FORMAT, MODE, MT, NT, STAGES>(args).run(); }},
-    LOCKKIT_VARIANTS(ENTRY, GLOBAL) LOCKKIT_VARIANTS(ENTRY, CLUSTER)
+#define ENTRY(TYPE, FORMAT, MODE, BATCH, STAGES) \
+  {"chain_" #TYPE "_" #FORMAT "_" #MODE, [](const Args& args) { Chain<TYPE, FORMAT, MODE, BATCH, STAGES>(args).run(); }},
+    LOCKKIT_VARIANTS(ENTRY) LOCKKIT_CLUSTER_VARIANTS(ENTRY)
 #endif
 };
 
 static int launch(const std::string& name, int grid, int shared, const Args& args, unsigned seed) {
   const auto found = kernels.find(name);
   if (found == kernels.end()) return -1;
-  const bool cluster = name.find("_CLUSTER_") != std::string::npos;
+  const bool cluster = name.find("_CLUSTER") != std::string::npos;
   return emulator::launch(grid, THREADS, shared, cluster ? args.team : 1, [&] { found->second(args); }, seed);
 }
 
 // A CUDA error, -1 for an unknown kernel, or 0.
 extern "C" int run_kernel(const char* name, const unsigned grid[3], const unsigned block[3], unsigned shared,
                           void** parameters) {
+  emulator::inboxes_begin = nullptr;
   if (block[0] != THREADS) return 1;                                                              // invalid value
   const int result = launch(name, int(grid[0]), int(shared), *static_cast<const Args*>(parameters[0]), 1);
-  constexpr int ERRORS[] = {0, 702, 700, 716};  // timeout; illegal address; misaligned address
+  constexpr int ERRORS[] = {0, 702, 700, 716, 719};  // timeout; illegal address; misaligned address; launch failure
   return result < 0 ? result : ERRORS[result];
 }
 
+constexpr int NOT_CLEARED = 5;  // after the results of emulator.h
+
 struct Request {
   const char* mutant;  // a prefix of the kernel's name, or ""
-  int bfloat16, bits, block_size, cluster, mt, team, chunk, span, tokens, hidden, depth, gated, bias, activation;
+  int bfloat16, bits, block_size, cluster, team, tokens, hidden, depth, gated, bias, activation;
   unsigned seed;
   float gain;
   const int* ranks;                  // [depth]
@@ -74,28 +76,6 @@ static void read(const Request& r, const void* const*& next, int k, int n, Quant
   matrix.block_size = r.block_size, matrix.bits = r.bits;
 }
 
-// The cross products of a chain, for spans of `shape.span` blocks, by a kernel that computes nothing else.
-template <class M>
-static std::vector<uint16_t> cross_products(const Request& r, const Shape& shape,
-                                            const std::vector<BlockWeights<M>>& blocks, const unsigned char* weights) {
-  std::vector<uint16_t> cross(cross_count(shape, shape.span), 0x7fff);
-  for_cross_products(shape, blocks, [&](int l, int rows, const uint16_t* x, size_t to) {
-    Shape alone = shape;
-    alone.depth = 1;
-    Plan plan;
-    plan.mt = 1, plan.team = r.team;
-    complete(plan, {1000, 227 << 10, 0}, alone, rows);
-    std::vector<float> sums(plan.sums_bytes(alone) / 4, NAN);
-    std::vector<unsigned> barriers(plan.groups * BARRIER_BYTES / 4);
-    Args args = plan.args(alone);
-    args.x = x, args.tokens = args.cross_pitch = rows, args.cross_to = cross.data() + to;
-    args.weights = weights + l * shape.block_bytes(), args.sums = sums.data(), args.barriers = barriers.data();
-    const std::string name = r.mutant + plan.kernel(r.bfloat16 ? "BFloat16" : "Half", shape.bits);
-    launch(name, plan.groups * plan.team, plan.shared_bytes, args, r.seed);
-  });
-  return cross;
-}
-
 template <class M>
 static int emulate(const Request& r) {
   std::vector<BlockWeights<M>> blocks;
@@ -111,49 +91,33 @@ static int emulate(const Request& r) {
     blocks.push_back(block);
   }
   const auto convert = r.bfloat16 ? number<BFloat16> : number<Half>;
-  Shape shape = shape_of(blocks);
-  shape.span = r.span;
+  const Shape shape = shape_of(blocks);
   const std::vector<unsigned char> weights = pack_weights(shape, blocks);
   const std::vector<float> bias = pack_bias(shape, blocks, convert);
   std::vector<float> output_bias;
   for (int i = 0; r.output_bias && i < r.hidden; ++i) output_bias.push_back(convert(r.output_bias[i]));
 
   Plan plan;
-  plan.cluster = r.cluster, plan.mt = r.mt, plan.team = r.team, plan.span = r.cluster ? 1 : r.span;
+  plan.cluster = r.cluster, plan.team = r.team;
   if (!complete(plan, {1000, 227 << 10, 16}, shape, r.tokens)) return -2;
-  if (r.chunk && !r.cluster) plan.chunk = std::min(r.chunk, shape.rank);
-  plan.shared_bytes = plan.shared_bytes_for(shape);
-  const std::vector<uint16_t> cross = cross_products(r, shape, blocks, weights.data());
-  std::vector<float> sums(plan.sums_bytes(shape) / 4, NAN);
-  std::vector<uint16_t> units(plan.units_bytes(shape) / 2, 0x7fff);
-  std::vector<unsigned> barriers(plan.groups * BARRIER_BYTES / 4);
-
+  std::vector<uint64_t> inboxes(plan.inboxes_bytes(shape) / 8);
+  emulator::inboxes_begin = inboxes.data(), emulator::inboxes_end = inboxes.data() + inboxes.size();
   Args args = plan.args(shape);
-  args.x = r.x, args.y = r.y, args.tokens = r.tokens, args.weights = weights.data(), args.cross = cross.data();
+  args.x = r.x, args.y = r.y, args.tokens = r.tokens, args.weights = weights.data();
   args.bias = bias.empty() ? nullptr : bias.data();
   args.output_bias = output_bias.empty() ? nullptr : output_bias.data();
-  args.sums = sums.data(), args.units = units.data(), args.barriers = barriers.data();
+  args.inboxes = reinterpret_cast<unsigned char*>(inboxes.data());
   args.inverse_gain = 1 / r.gain, args.activation = Activation(r.activation);
   const std::string name = r.mutant + plan.kernel(r.bfloat16 ? "BFloat16" : "Half", shape.bits);
   const int result = launch(name, plan.groups * plan.team, plan.shared_bytes, args, r.seed);
-  for (const unsigned barrier : barriers)
-    if (!result && barrier & 0x7fffffffu) return emulator::DEADLOCK;  // the next launch would wait for ever
+  for (const uint64_t word : inboxes)
+    if (!result && word) return NOT_CLEARED;  // the next launch would take it for its own
   return result;
 }
 
-// 0, or an `emulator::Result`, or -1 for an unknown kernel, or -2 if the plan does not fit.
+// 0, or an `emulator::Result`, or NOT_CLEARED, or -1 for an unknown kernel, or -2 if the plan does not fit.
 extern "C" int emulate_chain(const Request* request) {
   return request->bits == 16 ? emulate<Matrix>(*request) : emulate<QuantisedMatrix>(*request);
-}
-
-// Blocks in a span of the plan of a gated chain with weights of 16 bits.
-extern "C" int planned_span(int hidden, int rank, int depth, int tokens, int multiprocessors, int shared_bytes,
-                            int max_cluster, int memory_rate) {
-  Shape shape;
-  shape.hidden = hidden, shape.rank = rank, shape.depth = depth, shape.gated = 1;
-  const Gpu gpu{multiprocessors, shared_bytes, max_cluster, double(memory_rate)};
-  shape.span = best_span(gpu, shape);
-  return make_plan(gpu, shape, tokens).span;
 }
 
 // Whether there is a kernel for the plan of a chain of depth 2: 1 or 0, or -1 if there is no plan.
@@ -163,9 +127,8 @@ extern "C" int has_kernel(int hidden, int rank, int gated, int bits, int block_s
   if (bits < 16) QuantisedMatrix{nullptr, nullptr, 0, 0, block_size, bits}.describe(shape);
   shape.hidden = hidden, shape.depth = 2, shape.rank = rank, shape.gated = gated;
   const Gpu gpu{multiprocessors, shared_bytes, max_cluster};
-  shape.span = best_span(gpu, shape);
   const Plan plan = make_plan(gpu, shape, tokens);
-  if (!plan.mt) return -1;
+  if (!plan.team) return -1;
   const bool fits = plan.shared_bytes <= shared_bytes && (plan.cluster || plan.groups * plan.team <= multiprocessors);
   return fits && kernels.count(plan.kernel("Half", bits));
 }

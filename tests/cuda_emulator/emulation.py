@@ -26,7 +26,16 @@ ACTIVATIONS = {
     "relu": torch.nn.functional.relu,
     "relu2": lambda x: torch.nn.functional.relu(x).square(),
 }  # in the order of `Activation` in args.h
-RESULTS = {0: "done", 1: "deadlock", 2: "out of bounds", 3: "misaligned", -1: "no such kernel", -2: "no plan"}
+RESULTS = {
+    0: "done",
+    1: "deadlock",
+    2: "out of bounds",
+    3: "misaligned",
+    4: "misused",
+    5: "inbox not cleared",
+    -1: "no such kernel",
+    -2: "no plan",
+}
 GUARD, GUARD_ROWS = 0x5A5A, 64  # around the output
 
 
@@ -42,10 +51,7 @@ class Request(ctypes.Structure):
                 "bits",
                 "block_size",
                 "cluster",
-                "mt",
                 "team",
-                "chunk",
-                "span",
                 "tokens",
                 "hidden",
                 "depth",
@@ -66,9 +72,6 @@ class Case:
 
     Attributes:
         team: thread blocks that share a group of tokens.
-        mt: a group has 16 * mt tokens.
-        chunk: units in shared memory at a time (mode GLOBAL); 0 is all.
-        span: blocks in a span (mode GLOBAL).
         bits: of a weight. 8 and 4: quantised, with fp16 for everything else.
         block_size: quantised weights that share a scale.
     """
@@ -77,15 +80,12 @@ class Case:
     ranks: tuple[int, ...]
     tokens: int
     team: int
-    mt: int = 1
     dtype: torch.dtype = torch.float16
     activation: str = "silu"
     gated: bool = True
     bias: bool = False
     output_bias: bool = False
     gain: float = 0.5
-    chunk: int = 0
-    span: int = 1
     bits: int = 16
     block_size: int = 32
 
@@ -184,8 +184,8 @@ def emulate(
     guarded = torch.full((case.tokens + 2 * GUARD_ROWS, case.hidden), GUARD, dtype=torch.int16)
     y = guarded[GUARD_ROWS:-GUARD_ROWS]
     request = Request(
-        mutant.encode(), case.dtype == torch.bfloat16, case.bits, case.block_size, cluster, case.mt, case.team, case.chunk,
-        case.span, case.tokens, case.hidden, len(case.ranks), case.gated, case.bias,
+        mutant.encode(), case.dtype == torch.bfloat16, case.bits, case.block_size, cluster, case.team,
+        case.tokens, case.hidden, len(case.ranks), case.gated, case.bias,
         list(ACTIVATIONS).index(case.activation), seed,
         case.gain,
         ctypes.addressof(ranks), ctypes.addressof(pointers), output_bias.data_ptr() if output_bias is not None else None,

@@ -3,12 +3,11 @@
 // 1. Every CUDA thread is a fiber. Between barriers, fibers run in a random order, and some warps lag behind. A missing
 //    barrier gives wrong results, or results that depend on the seed.
 // 2. An asynchronous copy happens at once or when it is waited for, at random.
-// 3. Stores to global memory that other thread blocks read are held back until the block does an `add_release`.
+// 3. Messages to other thread blocks arrive late, in a random order.
 // 4. Shared memory starts as NaN. It is as large as the kernel asked for, and what follows it is checked.
 // 5. The tensor cores' fragments are those of the PTX manual.
 //
-// What it cannot show: a missing acquire, plain loads that hit an old line in the L1 cache, and whether all thread blocks
-// are resident.
+// What it cannot show: plain loads that hit an old line in the L1 cache, and whether all thread blocks are resident.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,6 +18,8 @@
 #include <functional>
 #include <memory>
 #include <vector>
+
+#include "args.h"
 
 #if !defined(__x86_64__)
 #error "the switch between fibers is written for x86-64"
@@ -33,10 +34,15 @@ struct Copy {
   const void* from;
   int bytes, group;
 };
-struct Store {
+struct Arrivals {  // in the place of an mbarrier
+  int bytes;       // that are still to come
+  uint16_t expected, phase;
+};
+struct Message {
   void* at;
   size_t bytes;
-  unsigned char value[16];
+  unsigned char content[8];
+  Arrivals* arrivals;  // of the receiver, or null
 };
 struct Fiber {
   void* stack;
@@ -49,7 +55,6 @@ struct Fiber {
 };
 struct Block {
   std::vector<unsigned char> shared;
-  std::vector<Store> stores;
   long arrived = 0;
   unsigned char* memory() { return reinterpret_cast<unsigned char*>((uintptr_t(shared.data()) + 127) & ~uintptr_t(127)); }
 };
@@ -63,13 +68,20 @@ inline Fiber* current;
 inline void* scheduler_stack;
 inline std::vector<Block> blocks;
 inline std::vector<Warp> warps;
+inline std::vector<Message> messages;  // on their way
+inline long delivered;                 // so far
 inline std::vector<long> clusters;
 inline int threads_in_block, cluster_size;
 inline std::function<void()> body;
-inline bool misaligned;  // an address of an asynchronous copy
+inline bool misaligned;  // an address of an asynchronous copy or message
+inline bool misused;     // an mbarrier, the number of a member, or an inbox
+inline const void *inboxes_begin, *inboxes_end;  // all messages through global memory must be there, if these are set
 inline long work;  // grows with every step that is no vain wait
 inline unsigned random_state;
-inline unsigned random_bits() { return random_state = random_state * 1664525u + 1013904223u, random_state >> 8; }
+inline unsigned random_bits() {  // 24 good ones: the low bits of such a generator repeat soon
+  random_state = random_state * 1664525u + 1013904223u;
+  return (random_state >> 8) * 2654435761u >> 8;
+}
 
 extern "C" void lockkit_switch(void** save, void* to);
 asm(R"(
@@ -96,9 +108,32 @@ inline void wait(long& arrived, int size) {
   current->counter = nullptr;
 }
 
-inline void flush_stores(Block& block) {
-  for (const Store& store : block.stores) memcpy(store.at, store.value, store.bytes);
-  block.stores.clear();
+inline void end_phase(Arrivals& arrivals) {
+  if (arrivals.expected && arrivals.bytes == 0) arrivals.expected = 0, arrivals.phase ^= 1;
+}
+
+// Let half of the messages arrive, or all, in a random order.
+inline void deliver(bool all) {
+  std::vector<Message> later;
+  for (size_t i = messages.size(); i > 1; --i) std::swap(messages[i - 1], messages[random_bits() % i]);
+  for (const Message& message : messages) {
+    if (!all && random_bits() % 2) {
+      later.push_back(message);
+      continue;
+    }
+    memcpy(message.at, message.content, message.bytes);
+    if (message.arrivals) message.arrivals->bytes -= int(message.bytes), end_phase(*message.arrivals);
+    ++work, ++delivered;
+  }
+  messages.swap(later);
+}
+
+// Wait a little for messages.
+inline void wait_for_messages() {
+  const long before = delivered;
+  current->counter = &delivered, current->goal = before + 1;
+  while (delivered == before) yield();
+  current->counter = nullptr;
 }
 
 inline void enter() {
@@ -108,17 +143,17 @@ inline void enter() {
   abort();
 }
 
-enum Result { OK, DEADLOCK, OUT_OF_BOUNDS, MISALIGNED };
+enum Result { OK, DEADLOCK, OUT_OF_BOUNDS, MISALIGNED, MISUSED };
 
 // Run `kernel` on grid x threads fibers, clusters of `cluster` thread blocks, and `shared` bytes of shared memory each.
 inline Result launch(int grid, int threads, int shared, int cluster, std::function<void()> kernel, unsigned seed) {
   constexpr size_t STACK_BYTES = 16384, GUARD_BYTES = 256;
   constexpr unsigned char GUARD = 0xff;  // filled with NaN, like the memory itself
-  blocks.assign(grid, {});
+  blocks.assign(grid, {}), messages.clear();
   for (Block& block : blocks) block.shared.assign(shared + 128 + GUARD_BYTES, GUARD);
   warps.assign(size_t(grid) * threads / 32, {});
   clusters.assign(grid / cluster, 0);
-  threads_in_block = threads, cluster_size = cluster, body = std::move(kernel), random_state = seed, misaligned = false;
+  threads_in_block = threads, cluster_size = cluster, body = std::move(kernel), random_state = seed, misaligned = misused = false;
   const int count = grid * threads;
   std::unique_ptr<char[]> stacks(new char[STACK_BYTES * count]);  // not filled: most pages are never touched
   std::vector<Fiber> fibers(count);
@@ -131,6 +166,7 @@ inline Result launch(int grid, int threads, int shared, int cluster, std::functi
   }
   long last_work = 0, idle_rounds = 0;
   for (long round = 0; !order.empty(); ++round) {
+    if (round % 4 == 0) deliver(false);
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_bits() % i]);
     for (const int i : order) {
       const unsigned lag = (unsigned(i / 32) * 2654435761u ^ unsigned(round / 64) * 40503u ^ seed * 77777u) * 2246822519u;
@@ -143,13 +179,13 @@ inline Result launch(int grid, int threads, int shared, int cluster, std::functi
     idle_rounds = work == last_work ? idle_rounds + 1 : 0, last_work = work;
     if (idle_rounds > 2000) return DEADLOCK;
   }
+  deliver(true);
   for (Block& block : blocks) {
-    flush_stores(block);
     const unsigned char* end = block.memory() + shared;
     for (size_t i = 0; i < GUARD_BYTES; ++i)
       if (end[i] != GUARD) return OUT_OF_BOUNDS;
   }
-  return misaligned ? MISALIGNED : OK;
+  return misaligned ? MISALIGNED : misused ? MISUSED : OK;
 }
 
 inline Block& this_block() { return blocks[current->block]; }
@@ -167,7 +203,7 @@ inline void sync_cluster() {
   const int size = emulator::cluster_size;
   emulator::wait(emulator::clusters[block() / size], emulator::threads_in_block * size);
 }
-inline void spin() { emulator::yield(); }
+inline void wait_a_little(long long&) { emulator::wait_for_messages(); }
 
 template <int BYTES>
 void copy_async(void* to, const void* from) {
@@ -186,33 +222,52 @@ void copy_wait() {
                copies.end());
 }
 
-inline unsigned load_acquire(const unsigned* at) { return *at; }
-inline unsigned add_release(unsigned* at, unsigned value) {
-  emulator::flush_stores(emulator::this_block());
-  const unsigned before = *at;
-  *at += value;
-  return before;
+// Halves of 8 bytes travel alone.
+template <class M>
+void send(M* to, const M& content) {
+  if (emulator::inboxes_begin && (to < emulator::inboxes_begin || to + 1 > emulator::inboxes_end)) {
+    emulator::misused = true;
+    return;
+  }
+  for (size_t i = 0; i < sizeof(M); i += 8) {
+    emulator::Message half{reinterpret_cast<char*>(to) + i, 8, {}, nullptr};
+    memcpy(half.content, reinterpret_cast<const char*>(&content) + i, 8);
+    emulator::messages.push_back(half);
+  }
 }
-inline unsigned add_relaxed(unsigned* at, unsigned value) {  // for a mutant
-  const unsigned before = *at;
-  *at += value;
-  return before;
-}
-template <class V>
-V load_for_all(const V* at) {
+template <class M>
+M receive(const M* at) {
   return *at;
 }
-template <class V>
-void store_for_all(V* at, V value) {
-  emulator::Store store{at, sizeof(V), {}};
-  memcpy(store.value, &value, sizeof(V));
-  emulator::this_block().stores.push_back(store);
+
+using Arrivals = emulator::Arrivals;
+inline void init_arrivals(Arrivals* arrivals) { *arrivals = {}; }
+inline void expect_bytes(Arrivals* arrivals, int bytes) {
+  if (arrivals->expected) emulator::misused = true;  // a second call for a phase
+  arrivals->bytes += bytes, arrivals->expected = 1;
+  emulator::end_phase(*arrivals);
+}
+inline void wait_for_arrivals(const Arrivals* arrivals, int phase) {
+  while (arrivals->phase == phase) emulator::wait_for_messages();
 }
 template <class P>
-P* of_peer(P* mine, int rank) {
+P* of_member(P* mine, int rank) {
+  if (rank >= emulator::cluster_size) emulator::misused = true, rank = 0;
   const int me = block(), peer = me / emulator::cluster_size * emulator::cluster_size + rank;
   return reinterpret_cast<P*>(uintptr_t(mine) - uintptr_t(emulator::blocks[me].memory()) +
                               uintptr_t(emulator::blocks[peer].memory()));
+}
+template <class P, class V>
+void send_async(P* mine, int member, const V& content, Arrivals* arrivals) {
+  emulator::Message message{of_member(mine, member), sizeof(V), {}, of_member(arrivals, member)};
+  if (uintptr_t(mine) % sizeof(V)) emulator::misaligned = true;
+  emulator::Block& here = emulator::this_block();
+  if (reinterpret_cast<unsigned char*>(mine) + sizeof(V) > here.memory() + here.shared.size() - 128) {
+    emulator::misused = true;
+    return;
+  }
+  memcpy(message.content, &content, sizeof(V));
+  emulator::messages.push_back(message);
 }
 
 using Half = _Float16;
@@ -263,15 +318,17 @@ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
 inline float exponential(float x) { return std::exp(x); }
 inline float error_function(float x) { return std::erf(x); }
 
-inline float sum_of_eight(float value) {
+inline float of_lane_across(float value, int distance) {
   emulator::Warp& warp = emulator::this_warp();
   const int lane = thread() % 32;
-  for (const int distance : {1, 2, 4}) {
-    warp.values[lane] = value;
-    emulator::wait(warp.arrived, 32);
-    value += warp.values[lane ^ distance];
-    emulator::wait(warp.arrived, 32);
-  }
+  warp.values[lane] = value;
+  emulator::wait(warp.arrived, 32);
+  const float other = warp.values[lane ^ distance];
+  emulator::wait(warp.arrived, 32);
+  return other;
+}
+inline float sum_of_eight(float value) {
+  for (const int distance : {1, 2, 4}) value += of_lane_across(value, distance);
   return value;
 }
 

@@ -32,61 +32,65 @@ class Mutant:
 
 MUTANTS = [
     *(Mutant("original", "", "", form, BOTH) for form in ("Plain", "Int4", "Int8")),
-    Mutant("no_barrier_after_t", "      write_t();\n      sync_block();\n", "      write_t();\n", modes=BOTH),
-    Mutant("no_meeting_before_units", "products(j);\n      meet();\n", "products(j);\n", modes=BOTH),
+    # Barriers and waits.
+    Mutant("no_barrier_after_t", "s.v[1]);\n    });\n    sync_block();\n", "s.v[1]);\n    });\n", modes=BOTH),
     Mutant(
-        "no_meeting_after_units",
-        "meet([&] { if (SPANS && j + 1 < blocks) sum_own_units(j + 1); });",
-        "if (SPANS && j + 1 < blocks) sum_own_units(j + 1);",
+        "no_barrier_after_parts",
+        "2 * i + 1]}};\n        }\n    sync_block();\n",
+        "2 * i + 1]}};\n        }\n",
         modes=BOTH,
     ),
-    Mutant("no_barrier_after_staging", "0, width);\n        sync_block();\n", "0, width);\n"),
-    Mutant("no_barrier_before_next_chunk", "if (start) sync_block();", ""),
-    Mutant("no_barrier_before_arrival", "F meanwhile) {\n  sync_block();\n", "F meanwhile) {\n"),
-    Mutant("no_barrier_after_meeting", "spin();\n  sync_block();\n", "spin();\n"),
-    Mutant("stores_not_released", "add_release(barrier, add)", "add_relaxed(barrier, add)"),
-    Mutant("counter_does_not_return", "0x80000000u - unsigned(team - 1)", "0x80000000u - unsigned(team)"),
-    Mutant("wait_too_lax", "copy_wait<STAGES - 1>();", "copy_wait<STAGES>();"),
+    Mutant("no_barrier_after_units", "receive_units(l);\n      sync_block();\n", "receive_units(l);\n"),
+    Mutant("products_not_awaited", "wait_for_arrivals(products_arrive_, l & 1);", "", modes=("CLUSTER",)),
+    Mutant("units_not_awaited", "wait_for_arrivals(products_arrive_ + 1, l & 1);", "", modes=("CLUSTER",)),
+    Mutant("phase_of_first_block", "(products_arrive_ + 1, l & 1)", "(products_arrive_ + 1, 0)", modes=("CLUSTER",)),
+    Mutant("too_few_products_expected", "(p_.gated ? 8 : 4)", "4", modes=("CLUSTER",)),
+    Mutant("too_few_units_expected", "rows_ * p_.rank * 2)", "rows_ * p_.rank)", modes=("CLUSTER",)),
     Mutant(
-        "wrong_slot_of_the_ring",
-        "    return *reinterpret_cast<const Word*>(words_ + slot_ * (THREADS * 16));",
-        "    return *reinterpret_cast<const Word*>(words_ + (slot_ + STAGES - 1) % STAGES * (THREADS * 16));",
+        "next_products_not_expected",
+        "if (thread() == 0 && l + 1 < p_.depth) expect_products();",
+        "",
+        modes=("CLUSTER",),
     ),
-    Mutant("stale_block", "blocks_left_(p.depth)", "blocks_left_(p.depth - 1)"),
-    Mutant("fragment_of_wrong_row", "(at + 8 * pitch);", "(at + 7 * pitch);"),
-    Mutant("fragment_of_wrong_column", "(at + 8 * pitch + 8);", "(at + 8 * pitch);"),
+    Mutant("flag_of_any_block", "m.flag == unsigned(l + 1)", "m.flag > 0"),
+    Mutant("second_flag_ignored", " && m.second_flag == unsigned(l + 1)", ""),
+    Mutant("inbox_not_cleared", "if constexpr (MODE == GLOBAL) clear_inbox();", ""),
+    Mutant("wait_too_lax", "copy_wait<STAGES - 1>();", "copy_wait<STAGES>();", modes=BOTH),
+    # Weights.
     Mutant(
-        "operands_exchanged", "mma(sums(m)[1], a, b.v[2], b.v[3], T());", "mma(sums(m)[1], a, b.v[3], b.v[2], T());"
+        "wrong_slot_of_the_ring", "(words_ + (slot_ * BATCH + i) * (THREADS * 16));", "(words_ + i * (THREADS * 16));"
     ),
+    Mutant("stale_block", "depth_(p.depth)", "depth_(p.depth - 1)"),
+    Mutant("batch_too_long", "if (k + i * TILES + j < end) {", "{"),
+    Mutant("batch_not_left", "left_ = left_ > BATCH ? left_ - BATCH : 0;", "left_ = 0;"),
     Mutant(
-        "member_forgotten",
-        "for (int peer = part; peer < p_.team; peer += 8) {",
-        "for (int peer = part; peer < p_.team - 1; peer += 8) {",
+        "wrong_part_of_down",
+        "(all_in + (first_tile + tile) * rank_words + down_first)",
+        "(all_in + (first_tile + tile) * rank_words)",
     ),
-    Mutant("share_too_small", "/ p.team - first_unit_)", "/ p.team - first_unit_ - (member_ == 1))"),
+    # Products.
+    Mutant("fragment_of_wrong_row", "a[1] = *reinterpret_cast<const uint32_t*>(high);", "a[1] = a[0];", modes=BOTH),
+    Mutant("fragment_of_wrong_column", "(high + 8);", "(high);"),
+    Mutant("row_of_other_token", "smaller(lane_ / 4 + 8, p_.rows - 1)", "smaller(lane_ / 4 + 7, p_.rows - 1)"),
     Mutant(
-        "rows_not_checked", "if (row >= rows_ || column >= p_.hidden) continue;", "if (column >= p_.hidden) continue;"
+        "operands_exchanged",
+        "mma(sums[1], a[i][j], b.v[2], b.v[3], T());",
+        "mma(sums[1], a[i][j], b.v[3], b.v[2], T());",
     ),
-    Mutant("channels_not_checked", "if (row >= rows_ || column >= p_.hidden) continue;", "if (row >= rows_) continue;"),
-    Mutant("stream_not_added", "x.v[0] + s[0], x.v[1] + s[1]", "x.v[0] + s[0], x.v[1]"),
-    Mutant("gain_forgotten", "s[j] * p_.inverse_gain + bias", "s[j] + bias"),
-    Mutant("bias_of_first_block", "p_.bias + size_t(l + j) * p_.columns()", "p_.bias + size_t(j) * p_.columns()"),
+    Mutant("part_forgotten", "part < p_.parts(); ++part", "part < p_.parts() - 1; ++part", modes=BOTH),
+    Mutant("units_of_first_part", "down_first_ * FORMAT::TILES,\n", "0,\n"),
+    Mutant("member_forgotten", "peer < p_.team; peer += 8", "peer < p_.team - 1; peer += 8", modes=BOTH),
+    Mutant("peer_forgotten", "peer < p_.team; peer += 16", "peer < p_.team - 1; peer += 16", modes=BOTH),
+    Mutant("wrong_owner", "(pair + 0.5f)", "(pair + 1.5f)", modes=BOTH),
+    Mutant("units_of_a_pair_exchanged", "unit % 2 ? pack_pair", "unit % 2 == 0 ? pack_pair", modes=BOTH),
+    Mutant("rows_not_checked", "if (row >= rows_) continue;", "", modes=BOTH),
+    Mutant("channels_not_checked", "if (column >= p_.hidden) continue;", ""),
+    Mutant("stream_not_added", "x.v[0] + s.v[0], x.v[1] + s.v[1]", "x.v[0] + s.v[0], x.v[1]"),
+    Mutant("gain_forgotten", "s.v[j] * p_.inverse_gain + bias", "s.v[j] + bias"),
+    Mutant("bias_of_first_block", "p_.bias + size_t(l) * p_.columns()", "p_.bias"),
     Mutant("bias_forgotten", "sum.v[0] += bias[0];", ""),
+    Mutant("bias_of_first_member", "(first_unit + unit) * width", "unit * width"),
     Mutant("output_bias_forgotten", "p_.output_bias ? p_.output_bias[column] : 0.f", "0.f"),
-    # What spans have of their own.
-    Mutant("cross_term_dropped", "k = lane_ % 8; k < words; k += 8", "k = lane_ % 8 + 1; k < words; k += 8"),
-    Mutant("cross_products_of_first_span", "size_t(l / p_.span) * pairs_before", "size_t(0) * pairs_before"),
-    Mutant("no_wait_for_cross_products", "copy_wait<0>();  // before the barrier: cross products too\n", ""),
-    Mutant(
-        "no_meeting_between_blocks",
-        "        meet([&]",
-        "        if (j + 1 < blocks) sum_own_units(j + 1);\n        else meet([&]",
-    ),
-    Mutant("products_of_other_block", "p_.span + j * columns;", "p_.span;"),
-    Mutant("sums_of_other_block", "sum_own_units(j + 1);", "sum_own_units(j);"),
-    Mutant("units_of_other_block", "stage_units(j * p_.rank, j", "stage_units(0, j"),
-    Mutant("no_barrier_after_units_of_block", "p_.rank, p_.rank);\n    sync_block();\n", "p_.rank, p_.rank);\n"),
-    Mutant("down_before_up_in_later_spans", "in_span_ = 0, down_ = !down_;", "in_span_ = 0, down_ = true;"),
     # What quantised weights have of their own.
     Mutant("middle_is_wrong", "LOWER = 0xe408e408", "LOWER = 0xe407e407", "Int4"),
     Mutant(
@@ -95,12 +99,15 @@ MUTANTS = [
         "{{scaled(upper_half(low), first), scaled(lower_half(low), first),",
         "Int4",
     ),
-    Mutant("scale_of_first_block", "[j * p_.scales / TILES]", "[0]", "Int4"),
+    Mutant("scale_of_first_block", "[j * scales_ / TILES]", "[0]", "Int4"),
     Mutant("scales_of_other_column", "lane / 4 * 4 * p.scales", "lane % 8 * 4 * p.scales", "Int4"),
     Mutant("scales_cut_short", "else copy_async<16>(to, from);", "else copy_async<8>(to, from);", "Int4"),
-    Mutant("padding_multiplied", "if (j == 0 || j < left) multiply(", "multiply(", "Int4"),
-    Mutant("chunk_in_tiles", "chunk_words_(words(p.chunk / TILE))", "chunk_words_(p.chunk / TILE)", "Int4"),
-    Mutant("one_slot_for_scales", "return slot_ * (THREADS * 4) * p_.scales;", "return 0;", "Int8"),
+    Mutant(
+        "one_slot_for_scales",
+        "return scales_at_ + (slot_ * BATCH + i) * (THREADS * 4) * scales_;",
+        "return scales_at_;",
+        "Int8",
+    ),
     Mutant(
         "bytes_exchanged",
         "{{scaled(byte(a), first), scaled(byte(a >> 8), first),",
@@ -135,9 +142,10 @@ def write_mutants(folder: Path) -> Path:
         changed = changed.replace("namespace lockkit_cuda {", f"namespace lockkit_cuda {{ namespace {name} {{")
         copies.append(changed.replace("}  // namespace lockkit_cuda", "}}"))
         for form, mode in ((mutant.format, mode) for mutant in variants for mode in mutant.modes):
-            space, stages = f"lockkit_cuda::{name}", 16 if form == "Plain" else 8
-            kernel = f"{space}::Chain<Half, {space}::{form}, {space}::{mode}, 1, 1, {stages}>"
-            entry = f"{name}.chain_Half_{form}_{mode}_1_1"
+            space = f"lockkit_cuda::{name}"
+            batches = f"{4 if form == 'Plain' else 2}, {4 if mode == 'CLUSTER' else 2}"
+            kernel = f"{space}::Chain<Half, {space}::{form}, {space}::{mode}, {batches}>"
+            entry = f"{name}.chain_Half_{form}_{mode}"
             entries.append(f'{{"{entry}", [](const Args& args) {{ {kernel}(args).run(); }}}},\n')
     (folder / "mutants.h").write_text('#include "args.h"\n#include "device.h"\n' + "\n".join(copies))
     table = folder / "mutants.inc"

@@ -87,7 +87,7 @@ EXPORT int cuModuleLoadDataEx(void** module, const void* image, unsigned count, 
 EXPORT int cuModuleUnload(void* module) { return (void)module, OK; }
 EXPORT int cuModuleGetFunction(void** function, void* module, const char* name) {
   /* Kernels for clusters are for GPUs of a version above that of the PTX. */
-  if (module == FROM_PTX && strstr(name, "_CLUSTER_")) return 500; /* CUDA_ERROR_NOT_FOUND */
+  if (module == FROM_PTX && strstr(name, "_CLUSTER")) return 500; /* CUDA_ERROR_NOT_FOUND */
   return *function = strdup(name), fake_failure("cuModuleGetFunction");
 }
 EXPORT int cuFuncSetAttribute(void* f, int attribute, int value) {

@@ -11,11 +11,24 @@
 
 namespace lockkit_cuda {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int TILE = 16;            // weights are stored in tiles of 16 x 16
-constexpr int BARRIER_BYTES = 128;  // barriers of two teams are not on one cache line
+constexpr int THREADS = 512, WARPS = THREADS / 32;
+constexpr int TILE = 16;       // weights are stored in tiles of 16 x 16
+constexpr int MAX_ROWS = TILE;  // tokens that a team takes at a time
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
+
+// Numbers on their way from one thread block to another through global memory (mode GLOBAL). A flag arrives with each
+// number, since a GPU writes 8 bytes at once: who finds the flag that it waits for has the number, too.
+struct alignas(16) Message {
+  float first;
+  unsigned first_flag;
+  float second;
+  unsigned second_flag;
+};
+struct alignas(8) ShortMessage {
+  uint32_t content;
+  unsigned flag;
+};
 
 struct Args {
   const void* x;                 // [tokens, hidden]
@@ -23,50 +36,50 @@ struct Args {
   const unsigned char* weights;  // see pack.h
   const float* bias;             // [depth, columns], or null
   const float* output_bias;      // [hidden], or null
-  const void* cross;             // GLOBAL only: cross products of the weights (cross.h), or null
-  void* cross_to;                // GLOBAL only: not null: compute cross products only, see cross.h
-  int cross_pitch;               // numbers between two columns there
-  float* sums;                   // GLOBAL only: products [teams, team, rows of a team, columns of a span]
-  void* units;                   // GLOBAL only: [teams, rows of a team, units of a span]
-  unsigned* barriers;            // GLOBAL only: one in BARRIER_BYTES, zero before the first launch
+  unsigned char* inboxes;        // GLOBAL only: of all members, zero before and after a launch
   int tokens, hidden, depth;
-  int scales;   // of quantised weights, in a word for each of its columns: 1, 2 or 4; else 0
-  int rank;     // of every block, filled up to a multiple of 16
-  int gated;    // 1: columns are gate and up in turn; 0: up alone
-  int team;     // thread blocks that share a group of tokens
-  int tiles;    // tiles of channels that each of them owns; the last ones may own fewer
-  int chunk;    // units that are in shared memory at a time, a multiple of 16; CLUSTER: all; a span: all of the span
-  int span;     // DLR blocks in a span; 1 without cross products
+  int scales;  // of quantised weights, in a word for each of its columns: 1, 2 or 4; else 0
+  int rank;    // of every block, filled up to a multiple of 16
+  int gated;   // 1: columns are gate and up in turn; 0: up alone
+  int team;    // thread blocks that share a group of tokens
+  int tiles;   // tiles of channels that each of them owns; the last ones may own fewer
+  int rows;    // tokens in a group, at most MAX_ROWS
   float inverse_gain;
   Activation activation;
 
   HOST_DEVICE int columns() const { return rank * (gated ? 2 : 1); }
   HOST_DEVICE int hidden_tiles() const { return (hidden + TILE - 1) / TILE; }
-  HOST_DEVICE int most_own_units() const { return (rank + team - 1) / team; }
+  // Warps that share the products of one tile of channels with down. Each takes a part of the units.
+  HOST_DEVICE int parts() const { return WARPS / tiles; }
+  // Units belong to members in pairs; the last members may own fewer.
+  HOST_DEVICE int most_own_pairs() const { return (rank / 2 + team - 1) / team; }
+  HOST_DEVICE int most_own_columns() const { return most_own_pairs() * 2 * (gated ? 2 : 1); }
+  // Bytes of a member's inbox in global memory: products for its own columns, then all units.
+  HOST_DEVICE size_t products_bytes() const { return size_t(rows) * team * most_own_columns() / 2 * sizeof(Message); }
+  HOST_DEVICE size_t inbox_bytes() const { return products_bytes() + size_t(rows) * rank / 2 * sizeof(ShortMessage); }
 };
 
 // Bytes of a warp's words of 16 bytes in global memory, with the scales of 16 columns behind them.
 HOST_DEVICE inline int word_bytes(int scales) { return 32 * 16 + TILE * scales * 2; }
 
-// Pairs of two DLR blocks of a span, of which the later one is before block `j`.
-HOST_DEVICE inline int pairs_before(int j) { return j * (j - 1) / 2; }
-
-// Offsets in shared memory, in bytes.
+// Offsets in shared memory, in bytes. The ring of weights is at 0.
 struct Layout {
-  // The ring of weights is at 0. `sums` are products: CLUSTER: this member's; a span: the sums for its own units.
-  int t, units, sums, cross, bytes;
+  int t, x, units, parts, inbox, arrivals, bytes;
 
-  HOST_DEVICE Layout(const Args& p, bool cluster, int rows, int stages) {
-    t = stages * THREADS * (16 + 4 * p.scales);
-    units = t + rows * t_pitch(p.tiles) * 2;
-    sums = units + rows * unit_pitch(p.chunk) * 2;
-    cross = sums + (cluster ? rows * sum_pitch(p.columns()) * 4 : p.span > 1 ? rows * p.most_own_units() * 8 : 0);
-    bytes = cross + pairs_before(p.span) * p.most_own_units() * (p.gated ? 2 : 1) * p.rank * 2;
+  // `ring_words`: words in the ring, for each thread.
+  HOST_DEVICE Layout(const Args& p, bool cluster, int ring_words) {
+    t = ring_words * THREADS * (16 + 4 * p.scales);
+    x = t + p.rows * t_pitch(p.tiles) * 2;
+    units = x + p.rows * t_pitch(p.tiles) * 2;
+    parts = units + p.rows * unit_pitch(p.rank) * 2;
+    inbox = parts + p.parts() * p.rows * part_pitch(p.tiles) * 4;
+    arrivals = inbox + (cluster ? p.rows * p.team * p.most_own_columns() * 4 : 0);
+    bytes = arrivals + 16;
   }
   // Elements between rows. The extra ones keep the eight rows of a fragment on different banks.
   static HOST_DEVICE int t_pitch(int tiles) { return tiles * TILE + 8; }
-  static HOST_DEVICE int unit_pitch(int chunk) { return chunk + 8; }
-  static HOST_DEVICE int sum_pitch(int columns) { return columns + 8; }
+  static HOST_DEVICE int unit_pitch(int rank) { return rank + 8; }
+  static HOST_DEVICE int part_pitch(int tiles) { return tiles * TILE + 8; }
 };
 
 }  // namespace lockkit_cuda

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "args.h"
+
 #define DEVICE __device__ __forceinline__
 
 namespace lockkit_cuda {
@@ -15,7 +17,14 @@ extern __shared__ __align__(128) unsigned char shared_memory[];
 DEVICE int thread() { return int(threadIdx.x); }
 DEVICE int block() { return int(blockIdx.x); }
 DEVICE void sync_block() { __syncthreads(); }
-DEVICE void spin() {}
+
+// Wait a little for another thread block. `since` is the clock at the first call, and 0 before it. After most of a minute
+// something is wrong: the kernel fails, instead of keeping the GPU for ever.
+DEVICE void wait_a_little(long long& since) {
+  const long long now = clock64();
+  if (since == 0) since = now;
+  else if (now - since > (1ll << 36)) __trap();
+}
 
 // ---- asynchronous copies from global to shared memory ----
 
@@ -32,57 +41,84 @@ DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- data that other thread blocks read ----
+// ---- messages to other thread blocks, through global memory ----
 
-DEVICE unsigned load_acquire(const unsigned* at) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  return value;
+// Numbers of 8 bytes are read and written at once. These accesses pass by the L1 cache, which may hold old values.
+DEVICE void send(Message* to, const Message& content) {
+  uint64_t halves[2];
+  memcpy(halves, &content, 16);
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(halves[0]), "l"(halves[1]) : "memory");
 }
-DEVICE unsigned add_release(unsigned* at, unsigned value) {
-  unsigned before;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(value) : "memory");
-  return before;
+DEVICE void send(ShortMessage* to, const ShortMessage& content) {
+  uint64_t all;
+  memcpy(&all, &content, 8);
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(all) : "memory");
 }
-// A load from the L2 cache: the L1 cache may hold an old value.
-template <class V>
-DEVICE V load_for_all(const V* at) {
-  V value;
-  if constexpr (sizeof(V) == 16) {
-    const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(at));
-    memcpy(&value, &bits, 16);
-  } else if constexpr (sizeof(V) == 8) {
-    const float2 bits = __ldcg(reinterpret_cast<const float2*>(at));
-    memcpy(&value, &bits, 8);
-  } else {
-    value = __ldcg(at);
-  }
-  return value;
+DEVICE Message receive(const Message* at) {
+  uint64_t halves[2];
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(halves[0]), "=l"(halves[1]) : "l"(at) : "memory");
+  Message content;
+  memcpy(&content, halves, 16);
+  return content;
 }
-// Visible to other thread blocks once this one has done an `add_release`.
-template <class V>
-DEVICE void store_for_all(V* at, V value) {
-  *at = value;
+DEVICE ShortMessage receive(const ShortMessage* at) {
+  uint64_t all;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(all) : "l"(at) : "memory");
+  ShortMessage content;
+  memcpy(&content, &all, 8);
+  return content;
 }
 
-#if __CUDA_ARCH__ >= 900
+// ---- messages within a cluster, sm_90 and up ----
+
+using Arrivals = uint64_t;  // an mbarrier: it counts the bytes that arrive, in phases
+
+DEVICE uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+// The same place in the shared memory of another member.
+DEVICE uint32_t address_at(const void* mine, int member) {
+  uint32_t at;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(member));
+  return at;
+}
 DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// The same place in the shared memory of another member of the cluster.
-template <class P>
-DEVICE P* of_peer(P* mine, int rank) {
-  uint64_t at;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(mine), "r"(rank));
-  return reinterpret_cast<P*>(at);
+DEVICE void init_arrivals(Arrivals* arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+                   shared_address(arrivals))
+               : "memory");
 }
-#else  // never called: CLUSTER kernels exist from sm_90 on
-DEVICE void sync_cluster() {}
-template <class P>
-DEVICE P* of_peer(P* mine, int) {
-  return mine;
+// A phase ends when this was called once for it and that many bytes have arrived. Some may come before the call.
+DEVICE void expect_bytes(Arrivals* arrivals, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)), "r"(bytes)
+               : "memory");
 }
-#endif
+// Wait for the end of a phase: 0, 1, 0, and so on.
+DEVICE void wait_for_arrivals(const Arrivals* arrivals, int phase) {
+  for (long long since = 0;; wait_a_little(since)) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(arrivals)), "r"(phase)
+        : "memory");
+    if (done) return;
+  }
+}
+// Write to the place `mine` of a member, and tell its `arrivals`.
+template <class P>
+DEVICE void send_async(float* mine, int member, const P& pair, Arrivals* arrivals) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   address_at(mine, member)),
+               "f"(pair.v[0]), "f"(pair.v[1]), "r"(address_at(arrivals, member))
+               : "memory");
+}
+DEVICE void send_async(void* mine, int member, uint32_t content, Arrivals* arrivals) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   address_at(mine, member)),
+               "r"(content), "r"(address_at(arrivals, member))
+               : "memory");
+}
 
 // ---- arithmetic ----
 
@@ -95,6 +131,9 @@ DEVICE float sum_of_eight(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 2);
   return value + __shfl_xor_sync(0xffffffffu, value, 4);
 }
+
+// The value of the lane whose number differs in the bit `distance`.
+DEVICE float of_lane_across(float value, int distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
 
 DEVICE float exponential(float x) { return __expf(x); }
 DEVICE float error_function(float x) { return erff(x); }

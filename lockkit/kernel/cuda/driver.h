@@ -35,8 +35,6 @@ typedef struct Stream_* Stream;
 
 enum Attribute {
   MULTIPROCESSORS = 16,
-  MEMORY_KILOHERTZ = 36,
-  MEMORY_BITS = 37,
   MAJOR = 75,
   MINOR = 76,
   COOPERATIVE = 95,
@@ -144,11 +142,11 @@ class Device {
     }
   }
 
-  // At least `bytes` of memory that only kernels on `stream` use, one after the other. It starts with zeros. When more
-  // is needed, the old memory stays: captured graphs may use it.
-  Address scratch(Stream stream, size_t bytes) {
+  // At least `bytes` of memory that only kernels on `stream` use, one after the other. It holds zeros, and every kernel
+  // leaves it so. When more is needed, the old memory stays: captured graphs may use it.
+  Address zeros(Stream stream, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto& [address, size] = scratch_[stream];
+    auto& [address, size] = zeros_[stream];
     if (size < bytes) {
       size_t wanted = size_t{1} << 20;
       while (wanted < bytes) wanted *= 2;
@@ -170,8 +168,6 @@ class Device {
     driver_.call("cuModuleLoadData", &module_, static_cast<const void*>(lockkit_cubins));
     gpu_ = {attribute(MULTIPROCESSORS), attribute(SHARED_BYTES), 0};
     gpu_.max_cluster = max_cluster(major);
-    const double rate = attribute(MEMORY_KILOHERTZ) * 2e-3 * attribute(MEMORY_BITS) / 8;
-    if (rate > 1e5) gpu_.memory_rate = rate;  // some devices do not know it
 #else
     throw std::runtime_error("DLRChain: the library was built without kernels for CUDA");
 #endif
@@ -201,7 +197,7 @@ class Device {
   int max_cluster(int major) {
     if (major < 9) return 0;
     Function function;
-    const char* kernel = "chain_Half_Plain_CLUSTER_1_1";
+    const char* kernel = "chain_Half_Plain_CLUSTER";
     if (driver_.try_call("cuModuleGetFunction", &function, module_, kernel)) return 0;
     function = loaded(kernel);
     for (const int size : {16, 8}) {
@@ -220,7 +216,7 @@ class Device {
   Module module_ = nullptr;
   std::mutex mutex_;  // guards what follows
   std::map<std::string, Function> functions_;
-  std::map<Stream, std::pair<Address, size_t>> scratch_;
+  std::map<Stream, std::pair<Address, size_t>> zeros_;
 };
 
 }  // namespace cuda

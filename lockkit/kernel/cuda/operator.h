@@ -2,7 +2,7 @@
 // everything else in fp16, for onnxruntime's CUDA provider.
 //
 // 1. When the session is created, the weights are packed (pack.h) and copied to the GPU. They are inputs in the CPU's
-//    memory: onnxruntime keeps no copy of its own on the GPU. Where spans pay (plan.h), the GPU computes cross products.
+//    memory: onnxruntime keeps no copy of its own on the GPU.
 // 2. A call chooses a plan for its number of tokens (plan.h) and launches the kernel on onnxruntime's stream, once, or
 //    several times for more tokens than the GPU takes at once. The host waits for nothing, so a CUDA graph can hold it.
 #pragma once
@@ -112,11 +112,10 @@ class Chain {
     }
     if (!constants.at_end()) throw std::runtime_error("DLRChain: inputs do not match the attributes");
     for (const int tokens : {1, 4096})
-      if (!plan(tokens).mt) throw std::runtime_error("DLRChain: this GPU is too small for a chain of these sizes");
+      if (!plan(tokens).team) throw std::runtime_error("DLRChain: this GPU is too small for a chain of these sizes");
     weights_.reset(upload(lockkit_cuda::pack_weights(shape_, blocks)));
     bias_.reset(upload(lockkit_cuda::pack_bias(shape_, blocks, number)));
     output_bias_.reset(upload(last));
-    make_cross_products(blocks);
   }
 
   void compute(ort::Context* context) {
@@ -177,58 +176,24 @@ class Chain {
     Args args = plan.args(shape_);
     args.x = x, args.y = y, args.tokens = int(tokens);
     args.weights = weights_->template as<unsigned char>();
-    args.cross = cross_ ? cross_->template as<void>() : nullptr;
     args.bias = bias_->template as<float>();
     args.output_bias = output_bias_->template as<float>();
     args.inverse_gain = inverse_gain_, args.activation = activation_;
     launch(plan, args, stream);
   }
 
-  // Cross products of the weights of spans, if spans pay.
-  void make_cross_products(const std::vector<BlockWeights>& blocks) {
-    const int span = lockkit_cuda::best_span(device_.gpu(), shape_);
-    if (span == 1) return;
-    Shape alone = shape_;
-    alone.depth = 1;
-    lockkit_cuda::Gpu gpu = device_.gpu();
-    gpu.max_cluster = 0;
-    const Plan plan = lockkit_cuda::make_plan(gpu, alone, 1);  // GLOBAL, 16 rows at a time
-    shape_.span = span, plans_.clear();
-    cross_.reset(new Buffer(device_, nullptr, lockkit_cuda::cross_count(shape_, span) * 2));
-    lockkit_cuda::for_cross_products(shape_, blocks, [&](int l, int rows, const uint16_t* x, size_t to) {
-      const Buffer on_device(device_, x, size_t(rows) * shape_.hidden * 2);
-      Args args = plan.args(alone);
-      args.x = on_device.template as<void>(), args.tokens = args.cross_pitch = rows;
-      args.cross_to = cross_->template as<uint16_t>() + to;
-      args.weights = weights_->template as<unsigned char>() + l * shape_.block_bytes();
-      launch(plan, args, nullptr);
-      device_.synchronise();
-    });
-  }
-
   // Launch a plan's kernel, once or several times in turn.
   void launch(const Plan& plan, Args args, Stream stream) {
     const Function function = device_.function(plan.kernel(TYPE == ort::BFLOAT16 ? "BFloat16" : "Half", shape_.bits));
-    if (!plan.cluster) {
-      const size_t barriers = size_t(plan.groups) * lockkit_cuda::BARRIER_BYTES, sums = plan.sums_bytes(shape_);
-      // All chains on this stream use the same memory. Barriers come first: they must stay zero between kernels.
-      const size_t most_barriers = size_t(device_.gpu().multiprocessors) * lockkit_cuda::BARRIER_BYTES;
-      if (barriers > most_barriers) throw std::runtime_error("DLRChain: more groups than multiprocessors");
-      const Address at = device_.scratch(stream, most_barriers + sums + plan.units_bytes(shape_));
-      args.barriers = reinterpret_cast<unsigned*>(at);
-      args.sums = reinterpret_cast<float*>(at + most_barriers);
-      args.units = reinterpret_cast<void*>(at + most_barriers + sums);
-    }
-    const auto moved = [](auto* from, int64_t by) {
-      return from ? reinterpret_cast<decltype(from)>(uintptr_t(from) + by * 2) : nullptr;
-    };
+    if (!plan.cluster)
+      args.inboxes = reinterpret_cast<unsigned char*>(device_.zeros(stream, plan.inboxes_bytes(shape_)));
     const Args all = args;
-    const int rows = plan.groups * plan.rows();
+    const int rows = plan.groups * plan.rows;
     for (int64_t done = 0; done < all.tokens; done += rows) {
-      args.x = moved(all.x, done * shape_.hidden), args.y = moved(all.y, done * shape_.hidden);
-      args.cross_to = moved(all.cross_to, done);
+      args.x = static_cast<const uint16_t*>(all.x) + done * shape_.hidden;
+      args.y = static_cast<uint16_t*>(all.y) + done * shape_.hidden;
       args.tokens = int(std::min<int64_t>(all.tokens - done, rows));
-      const int groups = (args.tokens + plan.rows() - 1) / plan.rows();
+      const int groups = (args.tokens + plan.rows - 1) / plan.rows;
       LaunchOption option{plan.cluster ? LAUNCH_CLUSTER : LAUNCH_COOPERATIVE, 0, {plan.cluster ? plan.team : 1, 1, 1}};
       LaunchConfig config{{unsigned(groups * plan.team), 1, 1}, {lockkit_cuda::THREADS, 1, 1},
                           unsigned(plan.shared_bytes), stream, &option, 1};
@@ -243,7 +208,7 @@ class Chain {
   const lockkit_cuda::Activation activation_;
   Shape shape_;
   float inverse_gain_ = 1;
-  std::unique_ptr<Buffer> weights_, bias_, output_bias_, cross_;
+  std::unique_ptr<Buffer> weights_, bias_, output_bias_;
   std::mutex mutex_;  // guards what follows
   std::map<int, Plan> plans_;
 };

@@ -23,7 +23,6 @@ namespace lockkit_cuda {
 struct Shape {
   int hidden = 0, depth = 0, rank = 0, gated = 0;
   int bits = 16, scales = 0;  // of a weight; in a word for each of its columns
-  int span = 1;               // DLR blocks in a span, if there are cross products (cross.h); 1: there are none
 
   int columns() const { return rank * (gated ? 2 : 1); }
   int word_tiles() const { return 16 / bits; }
@@ -47,8 +46,6 @@ struct Matrix {
   int64_t k = 0, n = 0;
 
   bool takes(int64_t rows) const { return k == rows; }
-  // Write rows [0, rows), as 16-bit floats.
-  void copy_to(uint16_t* to, int64_t rows) const { std::copy(data, data + rows * n, to); }
   void describe(Shape&) const {}
 
   // Write column i to column first + i * step of a packed matrix with `row_words` words in a row of tiles.
@@ -74,16 +71,6 @@ struct QuantisedMatrix {
 
   bool takes(int64_t rows) const { return blocks == (rows + block_size - 1) / block_size; }
   void describe(Shape& shape) const { shape.bits = bits, shape.scales = std::max(1, 256 / bits / block_size); }
-
-  void copy_to(uint16_t* to, int64_t rows) const {
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = 0; i < n; ++i) {
-        _Float16 scale;
-        std::memcpy(&scale, &scales[i * blocks + row / block_size], 2);
-        const _Float16 value = _Float16(float(scale) * float(q(i, row) - (1 << (bits - 1))));
-        std::memcpy(to + row * n + i, &value, 2);
-      }
-  }
 
   void pack(const Shape& shape, unsigned char* to, int64_t row_words, int first, int step) const {
     const int word_rows = TILE * shape.word_tiles(), scale_rows = word_rows / shape.scales;

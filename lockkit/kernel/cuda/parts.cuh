@@ -11,31 +11,14 @@ struct alignas(8) Pair {
   float v[2];
 };
 
-// The A operand of a product: rows and columns [0, 16) of a row-major matrix at `from`.
+// The A operand of a product: 16 columns of a row-major matrix, from its rows at `low` and `high`, which are rows lane / 4
+// and lane / 4 + 8.
 template <class T>
-DEVICE void load_fragment(uint32_t (&a)[4], const T* from, int pitch, int lane) {
-  const T* at = from + lane / 4 * pitch + lane % 4 * 2;
-  a[0] = *reinterpret_cast<const uint32_t*>(at);
-  a[1] = *reinterpret_cast<const uint32_t*>(at + 8 * pitch);
-  a[2] = *reinterpret_cast<const uint32_t*>(at + 8);
-  a[3] = *reinterpret_cast<const uint32_t*>(at + 8 * pitch + 8);
-}
-
-// Wait until all members have come. What they wrote before is then visible. Do `meanwhile` on the way. The first member
-// adds so much that the top bit flips when the last one comes, and the other bits return to zero: the counter needs no
-// reset.
-template <class F>
-DEVICE void meet_in_global_memory(unsigned* barrier, int team, bool first, F meanwhile) {
-  sync_block();
-  unsigned before = 0;
-  if (thread() == 0) {
-    const unsigned add = first ? 0x80000000u - unsigned(team - 1) : 1u;
-    before = add_release(barrier, add);
-  }
-  meanwhile();
-  if (thread() == 0)
-    while (((before ^ load_acquire(barrier)) & 0x80000000u) == 0) spin();
-  sync_block();
+DEVICE void load_fragment(uint32_t (&a)[4], const T* low, const T* high) {
+  a[0] = *reinterpret_cast<const uint32_t*>(low);
+  a[1] = *reinterpret_cast<const uint32_t*>(high);
+  a[2] = *reinterpret_cast<const uint32_t*>(low + 8);
+  a[3] = *reinterpret_cast<const uint32_t*>(high + 8);
 }
 
 DEVICE float activate(Activation which, float x) {

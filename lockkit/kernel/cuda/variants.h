@@ -1,20 +1,23 @@
-// The kernels that exist. X(type, format, mode, MT, NT, STAGES): the format of the weights (weights.cuh); a group of
-// 16 * MT tokens; up to 16 * WARPS * NT channels in a thread block; STAGES words of weights on their way to a thread.
-// Their names are like chain_Half_Plain_GLOBAL_1_1. plan.h chooses one of them.
+// The kernels that exist. X(type, format, mode, BATCH, STAGES): the format of the weights, words in a batch, and batches
+// on their way to a thread (weights.cuh). Their names are like chain_Half_Plain_GLOBAL. plan.h chooses the mode.
 #pragma once
 
-#define LOCKKIT_PLAIN_SHAPES(X, TYPE, MODE) \
-  X(TYPE, Plain, MODE, 1, 1, 16)            \
-  X(TYPE, Plain, MODE, 1, 2, 16)            \
-  X(TYPE, Plain, MODE, 4, 1, 8)             \
-  X(TYPE, Plain, MODE, 4, 2, 8)
-// A word holds more weights, so fewer are on their way. Many channels for many tokens would need too many registers.
-#define LOCKKIT_INTEGER_SHAPES(X, FORMAT, MODE) \
-  X(Half, FORMAT, MODE, 1, 1, 8)                \
-  X(Half, FORMAT, MODE, 1, 2, 8)                \
-  X(Half, FORMAT, MODE, 4, 1, 8)
-#define LOCKKIT_VARIANTS(X, MODE)          \
-  LOCKKIT_PLAIN_SHAPES(X, Half, MODE)      \
-  LOCKKIT_PLAIN_SHAPES(X, BFloat16, MODE)  \
-  LOCKKIT_INTEGER_SHAPES(X, Int4, MODE)    \
-  LOCKKIT_INTEGER_SHAPES(X, Int8, MODE)
+// A word of integers holds more weights, so batches are smaller. In mode GLOBAL there are many members, so that less on
+// its way to each of them is enough, and GPUs with little shared memory use it.
+#define LOCKKIT_VARIANTS(X)            \
+  X(Half, Plain, GLOBAL, 4, 2)         \
+  X(BFloat16, Plain, GLOBAL, 4, 2)     \
+  X(Half, Int4, GLOBAL, 2, 2)          \
+  X(Half, Int8, GLOBAL, 2, 2)
+#define LOCKKIT_CLUSTER_VARIANTS(X)    \
+  X(Half, Plain, CLUSTER, 4, 4)        \
+  X(BFloat16, Plain, CLUSTER, 4, 4)    \
+  X(Half, Int4, CLUSTER, 2, 4)         \
+  X(Half, Int8, CLUSTER, 2, 4)
+
+namespace lockkit_cuda {
+
+// Words in the ring of such a kernel.
+constexpr int ring_words(bool cluster, int bits) { return (cluster ? 16 : 8) / (bits == 16 ? 1 : 2); }
+
+}  // namespace lockkit_cuda

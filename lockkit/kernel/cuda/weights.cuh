@@ -1,7 +1,7 @@
 // The weights of a chain, as one thread of the kernel reads them.
 //
-// Weights flow from global memory through a ring in shared memory, which goes on loading while the team meets. Each
-// thread copies exactly the words that it will read itself, so the ring needs no barrier.
+// Weights flow from global memory through a ring in shared memory, which goes on loading while members wait for each
+// other. Each thread copies exactly the words that it will read itself, so the ring needs no barrier.
 //
 // A word of 16 bytes is a thread's part of one or several tiles of 16 x 16 that follow each other along k: for each
 // tile, the B operands of two products, for columns 0 - 7 and 8 - 15. pack.h writes the words.
@@ -53,105 +53,84 @@ struct NBits {
 using Int4 = NBits<4>;
 using Int8 = NBits<8>;
 
-// The words that one thread multiplies, in order of use. STAGES of them are on their way at any time.
+// The words that one thread multiplies, in order of use. STAGES batches of BATCH words are on their way at any time.
 //
-// A warp reads runs of consecutive words. For each DLR block of a span and each of the warp's tiles of columns of gate
-// and up: the member's channels. Then, for each block, each chunk of units and each of the warp's tiles of channels: the
-// chunk's units. FORMAT is `Plain`, `Int4` or `Int8`.
-template <class FORMAT, int STAGES>
+// A warp reads runs of consecutive words. For each DLR block: for each of the warp's tiles of columns of gate and up, the
+// member's channels; then, for its tile of channels of down, its part of the units. A run begins with a new batch; the
+// last batch of a run may be shorter. FORMAT is `Plain`, `Int4` or `Int8`.
+template <class FORMAT, int BATCH, int STAGES>
 class Weights {
   static constexpr int TILES = FORMAT::TILES;
 
  public:
-  DEVICE Weights(const Args& p, unsigned char* ring, int first_tile, int tiles, int warp, int lane, int outs)
-      : p_(p), words_(ring + thread() * 16), scales_(ring + STAGES * THREADS * 16 + thread() * 4 * p.scales),
-        span_(p.weights + lane * 16), scales_from_(32 * 16 - lane * 16 + lane / 4 * 4 * p.scales),
-        first_(first_tile), tiles_(tiles), warp_(warp), outs_(outs), rank_words_(words(p.rank / TILE)),
-        chunk_words_(words(p.chunk / TILE)), hidden_words_(words(p.hidden_tiles())),
-        ins_((p.columns() / TILE - warp + WARPS - 1) / WARPS), chunks_((p.rank + p.chunk - 1) / p.chunk),
-        blocks_left_(p.depth), of_span_(smaller(p.span, p.depth)) {
+  // Of a warp that takes `down_words` words from word `down_first` on of tile `tile` of channels.
+  DEVICE Weights(const Args& p, unsigned char* ring, int first_tile, int tiles, int warp, int lane, int tile,
+                 int down_first, int down_words)
+      : depth_(p.depth), scales_(p.scales), step_(word_bytes(p.scales)), ins_((p.columns() / TILE - warp + WARPS - 1) / WARPS),
+        in_words_((tiles + TILES - 1) / TILES), down_words_(down_words), words_(ring + thread() * 16),
+        scales_at_(ring + BATCH * STAGES * THREADS * 16 + thread() * 4 * p.scales),
+        scales_from_(32 * 16 - lane * 16 + lane / 4 * 4 * p.scales), block_(p.weights + lane * 16) {
+    const size_t hidden_words = (p.hidden_tiles() + TILES - 1) / TILES, rank_words = (p.rank / TILE + TILES - 1) / TILES;
+    const size_t all_in = p.columns() / TILE * hidden_words;
+    first_in_ = (warp * hidden_words + first_tile / TILES) * step_, in_step_ = WARPS * hidden_words * step_;
+    first_down_ = (all_in + (first_tile + tile) * rank_words + down_first) * step_;
+    block_step_ = (all_in + p.hidden_tiles() * rank_words) * step_;
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) fetch();
   }
 
-  // The next word.
-  DEVICE Word peek() const {
-    copy_wait<STAGES - 1>();
-    return *reinterpret_cast<const Word*>(words_ + slot_ * (THREADS * 16));
+  // Wait for the next batch.
+  DEVICE void wait() const { copy_wait<STAGES - 1>(); }
+  // Word `i` of that batch.
+  DEVICE Word word(int i) const {
+    return *reinterpret_cast<const Word*>(words_ + (slot_ * BATCH + i) * (THREADS * 16));
   }
-  // The B operands in tile `j` of the word that `peek` has returned.
-  DEVICE Word tile(const Word& word, int j) const {
+  // The B operands in tile `j` of that word.
+  DEVICE Word tile(const Word& word, int i, int j) const {
     if constexpr (TILES == 1) return word;
-    else return FORMAT::tile(word, j, reinterpret_cast<const uint32_t*>(scales_ + scale_slot())[j * p_.scales / TILES]);
+    else return FORMAT::tile(word, j, reinterpret_cast<const uint32_t*>(scales_of(i))[j * scales_ / TILES]);
   }
-  // Go on to the word after it. Call it when the word has been used: a later word takes its place.
+  // Go on to the batch after it. Call it when its words have been used: a later batch takes their place.
   DEVICE void advance() { fetch(); }
 
  private:
-  // Words that hold this many tiles.
-  static DEVICE int words(int tiles) { return (tiles + TILES - 1) / TILES; }
-  DEVICE int scale_slot() const { return slot_ * (THREADS * 4) * p_.scales; }
+  DEVICE unsigned char* scales_of(int i) const { return scales_at_ + (slot_ * BATCH + i) * (THREADS * 4) * scales_; }
 
   DEVICE void fetch() {
     if (left_ == 0) next_run();
-    if (left_ > 0) {
-      copy_async<16>(words_ + slot_ * (THREADS * 16), at_);
-      if constexpr (TILES > 1) fetch_scales(scales_ + scale_slot(), at_ + scales_from_);
-      at_ += word_bytes(p_.scales);
-      --left_;
-    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+      if (i < left_) {
+        copy_async<16>(words_ + (slot_ * BATCH + i) * (THREADS * 16), at_ + i * step_);
+        if constexpr (TILES > 1) fetch_scales(scales_of(i), at_ + i * step_ + scales_from_);
+      }
     copy_commit();
+    at_ += BATCH * step_;
+    left_ = left_ > BATCH ? left_ - BATCH : 0;
     slot_ = (slot_ + 1) % STAGES;
   }
 
-  DEVICE void fetch_scales(unsigned char* to, const unsigned char* from) {
-    if (p_.scales == 1) copy_async<4>(to, from);
-    else if (p_.scales == 2) copy_async<8>(to, from);
+  DEVICE void fetch_scales(unsigned char* to, const unsigned char* from) const {
+    if (scales_ == 1) copy_async<4>(to, from);
+    else if (scales_ == 2) copy_async<8>(to, from);
     else copy_async<16>(to, from);
   }
 
   DEVICE void next_run() {
-    while (left_ == 0 && blocks_left_ > 0) {
-      const size_t in_words = size_t(p_.columns() / TILE) * hidden_words_;
-      const size_t block_words = in_words + size_t(p_.hidden_tiles()) * rank_words_;
-      size_t from = block_words * in_span_;
-      if (run_ == (down_ ? chunks_ * outs_ : ins_)) {
-        next_block(block_words);
-        continue;
-      }
-      if (!down_) {
-        from += size_t(warp_ + run_ * WARPS) * hidden_words_ + first_ / TILES;
-        left_ = words(tiles_);
-      } else {
-        const int chunk = run_ / outs_, tile = WARPS - 1 - warp_ + run_ % outs_ * WARPS;
-        from += in_words + size_t(first_ + tile) * rank_words_ + chunk * chunk_words_;
-        left_ = smaller(chunk_words_, rank_words_ - chunk * chunk_words_);
-      }
-      at_ = span_ + from * word_bytes(p_.scales);
-      ++run_;
+    while (left_ == 0 && depth_ > 0) {
+      if (run_ < ins_) at_ = block_ + first_in_ + run_ * in_step_, left_ = in_words_;
+      else at_ = block_ + first_down_, left_ = down_words_;
+      if (run_++ == ins_) run_ = 0, --depth_, block_ += block_step_;
     }
   }
 
-  // Go on to the next block of the span, to its first one, or to the next span.
-  DEVICE void next_block(size_t block_words) {
-    run_ = 0;
-    if (++in_span_ < of_span_) return;
-    if (down_) {
-      span_ += block_words * of_span_ * word_bytes(p_.scales);
-      blocks_left_ -= of_span_;
-      of_span_ = smaller(of_span_, blocks_left_);
-    }
-    in_span_ = 0, down_ = !down_;
-  }
-
-  const Args& p_;
-  unsigned char *const words_, *const scales_;  // this thread's slots
-  const unsigned char *span_, *at_ = nullptr;   // this thread's part of the span, and of the next word
-  const int scales_from_;                       // from there to the word's scales
-  const int first_, tiles_, warp_, outs_, rank_words_, chunk_words_, hidden_words_, ins_, chunks_;
-  int blocks_left_, of_span_;  // DLR blocks: from this span on; in this span
-  bool down_ = false;
-  int in_span_ = 0, run_ = 0, left_ = 0, slot_ = 0;
+  int depth_;  // blocks whose weights are still to be fetched
+  const int scales_, step_, ins_, in_words_, down_words_;
+  unsigned char *const words_, *const scales_at_;  // this thread's slots
+  const int scales_from_;                          // from a word to its scales
+  const unsigned char *block_, *at_ = nullptr;     // this thread's part of the block, and of the next word
+  size_t first_in_, in_step_, first_down_, block_step_;  // in bytes
+  int run_ = 0, left_ = 0, slot_ = 0;
 };
 
 }  // namespace lockkit_cuda
