@@ -109,7 +109,7 @@ inline void wait(long& arrived, int size) {
 }
 
 inline void end_phase(Arrivals& arrivals) {
-  if (arrivals.expected && arrivals.bytes == 0) arrivals.expected = 0, arrivals.phase ^= 1;
+  if (arrivals.expected && arrivals.bytes == 0) arrivals.expected = 0, arrivals.phase ^= 1, ++delivered;
 }
 
 // Let half of the messages arrive, or all, in a random order.

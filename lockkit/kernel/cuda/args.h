@@ -44,19 +44,18 @@ struct Args {
   int team;    // thread blocks that share a group of tokens
   int tiles;   // tiles of channels that each of them owns; the last ones may own fewer
   int rows;    // tokens in a group, at most MAX_ROWS
+  int parts;      // warps that share the products of one tile of channels with down: each takes a part of the units
+  int own_pairs;  // units belong to members in pairs; the last members may own fewer
   float inverse_gain;
   Activation activation;
 
   HOST_DEVICE int columns() const { return rank * (gated ? 2 : 1); }
   HOST_DEVICE int hidden_tiles() const { return (hidden + TILE - 1) / TILE; }
-  // Warps that share the products of one tile of channels with down. Each takes a part of the units.
-  HOST_DEVICE int parts() const { return WARPS / tiles; }
-  // Units belong to members in pairs; the last members may own fewer.
-  HOST_DEVICE int most_own_pairs() const { return (rank / 2 + team - 1) / team; }
-  HOST_DEVICE int most_own_columns() const { return most_own_pairs() * 2 * (gated ? 2 : 1); }
+  // Columns of gate and up, or of up alone, of a member's units.
+  HOST_DEVICE int own_columns() const { return own_pairs * (gated ? 4 : 2); }
   // Bytes of a member's inbox in global memory: products for its own columns, then all units.
-  HOST_DEVICE size_t products_bytes() const { return size_t(rows) * team * most_own_columns() / 2 * sizeof(Message); }
-  HOST_DEVICE size_t inbox_bytes() const { return products_bytes() + size_t(rows) * rank / 2 * sizeof(ShortMessage); }
+  HOST_DEVICE unsigned products_bytes() const { return unsigned(rows * team * own_columns() / 2) * sizeof(Message); }
+  HOST_DEVICE unsigned inbox_bytes() const { return products_bytes() + unsigned(rows * rank / 2) * sizeof(ShortMessage); }
 };
 
 // Bytes of a warp's words of 16 bytes in global memory, with the scales of 16 columns behind them.
@@ -72,8 +71,8 @@ struct Layout {
     x = t + p.rows * t_pitch(p.tiles) * 2;
     units = x + p.rows * t_pitch(p.tiles) * 2;
     parts = units + p.rows * unit_pitch(p.rank) * 2;
-    inbox = parts + p.parts() * p.rows * part_pitch(p.tiles) * 4;
-    arrivals = inbox + (cluster ? p.rows * p.team * p.most_own_columns() * 4 : 0);
+    inbox = parts + p.parts * p.rows * part_pitch(p.tiles) * 4;
+    arrivals = inbox + (cluster ? p.rows * p.team * p.own_columns() * 4 : 0);
     bytes = arrivals + 16;
   }
   // Elements between rows. The extra ones keep the eight rows of a fragment on different banks.

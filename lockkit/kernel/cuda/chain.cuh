@@ -39,9 +39,9 @@ class Chain {
         rows_(smaller(p.rows, p.tokens - group_ * p.rows)), first_(member_ * p.tiles),
         tiles_(clamped(p.hidden_tiles() - first_, p.tiles)), tile_(warp_ % p.tiles), part_(warp_ / p.tiles),
         rank_words_((p.rank / TILE + FORMAT::TILES - 1) / FORMAT::TILES),
-        down_first_(rank_words_ * part_ / p.parts()),
-        down_words_(tile_ < tiles_ && part_ < p.parts() ? rank_words_ * (part_ + 1) / p.parts() - down_first_ : 0),
-        own_pairs_(p.most_own_pairs()), owners_per_pair_(1.f / own_pairs_), own_units_(clamped(p.rank - member_ * own_pairs_ * 2, own_pairs_ * 2)),
+        down_first_(rank_words_ * part_ / p.parts),
+        down_words_(tile_ < tiles_ && part_ < p.parts ? rank_words_ * (part_ + 1) / p.parts - down_first_ : 0),
+        owners_per_pair_(1.f / p.own_pairs), own_units_(clamped(p.rank - member_ * p.own_pairs * 2, p.own_pairs * 2)),
         layout_(p, MODE == CLUSTER, BATCH * STAGES),
         t_(reinterpret_cast<T*>(shared_memory + layout_.t)), x_(reinterpret_cast<T*>(shared_memory + layout_.x)),
         units_(reinterpret_cast<T*>(shared_memory + layout_.units)),
@@ -78,7 +78,7 @@ class Chain {
       const int row = rows_ == 1 ? 0 : i / channels, channel = i - row * channels;
       Pair sum{};
 #pragma unroll 4
-      for (int part = 0; part < p_.parts(); ++part) {
+      for (int part = 0; part < p_.parts; ++part) {
         const Pair more = *reinterpret_cast<const Pair*>(parts_ + (part * p_.rows + row) * pitch + channel);
         sum.v[0] += more.v[0], sum.v[1] += more.v[1];
       }
@@ -89,7 +89,7 @@ class Chain {
   // Write this warp's part of s to shared memory, and wait for the other parts.
   DEVICE void collect_parts() const {
     float* to = parts_ + part_ * p_.rows * Layout::part_pitch(p_.tiles) + tile_ * TILE;
-    if (part_ < p_.parts())
+    if (part_ < p_.parts)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -154,7 +154,7 @@ class Chain {
         for (int i = 0; i < 2; ++i) {
           const int row = lane_ / 4 + 8 * i;
           if (row >= rows_) continue;
-          const int own_column = column - owner * p_.most_own_columns();
+          const int own_column = column - owner * p_.own_columns();
           send_products(owner, l, row, own_column, c[half][2 * i], c[half][2 * i + 1]);
         }
       }
@@ -176,11 +176,12 @@ class Chain {
       uint32_t a[BATCH][TILES][4];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
+        if (k + i * TILES >= end) continue;
         words[i] = weights_.word(i);
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
           const int column = smaller(k + i * TILES + j, end - 1) * TILE;
-          load_fragment(a[i][j], low + column, high + column);
+          load_fragment(a[i][j], low + column, high + column, p_.rows > 8);
         }
       }
 #pragma unroll
@@ -217,7 +218,7 @@ class Chain {
       wait_for_arrivals(products_arrive_, l & 1);
       if (thread() == 0 && l + 1 < p_.depth) expect_products();
     }
-    const int part = lane_ % 8, width = p_.gated ? 2 : 1, first_unit = member_ * own_pairs_ * 2;
+    const int part = lane_ % 8, width = p_.gated ? 2 : 1, first_unit = member_ * p_.own_pairs * 2;
     for_own_units([&](bool real, int row, int unit) {
       const Pair members = real ? sum_of_members(l, row, unit, part) : Pair{};
       Pair sum{{sum_of_eight(members.v[0]), sum_of_eight(members.v[1])}};
@@ -237,11 +238,15 @@ class Chain {
 
   // The sum over members part, part + 8, ... of the products for an own unit: of up, or of gate and up.
   DEVICE Pair sum_of_members(int l, int row, int unit, int part) const {
+    constexpr int N = MODE == GLOBAL ? 4 : 2;  // at once
     Pair sum{};
-#pragma unroll 4
-    for (int peer = part; peer < p_.team; peer += 8) {
-      const Pair two = products_of(peer, l, row, unit);
-      sum.v[0] += two.v[0], sum.v[1] += two.v[1];
+#pragma unroll 1
+    for (int first = part; first < p_.team; first += 8 * N) {
+      Pair found[N];
+      products_of_members(found, first, l, row, unit);
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (first + 8 * i < p_.team) sum.v[0] += found[i].v[0], sum.v[1] += found[i].v[1];
     }
     return sum;
   }
@@ -278,7 +283,7 @@ class Chain {
 
   // The place of products in the shared memory of their receiver.
   DEVICE float* place(int sender, int row, int own_column) const {
-    return inbox_ + (sender * p_.rows + row) * p_.most_own_columns() + own_column;
+    return inbox_ + (sender * p_.rows + row) * p_.own_columns() + own_column;
   }
 
   // ---- messages, GLOBAL ----
@@ -287,17 +292,10 @@ class Chain {
     return p_.inboxes + size_t(group_ * p_.team + member) * p_.inbox_bytes();
   }
   DEVICE Message* message(int receiver, int sender, int row, int own_pair) const {
-    return reinterpret_cast<Message*>(inbox_of(receiver)) + (row * (p_.most_own_columns() / 2) + own_pair) * p_.team + sender;
+    return reinterpret_cast<Message*>(inbox_of(receiver)) + (row * (p_.own_columns() / 2) + own_pair) * p_.team + sender;
   }
   DEVICE ShortMessage* short_message(int receiver, int i) const {
     return reinterpret_cast<ShortMessage*>(inbox_of(receiver) + p_.products_bytes()) + i;
-  }
-
-  // The message at a place, when `complete` says that all of it has come.
-  template <class M, class F>
-  static DEVICE M await(const M* at, F complete) {
-    for (long long since = 0;; wait_a_little(since))
-      if (const M found = receive(at); complete(found)) return found;
   }
 
   DEVICE void receive_units(int l) const {
@@ -305,8 +303,9 @@ class Chain {
 #pragma unroll 1
     for (int i = thread(); i < rows_ * pairs; i += THREADS) {
       const int row = rows_ == 1 ? 0 : i / pairs;
-      const ShortMessage found =
-          await(short_message(member_, i), [&](const ShortMessage& m) { return m.flag == unsigned(l + 1); });
+      const ShortMessage* at = short_message(member_, i);
+      ShortMessage found = receive(at);
+      for (long long since = 0; found.flag != unsigned(l + 1); found = receive(at)) wait_a_little(since);
       *reinterpret_cast<uint32_t*>(units_ + row * Layout::unit_pitch(p_.rank) + (i - row * pairs) * 2) = found.content;
     }
   }
@@ -325,19 +324,27 @@ class Chain {
     else send(message(owner, member_, row, own_column / 2), Message{first, unsigned(l + 1), second, unsigned(l + 1)});
   }
 
-  // A member's products for an own unit.
-  DEVICE Pair products_of(int sender, int l, int row, int unit) const {
-    Pair found;
-    if constexpr (MODE == CLUSTER) {
-      const float* at = place(sender, row, unit * (p_.gated ? 2 : 1));
-      found = p_.gated ? *reinterpret_cast<const Pair*>(at) : Pair{{*at, 0.f}};
-    } else {
-      const Message* at = message(member_, sender, row, p_.gated ? unit : unit / 2);
-      const Message content = await(
-          at, [&](const Message& m) { return m.first_flag == unsigned(l + 1) && m.second_flag == unsigned(l + 1); });
-      found = p_.gated ? Pair{{content.first, content.second}} : Pair{{unit % 2 ? content.second : content.first, 0.f}};
+  // The products for an own unit of members first, first + 8, ...
+  template <int N>
+  DEVICE void products_of_members(Pair (&found)[N], int first, int l, int row, int unit) const {
+    const float* inbox = place(first, row, unit * (p_.gated ? 2 : 1));
+    const Message* at = message(member_, first, row, p_.gated ? unit : unit / 2);
+    for (long long since = 0;; wait_a_little(since)) {
+      bool complete = true;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (first + 8 * i >= p_.team) continue;
+        if constexpr (MODE == CLUSTER) {
+          const float* from = inbox + i * 8 * p_.rows * p_.own_columns();
+          found[i] = p_.gated ? *reinterpret_cast<const Pair*>(from) : Pair{{*from, 0.f}};
+        } else {
+          const Message content = receive(at + 8 * i);
+          complete &= content.first_flag == unsigned(l + 1) && content.second_flag == unsigned(l + 1);
+          found[i] = p_.gated ? Pair{{content.first, content.second}} : Pair{{unit % 2 ? content.second : content.first, 0.f}};
+        }
+      }
+      if (complete) return;
     }
-    return found;
   }
 
   DEVICE void send_units(int peer, int l, int row, int unit, uint32_t both) const {
@@ -351,8 +358,7 @@ class Chain {
   const int first_, tiles_;                 // own tiles of channels
   const int tile_, part_;                   // this warp's tile of them in `update`, and its part of the units
   const int rank_words_, down_first_, down_words_;  // words of weights: of a tile of down; of this warp's part
-  const int own_pairs_;                     // of units: most of a member
-  const float owners_per_pair_;
+  const float owners_per_pair_;             // of units: the members that own a pair
   const int own_units_;
   const Layout layout_;
   T *const t_, *const x_, *const units_;

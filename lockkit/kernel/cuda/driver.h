@@ -186,7 +186,7 @@ class Device {
       Function found;
       driver_.call("cuModuleGetFunction", &found, module_, name.c_str());
       driver_.call("cuFuncSetAttribute", found, int(DYNAMIC_SHARED_BYTES), gpu_.shared_bytes);
-      if (name.find("_CLUSTER_") != std::string::npos)
+      if (name.find("_CLUSTER") != std::string::npos)
         driver_.try_call("cuFuncSetAttribute", found, int(LARGE_CLUSTERS), 1);
       function = found;
     }

@@ -32,10 +32,13 @@ struct Plan {
     Args args{};
     args.hidden = shape.hidden, args.depth = shape.depth, args.rank = shape.rank, args.gated = shape.gated;
     args.scales = shape.scales, args.team = team, args.tiles = tiles, args.rows = rows;
+    args.parts = WARPS / tiles, args.own_pairs = (shape.rank / 2 + team - 1) / team;
     return args;
   }
   // Of the inboxes of all members in global memory.
-  size_t inboxes_bytes(const Shape& shape) const { return cluster ? 0 : args(shape).inbox_bytes() * team * groups; }
+  size_t inboxes_bytes(const Shape& shape) const {
+    return cluster ? 0 : size_t(args(shape).inbox_bytes()) * team * groups;
+  }
 };
 
 // Figures of an H100; the choice between plans is the same on slower GPUs. Those of messages and memory follow from times

@@ -75,6 +75,7 @@ class Weights {
     first_in_ = (warp * hidden_words + first_tile / TILES) * step_, in_step_ = WARPS * hidden_words * step_;
     first_down_ = (all_in + (first_tile + tile) * rank_words + down_first) * step_;
     block_step_ = (all_in + p.hidden_tiles() * rank_words) * step_;
+    next_in_ = block_ + first_in_;
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) fetch();
   }
@@ -118,9 +119,10 @@ class Weights {
 
   DEVICE void next_run() {
     while (left_ == 0 && depth_ > 0) {
-      if (run_ < ins_) at_ = block_ + first_in_ + run_ * in_step_, left_ = in_words_;
-      else at_ = block_ + first_down_, left_ = down_words_;
-      if (run_++ == ins_) run_ = 0, --depth_, block_ += block_step_;
+      at_ = next_in_, left_ = in_words_, next_in_ += in_step_;
+      if (run_++ < ins_) continue;
+      at_ = block_ + first_down_, left_ = down_words_;
+      run_ = 0, --depth_, block_ += block_step_, next_in_ = block_ + first_in_;
     }
   }
 
@@ -128,7 +130,7 @@ class Weights {
   const int scales_, step_, ins_, in_words_, down_words_;
   unsigned char *const words_, *const scales_at_;  // this thread's slots
   const int scales_from_;                          // from a word to its scales
-  const unsigned char *block_, *at_ = nullptr;     // this thread's part of the block, and of the next word
+  const unsigned char *block_, *next_in_, *at_ = nullptr;  // this thread's part of the block, its next tile, the next word
   size_t first_in_, in_step_, first_down_, block_step_;  // in bytes
   int run_ = 0, left_ = 0, slot_ = 0;
 };
