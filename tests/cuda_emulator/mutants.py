@@ -69,8 +69,8 @@ MUTANTS = [
         "(all_in + (first_tile + tile) * rank_words)",
     ),
     # Products.
-    Mutant("fragment_of_wrong_row", "a[1] = want_high ? *reinterpret_cast<const uint32_t*>(high) : 0;", "a[1] = a[0];", modes=BOTH),
-    Mutant("fragment_of_wrong_column", "(high + 8) : 0;", "(high) : 0;"),
+    Mutant("fragment_of_wrong_row", "a[1] = *reinterpret_cast<const uint32_t*>(high);", "a[1] = a[0];", modes=BOTH),
+    Mutant("fragment_of_wrong_column", "(high + 8);", "(high);"),
     Mutant("row_of_other_token", "smaller(lane_ / 4 + 8, p_.rows - 1)", "smaller(lane_ / 4 + 7, p_.rows - 1)"),
     Mutant(
         "operands_exchanged",
@@ -79,7 +79,7 @@ MUTANTS = [
     ),
     Mutant("part_forgotten", "part < p_.parts; ++part", "part < p_.parts - 1; ++part", modes=BOTH),
     Mutant("units_of_first_part", "down_first_ * FORMAT::TILES,\n", "0,\n"),
-    Mutant("member_forgotten", "peer < p_.team; peer += 8", "peer < p_.team - 1; peer += 8", modes=BOTH),
+    Mutant("member_forgotten", "8 * i < p_.team) sum", "8 * i < p_.team - 1) sum", modes=BOTH),
     Mutant("peer_forgotten", "peer < p_.team; peer += 16", "peer < p_.team - 1; peer += 16", modes=BOTH),
     Mutant("wrong_owner", "(pair + 0.5f)", "(pair + 1.5f)", modes=BOTH),
     Mutant("units_of_a_pair_exchanged", "unit % 2 ? pack_pair", "unit % 2 == 0 ? pack_pair", modes=BOTH),

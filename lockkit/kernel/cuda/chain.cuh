@@ -176,14 +176,14 @@ class Chain {
       uint32_t a[BATCH][TILES][4];
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        if (k + i * TILES >= end) continue;
         words[i] = weights_.word(i);
 #pragma unroll
         for (int j = 0; j < TILES; ++j) {
           const int column = smaller(k + i * TILES + j, end - 1) * TILE;
-          load_fragment(a[i][j], low + column, high + column, p_.rows > 8);
+          load_fragment(a[i][j], low + column, high + column);
         }
       }
+      if constexpr (TILES == 1) weights_.advance();  // integers still need their scales
 #pragma unroll
       for (int i = 0; i < BATCH; ++i)
 #pragma unroll
@@ -193,7 +193,7 @@ class Chain {
             mma(sums[0], a[i][j], b.v[0], b.v[1], T());
             mma(sums[1], a[i][j], b.v[2], b.v[3], T());
           }
-      weights_.advance();
+      if constexpr (TILES > 1) weights_.advance();
     }
   }
 

@@ -32,8 +32,8 @@ DEVICE void wait_a_little(long long& since) {
 template <int BYTES>
 DEVICE void copy_async(void* to, const void* from) {
   const auto at = uint32_t(__cvta_generic_to_shared(to));
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES));
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int N>

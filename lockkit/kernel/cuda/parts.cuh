@@ -12,13 +12,13 @@ struct alignas(8) Pair {
 };
 
 // The A operand of a product: 16 columns of a row-major matrix, from its rows at `low` and `high`, which are rows lane / 4
-// and lane / 4 + 8. The latter are zero if they are not wanted.
+// and lane / 4 + 8.
 template <class T>
-DEVICE void load_fragment(uint32_t (&a)[4], const T* low, const T* high, bool want_high) {
+DEVICE void load_fragment(uint32_t (&a)[4], const T* low, const T* high) {
   a[0] = *reinterpret_cast<const uint32_t*>(low);
-  a[1] = want_high ? *reinterpret_cast<const uint32_t*>(high) : 0;
+  a[1] = *reinterpret_cast<const uint32_t*>(high);
   a[2] = *reinterpret_cast<const uint32_t*>(low + 8);
-  a[3] = want_high ? *reinterpret_cast<const uint32_t*>(high + 8) : 0;
+  a[3] = *reinterpret_cast<const uint32_t*>(high + 8);
 }
 
 DEVICE float activate(Activation which, float x) {
