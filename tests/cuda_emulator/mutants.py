@@ -61,7 +61,8 @@ MUTANTS = [
         "wrong_slot_of_the_ring", "(words_ + (slot_ * BATCH + i) * (THREADS * 16));", "(words_ + i * (THREADS * 16));"
     ),
     Mutant("stale_block", "depth_(p.depth)", "depth_(p.depth - 1)"),
-    Mutant("batch_too_long", "if (k + i * TILES + j < end) {", "{"),
+    Mutant("batch_too_long", "if (end - k >= BATCH * TILES) {", "if (true) {"),
+    Mutant("word_of_the_batch", "weights_.word(word + i)", "weights_.word(i)"),
     Mutant("batch_not_left", "left_ = left_ > BATCH ? left_ - BATCH : 0;", "left_ = 0;"),
     Mutant(
         "wrong_part_of_down",
@@ -74,8 +75,8 @@ MUTANTS = [
     Mutant("row_of_other_token", "smaller(lane_ / 4 + 8, p_.rows - 1)", "smaller(lane_ / 4 + 7, p_.rows - 1)"),
     Mutant(
         "operands_exchanged",
-        "mma(sums[1], a[i][j], b.v[2], b.v[3], T());",
-        "mma(sums[1], a[i][j], b.v[3], b.v[2], T());",
+        "a[i / TILES][i % TILES], b.v[2], b.v[3], T());",
+        "a[i / TILES][i % TILES], b.v[3], b.v[2], T());",
     ),
     Mutant("part_forgotten", "part < p_.parts; ++part", "part < p_.parts - 1; ++part", modes=BOTH),
     Mutant("units_of_first_part", "down_first_ * FORMAT::TILES,\n", "0,\n"),

@@ -161,8 +161,7 @@ class Chain {
     }
   }
 
-  // Multiply 16 columns of all rows, and those after them, by the next run of weights: of tiles [first, end) of the columns
-  // of `from`.
+  // Multiply all rows of tiles [first, end) of columns at `from` by the next run of weights.
   DEVICE void multiply_run(Tile& sums, const T* from, int pitch, int first, int end) {
     constexpr int TILES = FORMAT::TILES;
     from += lane_ % 4 * 2;
@@ -172,29 +171,43 @@ class Chain {
 #pragma unroll 1
     for (int k = first; k < end; k += BATCH * TILES) {
       weights_.wait();
-      Word words[BATCH];
-      uint32_t a[BATCH][TILES][4];
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
-        words[i] = weights_.word(i);
-#pragma unroll
-        for (int j = 0; j < TILES; ++j) {
-          const int column = smaller(k + i * TILES + j, end - 1) * TILE;
-          load_fragment(a[i][j], low + column, high + column);
+      if (end - k >= BATCH * TILES) {
+        multiply_words<BATCH>(sums, low + k * TILE, high + k * TILE, 0, BATCH * TILES);
+      } else {
+        constexpr int HALF = BATCH / 2;  // fewer words in vain
+#pragma unroll 1
+        for (int i = 0; i * TILES < end - k; i += HALF) {
+          const int column = (k + i * TILES) * TILE;
+          multiply_words<HALF>(sums, low + column, high + column, i, end - k - i * TILES);
         }
+        weights_.advance();
       }
-      if constexpr (TILES == 1) weights_.advance();  // integers still need their scales
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-#pragma unroll
-        for (int j = 0; j < TILES; ++j)
-          if (k + i * TILES + j < end) {
-            const Word b = weights_.tile(words[i], i, j);
-            mma(sums[0], a[i][j], b.v[0], b.v[1], T());
-            mma(sums[1], a[i][j], b.v[2], b.v[3], T());
-          }
-      if constexpr (TILES > 1) weights_.advance();
     }
+  }
+
+  // Multiply by N words of the batch, from `word` on. Of their tiles, the first `tiles` are real. If N is BATCH, go on to
+  // the next batch.
+  template <int N>
+  DEVICE void multiply_words(Tile& sums, const T* low, const T* high, int word, int tiles) {
+    constexpr int TILES = FORMAT::TILES;
+    Word words[N];
+    uint32_t a[N][TILES][4];
+#pragma unroll
+    for (int i = 0; i < N; ++i) words[i] = weights_.word(word + i);
+#pragma unroll
+    for (int i = 0; i < N * TILES; ++i) {
+      const int column = (N == BATCH ? i : smaller(i, tiles - 1)) * TILE;
+      load_fragment(a[i / TILES][i % TILES], low + column, high + column);
+    }
+    if constexpr (N == BATCH && TILES == 1) weights_.advance();  // integers still need their scales
+#pragma unroll
+    for (int i = 0; i < N * TILES; ++i) {
+      if (N < BATCH && i >= tiles) continue;
+      const Word b = weights_.tile(words[i / TILES], word + i / TILES, i % TILES);
+      mma(sums[0], a[i / TILES][i % TILES], b.v[0], b.v[1], T());
+      mma(sums[1], a[i / TILES][i % TILES], b.v[2], b.v[3], T());
+    }
+    if constexpr (N == BATCH && TILES > 1) weights_.advance();
   }
 
   // ---- 3. own units ----
