@@ -42,8 +42,8 @@ enum Attribute {
   COOPERATIVE = 95,
   SHARED_BYTES = 97
 };
-enum FunctionAttribute { DYNAMIC_SHARED_BYTES = 8, LARGE_CLUSTERS = 14 };
-enum LaunchAttribute { LAUNCH_COOPERATIVE = 2, LAUNCH_CLUSTER = 4 };
+enum FunctionAttribute { DYNAMIC_SHARED_BYTES = 8, SHARED_PERCENT = 9, LARGE_CLUSTERS = 14 };
+enum LaunchAttribute { LAUNCH_COOPERATIVE = 2, LAUNCH_CLUSTER = 4, LAUNCH_EARLY = 6 };
 constexpr int MIN_MAJOR = 8;
 
 struct alignas(8) LaunchOption {
@@ -192,6 +192,8 @@ class Device {
       driver_.call("cuFuncSetAttribute", found, int(DYNAMIC_SHARED_BYTES), gpu_.shared_bytes);
       if (name.find("_CLUSTER_") != std::string::npos)
         driver_.try_call("cuFuncSetAttribute", found, int(LARGE_CLUSTERS), 1);
+      if (name.rfind("prompt_", 0) == 0)  // so that two thread blocks fit on a multiprocessor
+        driver_.try_call("cuFuncSetAttribute", found, int(SHARED_PERCENT), 100);
       function = found;
     }
     return function;
