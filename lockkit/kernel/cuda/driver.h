@@ -78,9 +78,21 @@ class Driver {
     if (!function) throw std::runtime_error(std::string("DLRChain: the CUDA driver is too old, it has no ") + name);
     return function(arguments...);
   }
+  // Launch a kernel, by a function that is looked up once.
+  template <class P>
+  void launch(const LaunchConfig& config, Function kernel, P& parameters) const {
+    void* all[] = {&parameters};
+    if (!launch_) return call("cuLaunchKernelEx", &config, kernel, static_cast<void**>(all), static_cast<void**>(nullptr));
+    const int code = launch_(&config, kernel, all, nullptr);
+    if (code) throw std::runtime_error("DLRChain: cuLaunchKernelEx failed: " + error_name(code));
+  }
 
  private:
-  Driver() : library_(dlopen("libcuda.so.1", RTLD_NOW)) {}
+  using Launch = int (*)(const LaunchConfig*, Function, void**, void**);
+
+  Driver()
+      : library_(dlopen("libcuda.so.1", RTLD_NOW)),
+        launch_(library_ ? reinterpret_cast<Launch>(dlsym(library_, "cuLaunchKernelEx")) : nullptr) {}
 
   std::string error_name(int code) const {
     const char* name = nullptr;
@@ -89,6 +101,7 @@ class Driver {
   }
 
   void* const library_;
+  const Launch launch_;
 };
 
 // One GPU, in the context that onnxruntime uses, with the kernels loaded into it. It lives as long as the process.

@@ -204,11 +204,9 @@ class Chain {
         [&](const std::string& name) { return device_.function(name); },
         [&](Function function, int grid, int shared, lockkit_cuda::PromptArgs args, bool early) {
           LaunchOption option{LAUNCH_EARLY, 0, {1}};
-          const LaunchConfig config{{unsigned(grid), 1, 1}, {lockkit_cuda::PROMPT_THREADS, 1, 1}, unsigned(shared), stream,
-                                    &option, early && can_be_early};
-          void* parameters[] = {&args};
-          Driver::get().call("cuLaunchKernelEx", &config, function, static_cast<void**>(parameters),
-                             static_cast<void**>(nullptr));
+          const LaunchConfig config{{unsigned(grid), 1, 1}, {lockkit_cuda::PROMPT_THREADS, 1, 1}, unsigned(shared),
+                                    stream, &option, early && can_be_early};
+          Driver::get().launch(config, function, args);
         });
   }
 

@@ -240,39 +240,68 @@ class Prompt {
     });
   }
 
+  // Two rows of tiles at a time: loads come before stores, since a load after a store waits for the load before it.
   DEVICE void finish_stream() {
-    if (!p_.last)
-      for_fragments([&](int m, int n, int half, const float (&c)[4]) {
-        own_stream()[((m * W.n + n) * 2 + half) * PROMPT_THREADS] = Sums{{c[0], c[1], c[2], c[3]}};
-      });
+    if (p_.last) return finish_chain();
 #pragma unroll
-    for (int m = 0; m < W.m; ++m)
+    for (int first = 0; first < W.m; first += 2) {
+      Word t[2][W.n] = {};
+      for_tiles(first, [&](int m, int n, size_t at) {
+        t[m - first][n] = load_for_all(static_cast<const Word*>(p_.packed_x) + at);
+      });
+      for_tiles(first, [&](int m, int n, size_t at) {
+        Word& word = t[m - first][n];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* c = c_[m][n][half];
+          own_stream()[((m * W.n + n) * 2 + half) * PROMPT_THREADS] = Sums{{c[0], c[1], c[2], c[3]}};
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const Pair x = unpack_pair<T, Pair>(word.v[half * 2 + i]);
+            word.v[half * 2 + i] = pack_pair<T>(x.v[0] + c[2 * i], x.v[1] + c[2 * i + 1]);
+          }
+        }
+        static_cast<Word*>(p_.t)[at] = word;
+      });
+    }
+  }
+
+  // Call body(m, n, at) for the tiles of two rows of tiles that the stream has, with the place of this lane's words.
+  template <class F>
+  DEVICE void for_tiles(int first, F body) const {
+#pragma unroll
+    for (int m = first; m < first + 2; ++m)
 #pragma unroll
       for (int n = 0; n < W.n; ++n)
-        if (column_tile(n) < n_tiles_) p_.last ? write_y(m, n) : write_t(m, n);
+        if (column_tile(n) < n_tiles_) body(m, n, (size_t(row_tile(m)) * n_tiles_ + column_tile(n)) * 32 + lane_);
   }
 
-  DEVICE void write_t(int m, int n) const {
-    const size_t at = (size_t(row_tile(m)) * n_tiles_ + column_tile(n)) * 32 + lane_;
-    Word t = load_for_all(static_cast<const Word*>(p_.packed_x) + at);
+  DEVICE void finish_chain() const {
+    Pair bias[W.n][2] = {};
+    const auto column = [&](int n, int half) { return column_tile(n) * TILE + half * 8 + lane_ % 4 * 2; };
+    if (p_.output_bias)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Pair x = unpack_pair<T, Pair>(t.v[i]);
-      const float* s = &c_[m][n][i / 2][i % 2 * 2];
-      t.v[i] = pack_pair<T>(x.v[0] + s[0], x.v[1] + s[1]);
+      for (int i = 0; i < W.n * 4; ++i) {
+        const int at = column(i / 4, i / 2 % 2) + i % 2;
+        if (at < p_.hidden) bias[i / 4][i / 2 % 2].v[i % 2] = p_.output_bias[at];
+      }
+#pragma unroll
+    for (int i = 0; i < W.m * W.n * 4; ++i) {
+      const int m = i / 4 / W.n, n = i / 4 % W.n, half = i / 2 % 2, row = row_tile(m) * TILE + lane_ / 4 + i % 2 * 8;
+      const float* s = &c_[m][n][half][i % 2 * 2];
+      const Pair& b = bias[n][half];
+      write_y(row, column(n, half), Pair{{s[0] * p_.inverse_gain + b.v[0], s[1] * p_.inverse_gain + b.v[1]}});
     }
-    static_cast<Word*>(p_.t)[at] = t;
   }
 
-  DEVICE void write_y(int m, int n) const {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = row_tile(m) * TILE + lane_ / 4 + i / 2 % 2 * 8;
-      const int column = column_tile(n) * TILE + i / 4 * 8 + lane_ % 4 * 2 + i % 2;
-      if (row >= p_.tokens || column >= p_.hidden) continue;
-      const float bias = p_.output_bias ? p_.output_bias[column] : 0.f;
-      static_cast<T*>(p_.y)[size_t(row) * p_.hidden + column] =
-          from_float<T>(c_[m][n][i / 4][i % 4] * p_.inverse_gain + bias);
+  DEVICE void write_y(int row, int column, Pair value) const {
+    if (row >= p_.tokens || column >= p_.hidden) return;
+    T* to = static_cast<T*>(p_.y) + size_t(row) * p_.hidden + column;
+    if (p_.hidden % 2 == 0) {
+      *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(value.v[0], value.v[1]);
+    } else {
+      to[0] = from_float<T>(value.v[0]);
+      if (column + 1 < p_.hidden) to[1] = from_float<T>(value.v[1]);
     }
   }
 

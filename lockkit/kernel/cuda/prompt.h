@@ -15,11 +15,12 @@ constexpr int PASS_ROWS = 128;  // passes have a multiple of these
 constexpr size_t MOST_PASS_BYTES = size_t{128} << 20;  // of scratch memory, about
 
 // Figures of an H100, from public sources. None is measured. Per multiprocessor and microsecond: operations of the tensor
-// cores; bytes that it reads from the L2 cache, when all do so and when few do; bytes of the L2 cache and of memory for the
-// stream. LAUNCH_AFTER: from the end of a kernel to the start of the next, in microseconds.
-constexpr double PROMPT_OPERATIONS = 3e6, PROMPT_BYTES = 4e4, PROMPT_BYTES_ALONE = 1e5;
-constexpr double STREAM_BYTES = 3e4, STREAM_BYTES_OF_MEMORY = 2e4, LAUNCH_AFTER = 1;
+// cores; bytes that it reads when few do so, or from the L2 cache when all do; bytes of the stream, in that cache or in
+// memory.
+constexpr double PROMPT_OPERATIONS = 3e6, PROMPT_BYTES_ALONE = 1e5, PROMPT_BYTES = 4e4;
+constexpr double STREAM_BYTES = 3e4, STREAM_BYTES_OF_MEMORY = 2e4;
 constexpr size_t CACHE_BYTES = size_t{40} << 20;
+constexpr double LAUNCH_AFTER = 1;  // microseconds from the end of a kernel to the start of the next
 
 struct PromptPlan {
   int units_rows = 0, stream_rows = 0;  // of thread blocks of prompt_units and prompt_stream
@@ -79,16 +80,17 @@ struct PromptPlan {
 // Expected microseconds of one kernel.
 inline double prompt_time(const Gpu& gpu, const Shape& shape, bool units, int block_rows, int tokens) {
   const PromptTiles tiles = prompt_tiles(units, block_rows);
-  const double blocks = PromptPlan::blocks(shape, units, block_rows, tokens), all = gpu.multiprocessors;
+  const double blocks = PromptPlan::blocks(shape, units, block_rows, tokens);
+  const double rounds = std::ceil(blocks / gpu.multiprocessors), share = blocks / gpu.multiprocessors;
   const int step = tiles.step(shape.word_tiles());
   const int k = ((units ? shape.hidden_tiles() : shape.rank / TILE) + step - 1) / step * step;
-  const double operations = 2.0 * TILE * TILE * TILE * tiles.tile_rows() * tiles.tile_columns() * k;
+  const double area = double(TILE) * TILE * tiles.tile_rows() * tiles.tile_columns();
   const double bytes = 512.0 * k * (tiles.tile_rows() + double(tiles.tile_columns()) / shape.word_tiles());
-  const double one = std::max(operations / PROMPT_OPERATIONS, bytes / PROMPT_BYTES_ALONE);
-  const double numbers = units ? 0 : double(tokens) * shape.hidden;
-  const double rate = numbers * 8 < CACHE_BYTES ? STREAM_BYTES : STREAM_BYTES_OF_MEMORY;
-  const double computed = std::max(std::ceil(blocks / all) * one, blocks * bytes / all / PROMPT_BYTES);
-  return std::max(computed, numbers * 12 / rate / all) + LAUNCH_AFTER;
+  // s is read and written, x is read, t is written.
+  const double of_stream = units ? 0 : area * 12, all = double(tokens) * shape.hidden * 8;
+  const double computed = rounds * std::max(2 * area * TILE * k / PROMPT_OPERATIONS, (bytes + of_stream) / PROMPT_BYTES_ALONE);
+  const double read = share * (bytes / PROMPT_BYTES + of_stream / (all < CACHE_BYTES ? STREAM_BYTES : STREAM_BYTES_OF_MEMORY));
+  return std::max(computed, read) + LAUNCH_AFTER;
 }
 
 // The fastest plan by these figures.
