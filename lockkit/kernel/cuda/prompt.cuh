@@ -26,6 +26,7 @@ class Prompt {
   static constexpr int PITCH = W.word_pitch(TILES), STAGE_BYTES = W.stage_bytes(TILES);  // of weights; of a stage
   static constexpr int WORD = 32 * 16, A_BYTES = W.tile_rows() * STEP * WORD;
   static constexpr int PARTS = W.m * W.n * 2, PLACES = W.rows * W.columns;  // fragments of a warp; warps of a group
+  static constexpr int OWN = PARTS / W.groups;                              // fragments of a warp at the end
   static_assert(PROMPT_WARPS % STEP == 0 || STEP % PROMPT_WARPS == 0);
   static_assert(PLACES * W.groups == PROMPT_WARPS && PARTS % W.groups == 0 && WORDS % W.groups == 0 && STAGES >= 2);
   static_assert(UNITS || W.groups == 1);
@@ -38,7 +39,6 @@ class Prompt {
         n_tiles_(UNITS ? p.columns() / TILE : p.hidden_tiles()), word_parts_(word_bytes(p.scales) / 16) {
     const int blocks = (n_tiles_ + W.tile_columns() - 1) / W.tile_columns();
     first_row_ = block() / blocks * W.tile_rows(), first_column_ = block() % blocks * W.tile_columns();
-    row_ = warp_ % PLACES / W.columns * W.m, column_ = warp_ % W.columns * W.n;
     rows_ = unsigned(first_row_) * k_tiles_ * 32 + lane_;
     weights_ = unsigned(first_column_) * k_words_ * word_parts_ + lane_;
   }
@@ -55,24 +55,28 @@ class Prompt {
       copy_commit();
     }
     const int stages = (k_tiles_ + STEP - 1) / STEP;
-    int slot = 0, next = STAGES - 1;
+    int slot = 0;
 #pragma unroll 1
     for (int i = 0; i < stages; ++i) {
       copy_wait<STAGES - 2>();
       sync_block();  // all copies of this stage are there, and all have used the stage before it
+      const int next = slot == 0 ? STAGES - 1 : slot - 1;
       fetch_rows(i + STAGES - 1, next);
       fetch_weights(i + STAGES - 1, next);
       copy_commit();
       multiply(shared_memory + slot * STAGE_BYTES);
-      slot = slot + 1 == STAGES ? 0 : slot + 1, next = next + 1 == STAGES ? 0 : next + 1;
+      slot = slot + 1 == STAGES ? 0 : slot + 1;
     }
     if constexpr (UNITS) finish_units();
     else finish_stream();
   }
 
  private:
-  DEVICE int row_tile(int m) const { return first_row_ + row_ + m; }
-  DEVICE int column_tile(int n) const { return first_column_ + column_ + n; }
+  // Tiles of this warp: of the thread block's, and of all.
+  DEVICE int own_row(int m) const { return warp_ % PLACES / W.columns * W.m + m; }
+  DEVICE int own_column(int n) const { return warp_ % W.columns * W.n + n; }
+  DEVICE int row_tile(int m) const { return first_row_ + own_row(m); }
+  DEVICE int column_tile(int n) const { return first_column_ + own_column(n); }
 
   // Call body(m, n, half, c) for each fragment of 16 x 8 of this warp.
   template <class F>
@@ -101,12 +105,13 @@ class Prompt {
   }
 
   DEVICE void fetch_weights(int stage, int slot) const {
+    const auto* weights = reinterpret_cast<const Word*>(p_.weights);
     unsigned char* to = shared_memory + slot * STAGE_BYTES + A_BYTES + lane_ * 16;
 #pragma unroll
     for (int i = 0; i < W.tile_columns() * WORDS; i += PROMPT_WARPS) {
       const int word = i + warp_, column = word / WORDS, k = stage * WORDS + word % WORDS;
       if (W.tile_columns() * WORDS % PROMPT_WARPS && word >= W.tile_columns() * WORDS) break;
-      const Word* from = reinterpret_cast<const Word*>(p_.weights) + (weights_ + unsigned(column * k_words_ + k) * word_parts_);
+      const Word* from = weights + (weights_ + unsigned(column * k_words_ + k) * word_parts_);
       const bool real = k < k_words_ && first_column_ + column < n_tiles_;
       copy_async_or_zeros(to + word * PITCH, from, real);
       if (TILES > 1 && lane_ < 2 * p_.scales) copy_async_or_zeros(to + word * PITCH + WORD, from + 32, real);
@@ -116,8 +121,8 @@ class Prompt {
   // ---- products ----
 
   DEVICE void multiply(const unsigned char* stage) {
-    const unsigned char* rows = stage + row_ * STEP * WORD + lane_ * 16;
-    const unsigned char* columns = stage + A_BYTES + column_ * WORDS * PITCH;
+    const unsigned char* rows = stage + own_row(0) * STEP * WORD + lane_ * 16;
+    const unsigned char* columns = stage + A_BYTES + own_column(0) * WORDS * PITCH;
 #pragma unroll
     for (int i = 0; i < WORDS / W.groups; ++i) {
       const int word = i * W.groups + group_;
@@ -146,7 +151,8 @@ class Prompt {
   DEVICE Word tile(const Word& word, int j, const unsigned char* scales) const {
     if constexpr (TILES == 1) return word;
     else
-      return FORMAT::tile(word, j, reinterpret_cast<const uint32_t*>(scales)[lane_ / 4 * p_.scales + j * p_.scales / TILES]);
+      return FORMAT::tile(
+          word, j, reinterpret_cast<const uint32_t*>(scales)[lane_ / 4 * p_.scales + j * p_.scales / TILES]);
   }
 
   // ---- units ----
@@ -165,64 +171,72 @@ class Prompt {
   }
 
   DEVICE void finish_units() {
-    if (W.groups > 1) share_sums();
+    Sums own[OWN];
+    if constexpr (W.groups > 1) share_sums();
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) own[i] = W.groups > 1 ? sum_of_groups(i * W.groups + group_) : sums_of(i);
     switch (p_.activation) {
-      case Activation::silu: return write_units<Activation::silu>();
-      case Activation::gelu: return write_units<Activation::gelu>();
-      case Activation::gelu_tanh: return write_units<Activation::gelu_tanh>();
-      case Activation::relu: return write_units<Activation::relu>();
-      default: return write_units<Activation::relu_squared>();
+      case Activation::silu: activate_sums<Activation::silu>(own); break;
+      case Activation::gelu: activate_sums<Activation::gelu>(own); break;
+      case Activation::gelu_tanh: activate_sums<Activation::gelu_tanh>(own); break;
+      case Activation::relu: activate_sums<Activation::relu>(own); break;
+      default: activate_sums<Activation::relu_squared>(own);
     }
+#pragma unroll
+    for (int i = 0; i < OWN; ++i) write_units(W.groups > 1 ? i * W.groups + group_ : i, own[i].v);
+  }
+
+  // Part (m * W.n + n) * 2 + half of this warp's sums.
+  DEVICE Sums sums_of(int part) const {
+    const float* c = c_[part / 2 / W.n][part / 2 % W.n][part % 2];
+    return Sums{{c[0], c[1], c[2], c[3]}};
   }
 
   DEVICE Sums* shared_sums(int group, int part) const {
     const int warp = group * PLACES + warp_ % PLACES;
     return reinterpret_cast<Sums*>(shared_memory) + (warp * PARTS + part) * 32 + lane_;
   }
-
   // Each group writes its sums to shared memory, in place of the ring.
-  DEVICE void share_sums() {
+  DEVICE void share_sums() const {
     sync_block();  // all have used the last stage
-    for_fragments([&](int m, int n, int half, const float (&c)[4]) {
-      *shared_sums(group_, (m * W.n + n) * 2 + half) = Sums{{c[0], c[1], c[2], c[3]}};
-    });
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) *shared_sums(group_, part) = sums_of(part);
     sync_block();
   }
-
-  template <Activation WHICH>
-  DEVICE void write_units() {
-    if constexpr (W.groups == 1) {
-      for_fragments([&](int m, int n, int half, const float (&c)[4]) { write_part<WHICH>(m, n, half, c); });
-    } else {
+  DEVICE Sums sum_of_groups(int part) const {
+    Sums all{};
 #pragma unroll
-      for (int i = 0; i < PARTS / W.groups; ++i) {
-        const int part = i * W.groups + group_;  // of the place's sums: the groups divide them
-        Sums all{};
+    for (int group = 0; group < W.groups; ++group) {
+      const Sums one = *shared_sums(group, part);
 #pragma unroll
-        for (int group = 0; group < W.groups; ++group) {
-          const Sums one = *shared_sums(group, part);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) all.v[j] += one.v[j];
-        }
-        write_part<WHICH>(part / 2 / W.n, part / 2 % W.n, part % 2, all.v);
-      }
+      for (int j = 0; j < 4; ++j) all.v[j] += one.v[j];
     }
+    return all;
   }
 
-  // Write a fragment's units. With a gate, neighbouring columns are gate and up of one unit.
+  // With a gate, even columns are gates.
   template <Activation WHICH>
-  DEVICE void write_part(int m, int n, int half, const float (&c)[4]) const {
+  DEVICE void activate_sums(Sums (&own)[OWN]) const {
+#pragma unroll
+    for (int i = 0; i < OWN * 4; i += 2) own[i / 4].v[i % 4] = activate(WHICH, own[i / 4].v[i % 4]);
+    if (p_.gated) return;
+#pragma unroll
+    for (int i = 1; i < OWN * 4; i += 2) own[i / 4].v[i % 4] = activate(WHICH, own[i / 4].v[i % 4]);
+  }
+
+  // Write the units of a part: two rows. With a gate, two neighbouring columns are one unit.
+  DEVICE void write_units(int part, const float (&c)[4]) const {
+    const int m = part / 2 / W.n, n = part / 2 % W.n, half = part % 2;
     if (column_tile(n) >= n_tiles_) return;
-    const float first = activate(WHICH, c[0]), second = activate(WHICH, c[2]);
     if (p_.gated) {
       const int unit = column_tile(n) * TILE / 2 + half * 4 + lane_ % 4;
       T* to = static_cast<T*>(p_.units) + size_t(row_tile(m)) * p_.rank * TILE;
       to += (unit / TILE * 32 + lane_ / 4 * 4 + unit % 8 / 2) * 8 + unit % TILE / 8 * 4 + unit % 2;
-      to[0] = from_float<T>(first * c[1]), to[2] = from_float<T>(second * c[3]);
+      to[0] = from_float<T>(c[0] * c[1]), to[2] = from_float<T>(c[2] * c[3]);
     } else {
       uint32_t* to = static_cast<uint32_t*>(p_.units) + size_t(row_tile(m)) * p_.rank * TILE / 2;
       to += (column_tile(n) * 32 + lane_) * 4 + half * 2;
-      to[0] = pack_pair<T>(first, activate(WHICH, c[1])), to[1] = pack_pair<T>(second, activate(WHICH, c[3]));
+      to[0] = pack_pair<T>(c[0], c[1]), to[1] = pack_pair<T>(c[2], c[3]);
     }
   }
 
@@ -310,7 +324,6 @@ class Prompt {
   const int k_tiles_, k_words_, n_tiles_;  // of the product
   const int word_parts_;                   // 16 bytes each, of a word of weights with its scales
   int first_row_, first_column_;  // tiles of this thread block
-  int row_, column_;              // tiles of this warp, from there on
   unsigned rows_, weights_;       // where this lane's part of this thread block's first words is, in 16 bytes
   Tile c_[W.m][W.n];
 };

@@ -1,4 +1,4 @@
-// Which of the kernels for many tokens compute a chain (prompt.cuh), and their launches: two for each DLR block, one after
+// Which of the kernels for many tokens (prompt.cuh) compute a chain, and their launches: two for each DLR block, one after
 // the other on a stream.
 #pragma once
 #include <cmath>
@@ -28,7 +28,8 @@ struct PromptPlan {
 
   // Thread blocks of a kernel.
   static int blocks(const Shape& shape, bool units, int block_rows, int tokens) {
-    const int n = units ? shape.columns() / TILE : shape.hidden_tiles(), of_block = prompt_tiles(units, block_rows).tile_columns();
+    const int n = units ? shape.columns() / TILE : shape.hidden_tiles();
+    const int of_block = prompt_tiles(units, block_rows).tile_columns();
     return (tokens + block_rows - 1) / block_rows * ((n + of_block - 1) / of_block);
   }
   // Scratch memory: packed_x, t, units, s.
@@ -88,9 +89,9 @@ inline double prompt_time(const Gpu& gpu, const Shape& shape, bool units, int bl
   const double bytes = 512.0 * k * (tiles.tile_rows() + double(tiles.tile_columns()) / shape.word_tiles());
   // s is read and written, x is read, t is written.
   const double of_stream = units ? 0 : area * 12, all = double(tokens) * shape.hidden * 8;
-  const double computed = rounds * std::max(2 * area * TILE * k / PROMPT_OPERATIONS, (bytes + of_stream) / PROMPT_BYTES_ALONE);
-  const double read = share * (bytes / PROMPT_BYTES + of_stream / (all < CACHE_BYTES ? STREAM_BYTES : STREAM_BYTES_OF_MEMORY));
-  return std::max(computed, read) + LAUNCH_AFTER;
+  const double rate = all < CACHE_BYTES ? STREAM_BYTES : STREAM_BYTES_OF_MEMORY;
+  const double alone = std::max(2 * area * TILE * k / PROMPT_OPERATIONS, (bytes + of_stream) / PROMPT_BYTES_ALONE);
+  return std::max(rounds * alone, share * (bytes / PROMPT_BYTES + of_stream / rate)) + LAUNCH_AFTER;
 }
 
 // The fastest plan by these figures.
