@@ -97,10 +97,14 @@ def test_the_operator_computes_the_chain(case, architecture, emulated_gpu, libra
             assert error(other, torch.from_numpy(y.view(np.int16)).view(case.dtype)) < LIMITS[case.dtype]
     kernels = [[call.name for call in run if call.kind == "kernel"] for run in found]
     print(kernels)
-    assert [len(names) for names in kernels[1:]] == [1, 1, 0, 1]
+    # One kernel for a few tokens; for many, one that packs them, and two for each DLR block.
+    assert [len(names) for names in kernels[1:]] == [1, 1, 0, 1 + 2 * len(case.ranks)]
     assert not kernels[0]
     form = {16: "Plain", 8: "Int8", 4: "Int4"}[case.bits]
-    assert all(name.startswith("chain_") and f"_{form}_" in name for names in kernels for name in names)
+    assert all(name.startswith("chain_") and f"_{form}_" in name for names in kernels[:-1] for name in names)
+    assert {name.rpartition("_")[0] for name in kernels[-1][1:]} == {
+        f"prompt_{what}_{'Half' if case.dtype == torch.float16 else 'BFloat16'}_{form}" for what in ("units", "stream")
+    }
     assert architecture >= 90 or not any("CLUSTER" in name for names in kernels for name in names)
 
 
@@ -115,9 +119,11 @@ def test_weights_are_on_the_gpu_once(bits_of_weights, emulated_gpu, library):
     assert len(copies) == 1
 
 
+@pytest.mark.parametrize("tokens", [4, 100])
 @pytest.mark.parametrize("case", [GATED, INTEGERS[0]], ids=["fp16", "int4"])
-def test_a_cuda_graph_holds_the_operator(case, emulated_gpu, library):
-    first, *later = emulated_gpu(80).run(steps.capture, model_of(case), library, (4, case.hidden), KINDS[case.dtype])
+def test_a_cuda_graph_holds_the_operator(case, tokens, emulated_gpu, library):
+    shape = (tokens, case.hidden)
+    first, *later = emulated_gpu(80).run(steps.capture, model_of(case), library, shape, KINDS[case.dtype])
     assert any(call.kind == "kernel" for call in first)
     for step in later:
         assert kinds(call for call in step if not call.captured)["graph"] == 1

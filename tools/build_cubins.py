@@ -17,7 +17,17 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "lockkit" / "kernel" / "cuda"
-SOURCES = ("chain.cu", "chain.cuh", "parts.cuh", "weights.cuh", "args.h", "device.h", "variants.h")
+SOURCES = (
+    "chain.cu",
+    "chain.cuh",
+    "prompt.cuh",
+    "parts.cuh",
+    "weights.cuh",
+    "args.h",
+    "prompt_args.h",
+    "device.h",
+    "variants.h",
+)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PTX = 80  # newer GPUs than these compile this one when it is loaded
 FLAGS = ("-std=c++17", "-O3")

@@ -1,7 +1,8 @@
 // The CUDA kernels as a library for the CPU, on the emulator.
 //
 // `emulate_chain` computes a chain, for tests in Python. `run_kernel` computes what the operator launches on the fake
-// CUDA driver of the tests. MUTANTS, if defined, is a file with changed copies of the kernel, see mutants.py.
+// CUDA driver of the tests. MUTANTS or PROMPT_MUTANTS, if defined, is a file with changed copies of the kernels, see
+// mutants.py and prompt_mutants.py.
 #include "emulator.h"
 
 #include <map>
@@ -9,10 +10,14 @@
 
 #if defined(MUTANTS)
 #include "mutants.h"
+#elif defined(PROMPT_MUTANTS)
+#include "prompt_mutants.h"
 #else
 #include "chain.cuh"
+#include "prompt.cuh"
 #endif
 #include "plan.h"
+#include "prompt.h"
 #include "variants.h"
 
 using namespace lockkit_cuda;
@@ -21,12 +26,30 @@ using Kernel = void (*)(const Args&);
 static const std::map<std::string, Kernel> kernels = {
 #if defined(MUTANTS)
 #include MUTANTS
-#else
+#elif !defined(PROMPT_MUTANTS)
 #define ENTRY(TYPE, FORMAT, MODE, BATCH, STAGES) \
   {"chain_" #TYPE "_" #FORMAT "_" #MODE, [](const Args& args) { Chain<TYPE, FORMAT, MODE, BATCH, STAGES>(args).run(); }},
     LOCKKIT_VARIANTS(ENTRY) LOCKKIT_CLUSTER_VARIANTS(ENTRY)
 #endif
 };
+
+using PromptKernel = void (*)(const PromptArgs&);
+static const std::map<std::string, PromptKernel> prompt_kernels = {
+#if defined(PROMPT_MUTANTS)
+#include PROMPT_MUTANTS
+#elif !defined(MUTANTS)
+#define PROMPT_ENTRY(TYPE, FORMAT, NAME, UNITS, ROWS)     \
+  {"prompt_" #NAME "_" #TYPE "_" #FORMAT "_" #ROWS,       \
+   [](const PromptArgs& args) { Prompt<TYPE, FORMAT, UNITS, ROWS>(args).run(); }},
+    LOCKKIT_PROMPT_VARIANTS(PROMPT_ENTRY) {"prompt_pack", [](const PromptArgs& args) { prompt_pack(args); }}
+#endif
+};
+
+static int launch(const std::string& name, int grid, int shared, const PromptArgs& args, unsigned seed) {
+  const auto found = prompt_kernels.find(name);
+  if (found == prompt_kernels.end()) return -1;
+  return emulator::launch(grid, PROMPT_THREADS, shared, 1, [&] { found->second(args); }, seed);
+}
 
 static int launch(const std::string& name, int grid, int shared, const Args& args, unsigned seed) {
   const auto found = kernels.find(name);
@@ -39,8 +62,10 @@ static int launch(const std::string& name, int grid, int shared, const Args& arg
 extern "C" int run_kernel(const char* name, const unsigned grid[3], const unsigned block[3], unsigned shared,
                           void** parameters) {
   emulator::inboxes_begin = nullptr;
-  if (block[0] != THREADS) return 1;                                                              // invalid value
-  const int result = launch(name, int(grid[0]), int(shared), *static_cast<const Args*>(parameters[0]), 1);
+  const bool prompt = !std::strncmp(name, "prompt_", 7);
+  if (int(block[0]) != (prompt ? PROMPT_THREADS : THREADS)) return 1;  // invalid value
+  const int result = prompt ? launch(name, int(grid[0]), int(shared), *static_cast<const PromptArgs*>(parameters[0]), 1)
+                            : launch(name, int(grid[0]), int(shared), *static_cast<const Args*>(parameters[0]), 1);
   constexpr int ERRORS[] = {0, 702, 700, 716, 719};  // timeout; illegal address; misaligned address; launch failure
   return result < 0 ? result : ERRORS[result];
 }
@@ -57,6 +82,7 @@ struct Request {
                                      // a quantised weight is two of them
   const uint16_t *output_bias, *x;   // [hidden] or null, [tokens, hidden]
   uint16_t* y;                       // [tokens, hidden]
+  PromptPlan prompt;                 // with rows: by the kernels for many tokens
 };
 
 template <class T>
@@ -74,6 +100,25 @@ static void read(const Request& r, const void* const*& next, int k, int n, Quant
   matrix.data = static_cast<const uint8_t*>(*next++), matrix.scales = static_cast<const uint16_t*>(*next++);
   matrix.blocks = (k + r.block_size - 1) / r.block_size, matrix.n = n;
   matrix.block_size = r.block_size, matrix.bits = r.bits;
+}
+
+// Compute a chain by the kernels for many tokens. Scratch memory starts as NaN.
+static int emulate_prompt(const Request& r, const Shape& shape, const unsigned char* weights, const float* bias,
+                          const float* output_bias) {
+  constexpr size_t GUARD_BYTES = 1 << 16;
+  std::vector<unsigned char> scratch(r.prompt.bytes(shape) + GUARD_BYTES, 0xff);
+  PromptArgs args{};
+  args.x = r.x, args.y = r.y, args.tokens = r.tokens, args.weights = weights, args.bias = bias;
+  args.output_bias = output_bias, args.hidden = r.hidden, args.rank = shape.rank, args.gated = shape.gated;
+  args.scales = shape.scales, args.inverse_gain = 1 / r.gain, args.activation = Activation(r.activation);
+  int result = 0;
+  r.prompt.run(shape, r.bfloat16 ? "BFloat16" : "Half", args, scratch.data(),
+               [&](const std::string& name) { return r.mutant + name; },
+               [&](const std::string& name, int grid, int shared, const PromptArgs& of_kernel, bool) {
+                 if (!result) result = launch(name, grid, shared, of_kernel, r.seed);
+               });
+  const auto changed = [](unsigned char byte) { return byte != 0xff; };
+  return !result && std::any_of(scratch.end() - GUARD_BYTES, scratch.end(), changed) ? emulator::OUT_OF_BOUNDS : result;
 }
 
 template <class M>
@@ -96,6 +141,9 @@ static int emulate(const Request& r) {
   const std::vector<float> bias = pack_bias(shape, blocks, convert);
   std::vector<float> output_bias;
   for (int i = 0; r.output_bias && i < r.hidden; ++i) output_bias.push_back(convert(r.output_bias[i]));
+  if (r.prompt.rows)
+    return emulate_prompt(r, shape, weights.data(), bias.empty() ? nullptr : bias.data(),
+                          output_bias.empty() ? nullptr : output_bias.data());
 
   Plan plan;
   plan.cluster = r.cluster, plan.team = r.team;
@@ -131,4 +179,26 @@ extern "C" int has_kernel(int hidden, int rank, int gated, int bits, int block_s
   if (!plan.team) return -1;
   const bool fits = plan.shared_bytes <= shared_bytes && (plan.cluster || plan.groups * plan.team <= multiprocessors);
   return fits && kernels.count(plan.kernel("Half", bits));
+}
+
+// Bytes of scratch memory of the plan for many tokens, or -1 if one of its kernels does not exist.
+extern "C" int prompt_scratch_bytes(int hidden, int rank, int gated, int bits, int block_size, int tokens,
+                                    int multiprocessors) {
+  Shape shape;
+  if (bits < 16) QuantisedMatrix{nullptr, nullptr, 0, 0, block_size, bits}.describe(shape);
+  shape.hidden = hidden, shape.depth = 2, shape.rank = rank, shape.gated = gated;
+  const PromptPlan plan = make_prompt_plan({multiprocessors, 99 << 10, 0}, shape, tokens);
+  PromptArgs args{};
+  args.tokens = tokens;
+  bool found = plan.shared_bytes(shape, true) <= 99 << 10 && plan.shared_bytes(shape, false) <= 99 << 10;
+  const auto find = [&](const std::string& name) { return found &= prompt_kernels.count(name) > 0; };
+  plan.run(shape, "Half", args, nullptr, find, [](bool, int, int, const PromptArgs&, bool) {});
+  return found ? int(plan.bytes(shape)) : -1;
+}
+
+// Rows of a thread block of prompt_units, for a gated chain with weights of 16 bits.
+extern "C" int prompt_units_rows(int hidden, int rank, int tokens, int multiprocessors) {
+  Shape shape;
+  shape.hidden = hidden, shape.depth = 2, shape.rank = rank, shape.gated = 1;
+  return make_prompt_plan({multiprocessors, 99 << 10, 0}, shape, tokens).units_rows;
 }

@@ -18,7 +18,8 @@ from lockkit.kernel.build import SOURCE
 
 HERE = Path(__file__).parent
 KERNEL = SOURCE.parent / "cuda"
-SOURCES = ("parts.cuh", "weights.cuh", "chain.cuh")  # for a GPU or the emulator
+SOURCES = ("parts.cuh", "weights.cuh", "chain.cuh")
+PROMPT_SOURCES = ("parts.cuh", "weights.cuh", "prompt.cuh")  # for a GPU or the emulator
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
@@ -63,6 +64,7 @@ class Request(ctypes.Structure):
         ("seed", ctypes.c_uint),
         ("gain", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ["ranks", "tensors", "output_bias", "x", "y"]),
+        ("prompt", ctypes.c_int * 3),
     ]
 
 
@@ -74,6 +76,8 @@ class Case:
         team: thread blocks that share a group of tokens.
         bits: of a weight. 8 and 4: quantised, with fp16 for everything else.
         block_size: quantised weights that share a scale.
+        prompt: for the kernels for many tokens: rows of thread blocks of prompt_units and of prompt_stream, and rows of a
+            pass. Empty for the others, whose team, mt, chunk and span mean nothing here.
     """
 
     hidden: int
@@ -88,6 +92,7 @@ class Case:
     gain: float = 0.5
     bits: int = 16
     block_size: int = 32
+    prompt: tuple[int, ...] = ()
 
     def chain(self) -> tuple[DLRNet, torch.Tensor]:
         """A random chain in fp32, and an input `[tokens, hidden]` in the case's own type. Quantised weights have the values
@@ -142,8 +147,10 @@ def _quantise(weight: torch.Tensor, bits: int, block_size: int) -> tuple[torch.T
     return q.reshape(n, scales.shape[1], -1), scales, values
 
 
-def build(folder: Path, mutants: Path | None = None, optimise: str = "-O1") -> ctypes.CDLL:
-    """Compile the emulated kernels into `folder`, or skip the test."""
+def build(
+    folder: Path, mutants: Path | None = None, optimise: str = "-O1", prompt_mutants: Path | None = None
+) -> ctypes.CDLL:
+    """Compile the emulated kernels, or mutants, into `folder`, or skip the test."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None or platform.machine() != "x86_64":
         pytest.skip("the emulator needs a C++ compiler and x86-64")
@@ -159,9 +166,10 @@ def build(folder: Path, mutants: Path | None = None, optimise: str = "-O1") -> c
     ]
     # `device.h` of the tests stands in for the one of the kernel.
     (folder / "device.h").write_text('#include "emulator.h"\n')
-    for name in SOURCES:
+    for name in {*SOURCES, *PROMPT_SOURCES}:
         shutil.copy(KERNEL / name, folder)
-    definitions = [f'-DMUTANTS="{mutants}"'] if mutants else []
+    tables = {"MUTANTS": mutants, "PROMPT_MUTANTS": prompt_mutants}
+    definitions = [f'-D{name}="{table}"' for name, table in tables.items() if table]
     command = [compiler, *flags, *definitions, f"-I{folder}", f"-I{HERE}", f"-I{KERNEL}", HERE / "emulate.cpp"]
     subprocess.run([*command, "-o", library], check=True)
     return ctypes.CDLL(str(library))
@@ -189,7 +197,7 @@ def emulate(
         list(ACTIVATIONS).index(case.activation), seed,
         case.gain,
         ctypes.addressof(ranks), ctypes.addressof(pointers), output_bias.data_ptr() if output_bias is not None else None,
-        x.data_ptr(), y.data_ptr(),
+        x.data_ptr(), y.data_ptr(), (ctypes.c_int * 3)(*case.prompt),
     )  # fmt: skip
     result = RESULTS[library.emulate_chain(ctypes.byref(request))]
     if result == "done" and not (guarded[:GUARD_ROWS] == GUARD).all() & (guarded[-GUARD_ROWS:] == GUARD).all():

@@ -7,7 +7,8 @@
 // 4. Shared memory starts as NaN. It is as large as the kernel asked for, and what follows it is checked.
 // 5. The tensor cores' fragments are those of the PTX manual.
 //
-// What it cannot show: plain loads that hit an old line in the L1 cache, and whether all thread blocks are resident.
+// What it cannot show: plain loads that hit an old line in the L1 cache, whether all thread blocks are resident, and what
+// happens when a kernel starts while the one before it runs.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -204,12 +205,22 @@ inline void sync_cluster() {
   emulator::wait(emulator::clusters[block() / size], emulator::threads_in_block * size);
 }
 inline void wait_a_little(long long&) { emulator::wait_for_messages(); }
+template <class V>
+V load_from_l2(const V* at) {
+  return *at;
+}
+inline void wait_for_previous_kernel() {}  // here, kernels run one after the other
+inline void let_next_kernel_start() {}
 
 template <int BYTES>
 void copy_async(void* to, const void* from) {
   if (uintptr_t(to) % BYTES || uintptr_t(from) % BYTES) emulator::misaligned = true;
   if (emulator::random_bits() & 1) memcpy(to, from, BYTES);
   else emulator::current->copies.push_back({to, from, BYTES, emulator::current->group});
+}
+inline void copy_async_or_zeros(void* to, const void* from, bool real) {
+  alignas(16) static const unsigned char zeros[16] = {};
+  copy_async<16>(to, real ? from : zeros);
 }
 inline void copy_commit() { ++emulator::current->group; }
 template <int N>

@@ -35,6 +35,11 @@ DEVICE void copy_async(void* to, const void* from) {
   if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
 }
+// Copy 16 bytes, or zeros if they are not real. Then nothing is read.
+DEVICE void copy_async_or_zeros(void* to, const void* from, bool real) {
+  const auto at = uint32_t(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(real ? 16 : 0));
+}
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int N>
 DEVICE void copy_wait() {
@@ -119,6 +124,28 @@ DEVICE void send_async(void* mine, int member, uint32_t content, Arrivals* arriv
                "r"(content), "r"(address_at(arrivals, member))
                : "memory");
 }
+
+// ---- kernels that follow each other on a stream ----
+
+// A load of 16 bytes from the L2 cache: the L1 cache may hold what was there before another kernel wrote.
+template <class V>
+DEVICE V load_from_l2(const V* at) {
+  static_assert(sizeof(V) == 16);
+  const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(at));
+  V value;
+  memcpy(&value, &bits, 16);
+  return value;
+}
+
+#if __CUDA_ARCH__ >= 900
+// Wait until all kernels before this one have ended, and what they wrote is visible.
+DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The next kernel's thread blocks may start once all thread blocks of this one have come here.
+DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+DEVICE void wait_for_previous_kernel() {}
+DEVICE void let_next_kernel_start() {}
+#endif
 
 // ---- arithmetic ----
 

@@ -40,8 +40,8 @@ enum Attribute {
   COOPERATIVE = 95,
   SHARED_BYTES = 97
 };
-enum FunctionAttribute { DYNAMIC_SHARED_BYTES = 8, LARGE_CLUSTERS = 14 };
-enum LaunchAttribute { LAUNCH_COOPERATIVE = 2, LAUNCH_CLUSTER = 4 };
+enum FunctionAttribute { DYNAMIC_SHARED_BYTES = 8, SHARED_PERCENT = 9, LARGE_CLUSTERS = 14 };
+enum LaunchAttribute { LAUNCH_COOPERATIVE = 2, LAUNCH_CLUSTER = 4, LAUNCH_EARLY = 6 };
 constexpr int MIN_MAJOR = 8;
 
 struct alignas(8) LaunchOption {
@@ -76,9 +76,21 @@ class Driver {
     if (!function) throw std::runtime_error(std::string("DLRChain: the CUDA driver is too old, it has no ") + name);
     return function(arguments...);
   }
+  // Launch a kernel, by a function that is looked up once.
+  template <class P>
+  void launch(const LaunchConfig& config, Function kernel, P& parameters) const {
+    void* all[] = {&parameters};
+    if (!launch_) return call("cuLaunchKernelEx", &config, kernel, static_cast<void**>(all), static_cast<void**>(nullptr));
+    const int code = launch_(&config, kernel, all, nullptr);
+    if (code) throw std::runtime_error("DLRChain: cuLaunchKernelEx failed: " + error_name(code));
+  }
 
  private:
-  Driver() : library_(dlopen("libcuda.so.1", RTLD_NOW)) {}
+  using Launch = int (*)(const LaunchConfig*, Function, void**, void**);
+
+  Driver()
+      : library_(dlopen("libcuda.so.1", RTLD_NOW)),
+        launch_(library_ ? reinterpret_cast<Launch>(dlsym(library_, "cuLaunchKernelEx")) : nullptr) {}
 
   std::string error_name(int code) const {
     const char* name = nullptr;
@@ -87,6 +99,7 @@ class Driver {
   }
 
   void* const library_;
+  const Launch launch_;
 };
 
 // One GPU, in the context that onnxruntime uses, with the kernels loaded into it. It lives as long as the process.
@@ -142,20 +155,10 @@ class Device {
     }
   }
 
-  // At least `bytes` of memory that only kernels on `stream` use, one after the other. It holds zeros, and every kernel
-  // leaves it so. When more is needed, the old memory stays: captured graphs may use it.
-  Address zeros(Stream stream, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    auto& [address, size] = zeros_[stream];
-    if (size < bytes) {
-      size_t wanted = size_t{1} << 20;
-      while (wanted < bytes) wanted *= 2;
-      const Address grown = allocate(wanted);
-      driver_.call("cuMemsetD8Async", grown, static_cast<unsigned char>(0), wanted, stream);
-      address = grown, size = wanted;
-    }
-    return address;
-  }
+  // At least `bytes` of memory that only kernels on `stream` use, one after the other.
+  Address scratch(Stream stream, size_t bytes) { return kept(scratch_, stream, bytes); }
+  // Such memory, which holds zeros. Every kernel leaves it so.
+  Address zeros(Stream stream, size_t bytes) { return kept(zeros_, stream, bytes); }
 
  private:
   explicit Device(Context context) : driver_(Driver::get()), context_(context) {
@@ -173,6 +176,22 @@ class Device {
 #endif
   }
 
+  using Kept = std::map<Stream, std::pair<Address, size_t>>;
+
+  // When more is needed, the old memory stays: captured graphs may use it.
+  Address kept(Kept& all, Stream stream, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto& [address, size] = all[stream];
+    if (size < bytes) {
+      size_t wanted = size_t{1} << 20;
+      while (wanted < bytes) wanted *= 2;
+      const Address grown = allocate(wanted);
+      driver_.call("cuMemsetD8Async", grown, static_cast<unsigned char>(0), wanted, stream);
+      address = grown, size = wanted;
+    }
+    return address;
+  }
+
   int attribute(Attribute which) const {
     int device, value;
     driver_.call("cuCtxGetDevice", &device);
@@ -188,6 +207,8 @@ class Device {
       driver_.call("cuFuncSetAttribute", found, int(DYNAMIC_SHARED_BYTES), gpu_.shared_bytes);
       if (name.find("_CLUSTER") != std::string::npos)
         driver_.try_call("cuFuncSetAttribute", found, int(LARGE_CLUSTERS), 1);
+      if (name.rfind("prompt_", 0) == 0)  // so that two thread blocks fit on a multiprocessor
+        driver_.try_call("cuFuncSetAttribute", found, int(SHARED_PERCENT), 100);
       function = found;
     }
     return function;
@@ -216,7 +237,7 @@ class Device {
   Module module_ = nullptr;
   std::mutex mutex_;  // guards what follows
   std::map<std::string, Function> functions_;
-  std::map<Stream, std::pair<Address, size_t>> zeros_;
+  Kept scratch_, zeros_;
 };
 
 }  // namespace cuda

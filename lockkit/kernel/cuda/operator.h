@@ -4,10 +4,12 @@
 // 1. When the session is created, the weights are packed (pack.h) and copied to the GPU. They are inputs in the CPU's
 //    memory: onnxruntime keeps no copy of its own on the GPU.
 // 2. A call chooses a plan for its number of tokens (plan.h) and launches the kernel on onnxruntime's stream, once, or
-//    several times for more tokens than the GPU takes at once. The host waits for nothing, so a CUDA graph can hold it.
+//    several times for more tokens than the GPU takes at once. For many tokens it launches other kernels, two for each DLR
+//    block (prompt.h). The host waits for nothing, so a CUDA graph can hold it.
 #pragma once
 #include "../constants.h"
 #include "driver.h"
+#include "prompt.h"
 
 namespace {
 namespace cuda {
@@ -172,6 +174,7 @@ class Chain {
     constexpr int64_t MOST = 1 << 20;  // tokens in a plan
     for (; tokens > MOST; x += MOST * shape_.hidden, y += MOST * shape_.hidden, tokens -= MOST)
       launch(x, y, MOST, stream);
+    if (tokens > lockkit_cuda::MOST_TOKENS_WITHOUT_PROMPT) return launch_prompt(x, y, int(tokens), stream);
     const Plan plan = this->plan(int(tokens));
     Args args = plan.args(shape_);
     args.x = x, args.y = y, args.tokens = int(tokens);
@@ -180,6 +183,35 @@ class Chain {
     args.output_bias = output_bias_->template as<float>();
     args.inverse_gain = inverse_gain_, args.activation = activation_;
     launch(plan, args, stream);
+  }
+
+  // Compute many tokens.
+  void launch_prompt(const uint16_t* x, uint16_t* y, int tokens, Stream stream) {
+    const lockkit_cuda::PromptPlan plan = prompt_plan(tokens);
+    lockkit_cuda::PromptArgs all{};
+    all.x = x, all.y = y, all.tokens = tokens, all.weights = weights_->template as<unsigned char>();
+    all.bias = bias_->template as<float>(), all.output_bias = output_bias_->template as<float>();
+    all.hidden = shape_.hidden, all.rank = shape_.rank, all.gated = shape_.gated, all.scales = shape_.scales;
+    all.inverse_gain = inverse_gain_, all.activation = activation_;
+    const Address scratch = device_.scratch(stream, plan.bytes(shape_));
+    const bool can_be_early = device_.gpu().max_cluster > 0;  // of sm_90 or up, and not compiled from PTX
+    plan.run(
+        shape_, TYPE == ort::BFLOAT16 ? "BFloat16" : "Half", all, reinterpret_cast<unsigned char*>(scratch),
+        [&](const std::string& name) { return device_.function(name); },
+        [&](Function function, int grid, int shared, lockkit_cuda::PromptArgs args, bool early) {
+          LaunchOption option{LAUNCH_EARLY, 0, {1}};
+          const LaunchConfig config{{unsigned(grid), 1, 1}, {lockkit_cuda::PROMPT_THREADS, 1, 1}, unsigned(shared),
+                                    stream, &option, early && can_be_early};
+          Driver::get().launch(config, function, args);
+        });
+  }
+
+  // The plan for this many tokens, made once.
+  lockkit_cuda::PromptPlan prompt_plan(int tokens) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lockkit_cuda::PromptPlan& plan = prompt_plans_[tokens];
+    if (!plan.rows) plan = lockkit_cuda::make_prompt_plan(device_.gpu(), shape_, tokens);
+    return plan;
   }
 
   // Launch a plan's kernel, once or several times in turn.
@@ -211,6 +243,7 @@ class Chain {
   std::unique_ptr<Buffer> weights_, bias_, output_bias_;
   std::mutex mutex_;  // guards what follows
   std::map<int, Plan> plans_;
+  std::map<int, lockkit_cuda::PromptPlan> prompt_plans_;
 };
 
 }  // namespace cuda

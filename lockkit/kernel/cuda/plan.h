@@ -41,11 +41,13 @@ struct Plan {
   }
 };
 
-// Figures of an H100; the choice between plans is the same on slower GPUs. Those of messages and memory follow from times
-// of single instructions there; the kernel as a whole has not been timed yet (tools/gpu_plans.cpp times it).
-constexpr double BYTES_PER_MEMBER = 4e4, BYTES_PER_CLUSTER = 6e5, BYTES_PER_MULTIPROCESSOR = 2e4;  // in a microsecond
-constexpr double BLOCK_GLOBAL = 2.2, BLOCK_CLUSTER = 1.2, LAUNCH = 2.2;                            // microseconds
-constexpr double ROW_OVERHEAD = 0.05;  // of each token of a group, in each DLR block
+// Figures of an H200, in microseconds, fitted to what tools/gpu_plans.cpp measured there. The choice between plans is about
+// the same on other GPUs.
+constexpr double LAUNCH = 2.2;
+constexpr double BLOCK_CLUSTER = 1.8, BLOCK_GLOBAL = 2.3, BLOCK_OF_MEMBER = 0.03;  // a DLR block; GLOBAL: for each member
+constexpr double UNIT = 0.006, UNIT_OF_TILE = 0.0009;                              // its units; for each tile of a member
+constexpr double ROW_UNIT_CLUSTER = 0.0011, ROW_UNIT_GLOBAL = 0.0019;              // for each token but the first
+constexpr double BYTES_OF_CLUSTER = 1e6, BYTES_OF_MULTIPROCESSOR = 2e4;            // that are read in a microsecond
 
 // Fill in what follows from the team: false if the GPU cannot run it.
 inline bool complete(Plan& plan, const Gpu& gpu, const Shape& shape, int tokens) {
@@ -63,9 +65,10 @@ inline bool complete(Plan& plan, const Gpu& gpu, const Shape& shape, int tokens)
   const int at_once = std::max(1, gpu.multiprocessors / plan.team);
   const double rounds = (all_groups + at_once - 1) / at_once;
   const double bytes = double(shape.block_bytes()) * shape.depth;
-  const double rate = std::min(BYTES_PER_MEMBER * plan.team,
-                               plan.cluster ? BYTES_PER_CLUSTER : BYTES_PER_MULTIPROCESSOR * gpu.multiprocessors);
-  const double block = (plan.cluster ? BLOCK_CLUSTER : BLOCK_GLOBAL) + plan.rows * ROW_OVERHEAD;
+  const double rate = plan.cluster ? BYTES_OF_CLUSTER : BYTES_OF_MULTIPROCESSOR * gpu.multiprocessors;
+  const double block = (plan.cluster ? BLOCK_CLUSTER : BLOCK_GLOBAL + BLOCK_OF_MEMBER * plan.team) +
+                       shape.rank * (UNIT + UNIT_OF_TILE * plan.tiles) +
+                       shape.rank * (plan.rows - 1) * (plan.cluster ? ROW_UNIT_CLUSTER : ROW_UNIT_GLOBAL);
   plan.microseconds = rounds * (std::max(bytes / rate, shape.depth * block) + LAUNCH);
   plan.groups = plan.cluster ? all_groups : std::min(all_groups, at_once);  // all members of GLOBAL must be resident
   return true;
@@ -80,11 +83,10 @@ inline Plan make_plan(const Gpu& gpu, const Shape& shape, int tokens) {
     if (complete(plan, gpu, shape, tokens) && (!best.team || plan.microseconds < best.microseconds)) best = plan;
   };
   if (gpu.max_cluster) consider(true, std::min(gpu.max_cluster, shape.hidden_tiles()));
-  const int smallest = (shape.hidden_tiles() + WARPS - 1) / WARPS;
-  const int groups = (tokens + MAX_ROWS - 1) / MAX_ROWS;
-  if (smallest <= gpu.multiprocessors)  // members must all be resident
-    for (int share = 1; share <= std::max(1, std::min(groups, gpu.multiprocessors / smallest)); ++share)
-      consider(false, std::min(shape.hidden_tiles(), gpu.multiprocessors / share));
+  for (int tiles = 1; tiles <= WARPS; ++tiles) {
+    const int team = (shape.hidden_tiles() + tiles - 1) / tiles;
+    if (team <= gpu.multiprocessors) consider(false, team);  // members must all be resident
+  }
   return best;
 }
 
