@@ -102,7 +102,7 @@ def test_figures_of_a_part_that_was_ended_are_kept(monkeypatch, tmp_path):
     code = (
         f"import time; print('{{\"a\": 1}}\\n{{\"a', end='', file=open({str(out)!r}, 'w'), flush=True); time.sleep(60)"
     )
-    planned = gpu_day.Planned("ended", 2, [sys.executable, "-c", code], figures=out)
+    planned = gpu_day.Planned("ended", 5, [sys.executable, "-c", code], figures=out)
     found = gpu_day.run_part(planned, time.monotonic() + 60)
     assert (found.state, found.figures) == ("too slow", {"rows": [{"a": 1}]})
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -56,7 +56,7 @@ def _plans(rows: list[dict[str, Any]]) -> list[str]:
         best = min(plans, key=lambda plan: plan["measured_us"])
         own = (_plan(chosen), chosen["expected_us"], chosen["measured_us"]) if chosen else ("not measured", "", "")
         lines.append((*case, *own, _plan(best), best["measured_us"]))
-    return _table((*sizes, "chosen plan", "expected", "measured", "fastest plan", "measured"), lines)
+    return _table((*sizes, "chosen plan", "expected", "measured", "fastest plan", "its time"), lines)
 
 
 def _plan(row: dict[str, Any]) -> str:
