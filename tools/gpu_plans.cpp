@@ -10,13 +10,14 @@
 #include <random>
 
 #include "driver.h"
+#include "prompt.h"
 
 using namespace lockkit_cuda;
 
 namespace {
 
 constexpr size_t BYTES_OF_ALL_COPIES = 150'000'000;  // several times the largest L2 cache
-constexpr int ROUNDS = 3;
+constexpr int ROUNDS = 3, MOST_TOKENS = 8192;
 
 struct Case {
   int hidden, depth, width, bits;
@@ -68,33 +69,70 @@ void launch(const Plan& plan, const Shape& shape, Args args) {
   }
 }
 
-void measure(const Case& which, int tokens, const Plan& plan, bool chosen, const std::vector<cuda::Address>& weights,
-             cuda::Address x, cuda::Address y) {
-  const Shape shape = shape_of(which);
-  Args args = plan.args(shape);
-  args.x = reinterpret_cast<void*>(x), args.y = reinterpret_cast<void*>(y), args.tokens = tokens;
-  args.inverse_gain = 0.5f, args.activation = Activation::silu;
+// Microseconds of one of the launches that `launch_with` makes, each with one copy of the weights.
+template <class F>
+double time_of(const std::vector<cuda::Address>& weights, F launch_with) {
   void *start, *end;
   driver().call("cuEventCreate", &start, 0u), driver().call("cuEventCreate", &end, 0u);
   float least = 0;
   for (int round = 0; round <= ROUNDS; ++round) {
     driver().call("cuEventRecord", start, static_cast<void*>(nullptr));
-    for (const cuda::Address at : weights) {
-      args.weights = reinterpret_cast<const unsigned char*>(at);
-      launch(plan, shape, args);
-    }
+    for (const cuda::Address at : weights) launch_with(reinterpret_cast<const unsigned char*>(at));
     driver().call("cuEventRecord", end, static_cast<void*>(nullptr));
     driver().call("cuEventSynchronize", end);
     float milliseconds;
     driver().call("cuEventElapsedTime", &milliseconds, start, end);
     if (round == 1 || (round > 1 && milliseconds < least)) least = milliseconds;
   }
-  std::printf("{\"hidden\": %d, \"depth\": %d, \"rank\": %d, \"bits\": %d, \"tokens\": %d, \"mode\": \"%s\", \"team\": %d, "
-              "\"tiles\": %d, \"rows\": %d, \"groups\": %d, \"chosen\": %s, \"expected_us\": %.1f, \"measured_us\": %.1f}\n",
-              which.hidden, which.depth, shape.rank, which.bits, tokens, plan.cluster ? "cluster" : "global", plan.team,
-              plan.tiles, plan.rows, plan.groups, chosen ? "true" : "false", plan.microseconds,
-              least * 1e3 / double(weights.size()));
+  return least * 1e3 / double(weights.size());
+}
+
+void print(const Case& which, int tokens, const char* mode, const std::string& plan, bool chosen, double expected,
+           double measured) {
+  std::printf("{\"hidden\": %d, \"depth\": %d, \"rank\": %d, \"bits\": %d, \"tokens\": %d, \"mode\": \"%s\", %s, "
+              "\"chosen\": %s, \"expected_us\": %.1f, \"measured_us\": %.1f}\n",
+              which.hidden, which.depth, shape_of(which).rank, which.bits, tokens, mode, plan.c_str(),
+              chosen ? "true" : "false", expected, measured);
   std::fflush(stdout);
+}
+
+void measure(const Case& which, int tokens, const Plan& plan, bool chosen, const std::vector<cuda::Address>& weights,
+             cuda::Address x, cuda::Address y) {
+  const Shape shape = shape_of(which);
+  Args args = plan.args(shape);
+  args.x = reinterpret_cast<void*>(x), args.y = reinterpret_cast<void*>(y), args.tokens = tokens;
+  args.inverse_gain = 0.5f, args.activation = Activation::silu;
+  const double measured = time_of(weights, [&](const unsigned char* at) {
+    args.weights = at;
+    launch(plan, shape, args);
+  });
+  const std::string form = "\"team\": " + std::to_string(plan.team) + ", \"rows\": " + std::to_string(plan.rows);
+  print(which, tokens, plan.cluster ? "cluster" : "global", form, chosen, plan.microseconds, measured);
+}
+
+// The kernels for many tokens, by the plan that the operator chooses.
+void measure_prompt(const Case& which, int tokens, const std::vector<cuda::Address>& weights, cuda::Address x,
+                    cuda::Address y) {
+  const Shape shape = shape_of(which);
+  const PromptPlan plan = make_prompt_plan(device().gpu(), shape, tokens);
+  PromptArgs args{};
+  args.x = reinterpret_cast<void*>(x), args.y = reinterpret_cast<void*>(y), args.tokens = tokens;
+  args.hidden = shape.hidden, args.rank = shape.rank, args.gated = shape.gated, args.scales = shape.scales;
+  args.inverse_gain = 0.5f, args.activation = Activation::silu;
+  auto* scratch = reinterpret_cast<unsigned char*>(device().scratch(nullptr, plan.bytes(shape)));
+  const auto start = [&](cuda::Function function, int grid, int shared, PromptArgs of_kernel, bool early) {
+    cuda::LaunchOption option{cuda::LAUNCH_EARLY, 0, {1}};
+    const cuda::LaunchConfig config{{unsigned(grid), 1, 1}, {PROMPT_THREADS, 1, 1}, unsigned(shared), nullptr, &option,
+                                    early && device().gpu().max_cluster > 0};
+    driver().launch(config, function, of_kernel);
+  };
+  const double measured = time_of(weights, [&](const unsigned char* at) {
+    args.weights = at;
+    plan.run(shape, which.bits == 16 ? "BFloat16" : "Half", args, scratch,
+             [](const std::string& name) { return device().function(name); }, start);
+  });
+  const std::string form = "\"team\": 0, \"rows\": " + std::to_string(plan.rows);
+  print(which, tokens, "prompt", form, true, plan.microseconds, measured);
 }
 
 void measure(const Case& which) {
@@ -103,7 +141,8 @@ void measure(const Case& which) {
   const size_t bytes = shape.block_bytes() * shape.depth;
   std::vector<cuda::Address> weights;
   while (weights.size() * bytes < BYTES_OF_ALL_COPIES || weights.size() < 4) weights.push_back(random_memory(bytes));
-  const cuda::Address x = random_memory(size_t(512) * shape.hidden * 2), y = random_memory(size_t(512) * shape.hidden * 2);
+  const cuda::Address x = random_memory(size_t(MOST_TOKENS) * shape.hidden * 2),
+                      y = random_memory(size_t(MOST_TOKENS) * shape.hidden * 2);
   for (const int tokens : {1, 4, 16, 64}) {
     const Plan best = make_plan(gpu, shape, tokens);
     for (const bool cluster : {true, false}) {
@@ -119,6 +158,7 @@ void measure(const Case& which) {
       }
     }
   }
+  for (const int tokens : {128, 512, MOST_TOKENS}) measure_prompt(which, tokens, weights, x, y);
   for (const cuda::Address at : weights) device().free(at);
   for (const cuda::Address at : {x, y}) device().free(at);
 }

@@ -113,7 +113,7 @@ class Chain {
       for (int i = 0; i < shape_.hidden; ++i) last.push_back(number(values[i]));
     }
     if (!constants.at_end()) throw std::runtime_error("DLRChain: inputs do not match the attributes");
-    for (const int tokens : {1, 4096})
+    for (const int tokens : {1, lockkit_cuda::MOST_TOKENS_WITHOUT_PROMPT})
       if (!plan(tokens).team) throw std::runtime_error("DLRChain: this GPU is too small for a chain of these sizes");
     weights_.reset(upload(lockkit_cuda::pack_weights(shape_, blocks)));
     bias_.reset(upload(lockkit_cuda::pack_bias(shape_, blocks, number)));
@@ -176,6 +176,9 @@ class Chain {
       launch(x, y, MOST, stream);
     if (tokens > lockkit_cuda::MOST_TOKENS_WITHOUT_PROMPT) return launch_prompt(x, y, int(tokens), stream);
     const Plan plan = this->plan(int(tokens));
+    // Members of a team exchange more data for more tokens.
+    if (tokens > 1 && prompt_plan(int(tokens)).microseconds < plan.microseconds)
+      return launch_prompt(x, y, int(tokens), stream);
     Args args = plan.args(shape_);
     args.x = x, args.y = y, args.tokens = int(tokens);
     args.weights = weights_->template as<unsigned char>();

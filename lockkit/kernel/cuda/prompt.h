@@ -8,7 +8,7 @@
 
 namespace lockkit_cuda {
 
-// With more tokens than these, thread blocks have enough to do between two launches.
+// With more tokens than these, the kernels of plan.h are never faster.
 constexpr int MOST_TOKENS_WITHOUT_PROMPT = 64;
 
 constexpr int PASS_ROWS = 128;  // passes have a multiple of these
@@ -26,6 +26,7 @@ struct PromptPlan {
   int units_rows = 0, stream_rows = 0;  // of thread blocks of prompt_units and prompt_stream
   int rows = 0;                         // of a pass, which takes so many tokens through the whole chain
   bool early = false;                   // kernels start before the ones before them end
+  double microseconds = 0;              // expected for all tokens
 
   // Thread blocks of a kernel.
   static int blocks(const Shape& shape, bool units, int block_rows, int tokens) {
@@ -120,6 +121,7 @@ inline PromptPlan make_prompt_plan(const Gpu& gpu, const Shape& shape, int token
     if (tokens % rows) best_rows(true, tokens % rows, of_rest), best_rows(false, tokens % rows, of_rest);
     time = tokens < rows ? time : tokens / rows * time + of_rest;
     if (!best.rows || time < least) best = plan, least = time;
+    best.microseconds = least * shape.depth;
     if (rows >= tokens) break;
   }
   const int first = std::min(best.rows, tokens), most_early = MOST_EARLY_BLOCKS * gpu.multiprocessors;
