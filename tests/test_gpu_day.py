@@ -54,7 +54,7 @@ def test_every_command_is_one_that_its_tool_understands(fake_gpu, run_tool, tmp_
     plans = found[-1].figures["rows"]
     chosen, *more = (row for row in plans if row["chosen"])
     sizes = " | ".join(str(chosen[name]) for name in ("hidden", "depth", "bits", "tokens"))
-    plan = f"{chosen['mode']}, team {chosen['team']}, mt {chosen['mt']}, span {chosen['span']}"
+    plan = f"{chosen['mode']}, team {chosen['team']}, {chosen['rows']} rows"
     assert f"| {sizes} | {plan} | {chosen['expected_us']} | {chosen['measured_us']} | " in table
     assert len(plans) > len(more) > 10  # of many sizes, and more plans than those that are chosen
     assert "| plain loop | 1 |" in table and "| tiny | mlp | 4 | reversal |" in table
