@@ -59,7 +59,8 @@ from lockkit.version import git_hash, versions  # noqa: E402
 SCHEMA = "lockkit-gpu-day/2"
 PART_BYTES = 60_000_000
 COMMIT = "COMMIT"  # a file of the bundle, which has no .git
-PROCESSES = max(1, min(4, (os.cpu_count() or 1) // 4))  # that make exports at the same time
+PROCESSES = max(1, min(2, (os.cpu_count() or 1) // 4))  # that make exports at the same time; more would disturb times
+LINES = 12  # of a part's output that are kept
 AHEAD = 8  # exports that are made and not measured: each has 1 to 2 GB
 TORCH = ("torch", "transformers", "accelerate", "safetensors", "pydantic", "psutil")
 EXPORTING = (*TORCH, "onnx", "onnx_ir", "onnxruntime-gpu", "onnxruntime_genai")
@@ -135,7 +136,7 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
         chosen = [path for path, text in files.items() if "mark.gpu" in text and ("export" in text) == exports]
         name, needs = ("tests", EXPORTING) if exports else ("tests of PyTorch", TORCH)
         return Planned(
-            name, 60 if exports else 30, [python, "-m", "pytest", "-q", "-m", "gpu", *chosen], (*needs, "pytest")
+            name, 100 if exports else 30, [python, "-m", "pytest", "-q", "-m", "gpu", *chosen], (*needs, "pytest")
         )
 
     chain = [python, tools / "gpu_speed.py", "tiny", 5, "fp16", "--work", work / "models", "--chain"]
@@ -182,7 +183,7 @@ def run_part(part: Planned, end: float) -> Part:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started: they hold the GPU
         output, _ = process.communicate()
         found.state = "too slow"
-    found.last_lines, found.seconds = _without_paths(output).splitlines()[-5:], round(time.monotonic() - start, 1)
+    found.last_lines, found.seconds = _without_paths(output).splitlines()[-LINES:], round(time.monotonic() - start, 1)
     for path in part.figures.parent.glob(part.figures.name) if part.figures else ():
         found.figures = _figures(path)
     return found

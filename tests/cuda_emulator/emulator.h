@@ -2,7 +2,7 @@
 //
 // 1. Every CUDA thread is a fiber. Between barriers, fibers run in a random order, and some warps lag behind. A missing
 //    barrier gives wrong results, or results that depend on the seed.
-// 2. An asynchronous copy happens at once or when it is waited for, at random.
+// 2. An asynchronous copy happens at once, at a later barrier, or when it is waited for, at random.
 // 3. Messages to other thread blocks arrive late, in a random order.
 // 4. Shared memory starts as NaN. It is as large as the kernel asked for, and what follows it is checked.
 // 5. The tensor cores' fragments are those of the PTX manual.
@@ -199,7 +199,6 @@ namespace lockkit_cuda {
 #define shared_memory (emulator::this_block().memory())
 inline int thread() { return emulator::current->thread; }
 inline int block() { return emulator::current->block; }
-inline void sync_block() { emulator::wait(emulator::this_block().arrived, emulator::threads_in_block); }
 inline void sync_cluster() {
   const int size = emulator::cluster_size;
   emulator::wait(emulator::clusters[block() / size], emulator::threads_in_block * size);
@@ -221,6 +220,14 @@ void copy_async(void* to, const void* from) {
 inline void copy_async_or_zeros(void* to, const void* from, bool real) {
   alignas(16) static const unsigned char zeros[16] = {};
   copy_async<16>(to, real ? from : zeros);
+}
+inline void sync_block() {
+  auto& copies = emulator::current->copies;
+  if (!copies.empty() && emulator::random_bits() % 4 == 0) {
+    memcpy(copies.back().to, copies.back().from, copies.back().bytes);
+    copies.pop_back();
+  }
+  emulator::wait(emulator::this_block().arrived, emulator::threads_in_block);
 }
 inline void copy_commit() { ++emulator::current->group; }
 template <int N>

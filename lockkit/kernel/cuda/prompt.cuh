@@ -198,7 +198,8 @@ class Prompt {
   }
   // Each group writes its sums to shared memory, in place of the ring.
   DEVICE void share_sums() const {
-    sync_block();  // all have used the last stage
+    copy_wait<0>();  // the last copies are zeros, and may still be on their way
+    sync_block();    // all have used the last stage
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) *shared_sums(group_, part) = sums_of(part);
     sync_block();
