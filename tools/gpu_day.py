@@ -123,7 +123,7 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
         out, small = work / f"training-{shape}", ["--depth", 4, "--tokens", 64, "--rounds", 1, "--warm-up", 0]
         case = [python, tools / "measure_asymmetry.py", "--shape", shape, "--out", out]
         case += small if reduced else ["--depth", 32, "--rounds", 3]
-        return Planned(f"training {shape}", 45, case, TORCH, out / "asymmetry-*.json")
+        return Planned(f"training {shape}", 40, case, TORCH, out / "asymmetry-*.json")
 
     def lock(*more: object) -> Planned:
         out, small = work / f"lock{len(more)}.json", ["--shape", "demo", "--depth", 2, "--tokens", 32, "--rounds", 2]
@@ -136,7 +136,7 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
         chosen = [path for path, text in files.items() if "mark.gpu" in text and ("export" in text) == exports]
         name, needs = ("tests", EXPORTING) if exports else ("tests of PyTorch", TORCH)
         return Planned(
-            name, 100 if exports else 30, [python, "-m", "pytest", "-q", "-m", "gpu", *chosen], (*needs, "pytest")
+            name, 90 if exports else 30, [python, "-m", "pytest", "-q", "-m", "gpu", *chosen], (*needs, "pytest")
         )
 
     chain = [python, tools / "gpu_speed.py", "tiny", 5, "fp16", "--work", work / "models", "--chain"]
@@ -147,7 +147,7 @@ def parts(work: Path, reduced: bool) -> list[Planned]:
     compiler = [os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
     plans = work / "plans.jsonl"
     return [
-        *([] if reduced else [Planned("operator", 60, operator, EXPORTING, programs=compiler)]),
+        *([] if reduced else [Planned("operator", 45, operator, EXPORTING, programs=compiler)]),
         tests(True),
         first,
         *others[:1],
