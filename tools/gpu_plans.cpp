@@ -145,6 +145,7 @@ void measure(const Case& which) {
                       y = random_memory(size_t(MOST_TOKENS) * shape.hidden * 2);
   for (const int tokens : {1, 4, 16, 64}) {
     const Plan best = make_plan(gpu, shape, tokens);
+    measure(which, tokens, best, true, weights, x, y);
     for (const bool cluster : {true, false}) {
       int before = 0;
       for (const int team : {8, 16, 32, 43, 64, 86, 128}) {
@@ -153,8 +154,7 @@ void measure(const Case& which) {
         if (cluster && team > gpu.max_cluster) continue;
         if (!complete(plan, gpu, shape, tokens) || plan.team == before) continue;
         before = plan.team;
-        const bool chosen = plan.cluster == best.cluster && plan.team == best.team;
-        measure(which, tokens, plan, chosen, weights, x, y);
+        if (plan.cluster != best.cluster || plan.team != best.team) measure(which, tokens, plan, false, weights, x, y);
       }
     }
   }
