@@ -89,7 +89,7 @@ def model_of(case: Case) -> bytes:
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("case", [GATED, TWO_LAYERS, *INTEGERS], ids=["gated", "two layers", "int4", "int8"])
 def test_the_operator_computes_the_chain(case, architecture, emulated_gpu, library):
-    cases = [Case(**{**vars(case), "tokens": tokens}) for tokens in (1, 11, 0, 70)]
+    cases = [Case(**{**vars(case), "tokens": tokens}) for tokens in (1, 11, 0, 300)]
     inputs = [bits(other.chain()[1], case.dtype) for other in cases]
     outputs, found = emulated_gpu(architecture).run(steps.compute, model_of(case), library, inputs, KINDS[case.dtype])
     for other, y in zip(cases, outputs, strict=True):

@@ -10,9 +10,9 @@ ends after `--minutes`; run it again to get what was not reached, since finished
 1. The compilation of the fused operator, which the others use, and the tests marked `gpu`.
 2. Decode and prefill of a locked export with the fused operator, of its bodies, and of the original's export, side by side,
    for Qwen3-0.6B and layers of Qwen3-8B (gpu_speed.py).
-3. The operator alone under compute-sanitizer's racecheck.
-4. Speed of the lock's training (benchmark_lock.py).
-5. Time and memory of the three ways to train through a lock (measure_asymmetry.py).
+3. Speed of the lock's training (benchmark_lock.py).
+4. Time and memory of the three ways to train through a lock (measure_asymmetry.py).
+5. The operator alone under compute-sanitizer's racecheck.
 6. The operator's kernels for many plans, beside the times that it chooses its plans by (gpu_plans.py).
 
 The exports of the comparisons are made in other processes while the parts before them run (`Preparation`).

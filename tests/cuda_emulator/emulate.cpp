@@ -82,7 +82,7 @@ struct Request {
                                      // a quantised weight is two of them
   const uint16_t *output_bias, *x;   // [hidden] or null, [tokens, hidden]
   uint16_t* y;                       // [tokens, hidden]
-  PromptPlan prompt;                 // with rows: by the kernels for many tokens
+  int prompt_units_rows, prompt_stream_rows, prompt_rows;  // of a PromptPlan, if rows are not 0
 };
 
 template <class T>
@@ -106,13 +106,15 @@ static void read(const Request& r, const void* const*& next, int k, int n, Quant
 static int emulate_prompt(const Request& r, const Shape& shape, const unsigned char* weights, const float* bias,
                           const float* output_bias) {
   constexpr size_t GUARD_BYTES = 1 << 16;
-  std::vector<unsigned char> scratch(r.prompt.bytes(shape) + GUARD_BYTES, 0xff);
+  PromptPlan plan;
+  plan.units_rows = r.prompt_units_rows, plan.stream_rows = r.prompt_stream_rows, plan.rows = r.prompt_rows;
+  std::vector<unsigned char> scratch(plan.bytes(shape) + GUARD_BYTES, 0xff);
   PromptArgs args{};
   args.x = r.x, args.y = r.y, args.tokens = r.tokens, args.weights = weights, args.bias = bias;
   args.output_bias = output_bias, args.hidden = r.hidden, args.rank = shape.rank, args.gated = shape.gated;
   args.scales = shape.scales, args.inverse_gain = 1 / r.gain, args.activation = Activation(r.activation);
   int result = 0;
-  r.prompt.run(shape, r.bfloat16 ? "BFloat16" : "Half", args, scratch.data(),
+  plan.run(shape, r.bfloat16 ? "BFloat16" : "Half", args, scratch.data(),
                [&](const std::string& name) { return r.mutant + name; },
                [&](const std::string& name, int grid, int shared, const PromptArgs& of_kernel, bool) {
                  if (!result) result = launch(name, grid, shared, of_kernel, r.seed);
@@ -141,7 +143,7 @@ static int emulate(const Request& r) {
   const std::vector<float> bias = pack_bias(shape, blocks, convert);
   std::vector<float> output_bias;
   for (int i = 0; r.output_bias && i < r.hidden; ++i) output_bias.push_back(convert(r.output_bias[i]));
-  if (r.prompt.rows)
+  if (r.prompt_rows)
     return emulate_prompt(r, shape, weights.data(), bias.empty() ? nullptr : bias.data(),
                           output_bias.empty() ? nullptr : output_bias.data());
 
@@ -179,6 +181,13 @@ extern "C" int has_kernel(int hidden, int rank, int gated, int bits, int block_s
   if (!plan.team) return -1;
   const bool fits = plan.shared_bytes <= shared_bytes && (plan.cluster || plan.groups * plan.team <= multiprocessors);
   return fits && kernels.count(plan.kernel("Half", bits));
+}
+
+// Whether the operator takes the kernels for many tokens, on an H200: 1 or 0.
+extern "C" int prefers_prompt_on_h200(int hidden, int rank, int depth, int tokens) {
+  Shape shape;
+  shape.hidden = hidden, shape.rank = rank, shape.depth = depth, shape.gated = 1;
+  return prefers_prompt({132, 227 << 10, 16, 7}, shape, tokens);
 }
 
 // Bytes of scratch memory of the plan for many tokens, or -1 if one of its kernels does not exist.

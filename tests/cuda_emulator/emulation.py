@@ -77,7 +77,7 @@ class Case:
         bits: of a weight. 8 and 4: quantised, with fp16 for everything else.
         block_size: quantised weights that share a scale.
         prompt: for the kernels for many tokens: rows of thread blocks of prompt_units and of prompt_stream, and rows of a
-            pass. Empty for the others, whose team, mt, chunk and span mean nothing here.
+            pass. If it is not empty, `team` means nothing.
     """
 
     hidden: int

@@ -20,7 +20,7 @@ class Mutant:
         before: the piece; empty for the original.
         after: what replaces it.
         format: of the weights, as in variants.h.
-        modes: those that are tried. In the others the copy differs in nothing.
+        modes: those that are tried.
     """
 
     name: str

@@ -11,7 +11,7 @@
 // 4. It waits for all units and multiplies them by its columns of down. Several warps share a tile of channels, each for
 //    some of the units. Each adds its part to its part of s, which stays in registers, in fp32, for the whole chain.
 //
-// Members only wait for data, never for each other, and no fence is needed. On an H100, a fence of a cluster takes 900
+// After the start, members wait for data alone, and no fence is needed. On an H100, a fence of a cluster takes 900
 // cycles, and a barrier in global memory 1,800. The two modes differ in how data travel:
 //   GLOBAL   through inboxes in global memory (in fact in the L2 cache). Each number has a flag, the number of its DLR
 //            block. All members must be resident. A member clears its inbox at the end.
@@ -165,7 +165,7 @@ class Chain {
   DEVICE void multiply_run(Tile& sums, const T* from, int pitch, int first, int end) {
     constexpr int TILES = FORMAT::TILES;
     from += lane_ % 4 * 2;
-    // Rows that are no tokens are computed, too, and not used. They are copies of the last row.
+    // Rows that are no tokens are computed, too, and not used. They may hold anything: rows of a product do not mix.
     const T* low = from + smaller(lane_ / 4, p_.rows - 1) * pitch;
     const T* high = from + smaller(lane_ / 4 + 8, p_.rows - 1) * pitch;
 #pragma unroll 1

@@ -38,7 +38,7 @@ DEVICE void copy_async(void* to, const void* from) {
 // Copy 16 bytes, or zeros if they are not real. Then nothing is read.
 DEVICE void copy_async_or_zeros(void* to, const void* from, bool real) {
   const auto at = uint32_t(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(real ? 16 : 0));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(real ? 16 : 0) : "memory");
 }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int N>

@@ -170,7 +170,7 @@ class Device {
     if (!attribute(COOPERATIVE)) throw std::runtime_error("DLRChain: this GPU has no cooperative launch");
     driver_.call("cuModuleLoadData", &module_, static_cast<const void*>(lockkit_cubins));
     gpu_ = {attribute(MULTIPROCESSORS), attribute(SHARED_BYTES), 0};
-    gpu_.max_cluster = max_cluster(major);
+    find_clusters(major);
 #else
     throw std::runtime_error("DLRChain: the library was built without kernels for CUDA");
 #endif
@@ -214,21 +214,22 @@ class Device {
     return function;
   }
 
-  // The largest cluster that the GPU can hold with all of its shared memory.
-  int max_cluster(int major) {
-    if (major < 9) return 0;
+  // Find the largest clusters that the GPU can hold with all of its shared memory, and how many of them.
+  void find_clusters(int major) {
+    if (major < 9) return;
     Function function;
     const char* kernel = "chain_Half_Plain_CLUSTER";
-    if (driver_.try_call("cuModuleGetFunction", &function, module_, kernel)) return 0;
+    if (driver_.try_call("cuModuleGetFunction", &function, module_, kernel)) return;
     function = loaded(kernel);
     for (const int size : {16, 8}) {
       LaunchOption option{LAUNCH_CLUSTER, 0, {size, 1, 1}};
       LaunchConfig config{{unsigned(size), 1, 1}, {lockkit_cuda::THREADS, 1, 1}, unsigned(gpu_.shared_bytes), nullptr,
                           &option, 1};
       int clusters = 0;
-      if (!driver_.try_call("cuOccupancyMaxActiveClusters", &clusters, function, &config) && clusters > 0) return size;
+      if (driver_.try_call("cuOccupancyMaxActiveClusters", &clusters, function, &config) || clusters <= 0) continue;
+      gpu_.max_cluster = size, gpu_.clusters = clusters;
+      return;
     }
-    return 0;
   }
 
   const Driver& driver_;

@@ -4,8 +4,8 @@
 // 1. When the session is created, the weights are packed (pack.h) and copied to the GPU. They are inputs in the CPU's
 //    memory: onnxruntime keeps no copy of its own on the GPU.
 // 2. A call chooses a plan for its number of tokens (plan.h) and launches the kernel on onnxruntime's stream, once, or
-//    several times for more tokens than the GPU takes at once. For many tokens it launches other kernels, two for each DLR
-//    block (prompt.h). The host waits for nothing, so a CUDA graph can hold it.
+//    several times for more tokens than the GPU takes at once. Where that is faster, for many tokens, it launches other
+//    kernels: one, and then two for each DLR block (prompt.h). The host waits for nothing, so a CUDA graph can hold it.
 #pragma once
 #include "../constants.h"
 #include "driver.h"
@@ -113,8 +113,7 @@ class Chain {
       for (int i = 0; i < shape_.hidden; ++i) last.push_back(number(values[i]));
     }
     if (!constants.at_end()) throw std::runtime_error("DLRChain: inputs do not match the attributes");
-    for (const int tokens : {1, lockkit_cuda::MOST_TOKENS_WITHOUT_PROMPT})
-      if (!plan(tokens).team) throw std::runtime_error("DLRChain: this GPU is too small for a chain of these sizes");
+    if (!plan(1).team) throw std::runtime_error("DLRChain: this GPU is too small for a chain of these sizes");
     weights_.reset(upload(lockkit_cuda::pack_weights(shape_, blocks)));
     bias_.reset(upload(lockkit_cuda::pack_bias(shape_, blocks, number)));
     output_bias_.reset(upload(last));
@@ -162,23 +161,21 @@ class Chain {
     return dims;
   }
 
-  // The plan for this many tokens, made once.
+  // The plan for this many tokens, made once. Without a team: the kernels for many tokens are faster.
   Plan plan(int tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = plans_.find(tokens);
     if (found != plans_.end()) return found->second;
-    return plans_[tokens] = lockkit_cuda::make_plan(device_.gpu(), shape_, tokens);
+    const bool prompt = lockkit_cuda::prefers_prompt(device_.gpu(), shape_, tokens);
+    return plans_[tokens] = prompt ? Plan() : lockkit_cuda::make_plan(device_.gpu(), shape_, tokens);
   }
 
   void launch(const uint16_t* x, uint16_t* y, int64_t tokens, Stream stream) {
     constexpr int64_t MOST = 1 << 20;  // tokens in a plan
     for (; tokens > MOST; x += MOST * shape_.hidden, y += MOST * shape_.hidden, tokens -= MOST)
       launch(x, y, MOST, stream);
-    if (tokens > lockkit_cuda::MOST_TOKENS_WITHOUT_PROMPT) return launch_prompt(x, y, int(tokens), stream);
     const Plan plan = this->plan(int(tokens));
-    // Members of a team exchange more data for more tokens.
-    if (tokens > 1 && prompt_plan(int(tokens)).microseconds < plan.microseconds)
-      return launch_prompt(x, y, int(tokens), stream);
+    if (!plan.team) return launch_prompt(x, y, int(tokens), stream);
     Args args = plan.args(shape_);
     args.x = x, args.y = y, args.tokens = int(tokens);
     args.weights = weights_->template as<unsigned char>();

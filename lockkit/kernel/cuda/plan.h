@@ -12,6 +12,7 @@ struct Gpu {
   int multiprocessors;
   int shared_bytes;  // that a thread block may have
   int max_cluster;   // thread blocks in a cluster; 0: no clusters
+  int clusters = 0;  // of that size, at once
 };
 
 struct Plan {
@@ -41,16 +42,17 @@ struct Plan {
   }
 };
 
-// Figures of an H200, in microseconds, fitted to what tools/gpu_plans.cpp measured there. The choice between plans is about
-// the same on other GPUs.
+// Figures of an H200, in microseconds, fitted to what tools/gpu_plans.cpp measured there. Other GPUs
+// were not tried.
 constexpr double LAUNCH = 2.2;
 constexpr double BLOCK_CLUSTER = 1.8, BLOCK_GLOBAL = 2.3, BLOCK_OF_MEMBER = 0.03;  // a DLR block; GLOBAL: for each member
 constexpr double UNIT = 0.006, UNIT_OF_TILE = 0.0009;                              // its units; for each tile of a member
 constexpr double ROW_UNIT_CLUSTER = 0.0011, ROW_UNIT_GLOBAL = 0.0019;              // for each token but the first
 constexpr double BYTES_OF_CLUSTER = 1e6, BYTES_OF_MULTIPROCESSOR = 2e4;            // that are read in a microsecond
 
-// Fill in what follows from the team: false if the GPU cannot run it.
+// Fill in what follows from the team: false if the GPU cannot run it. Members of GLOBAL must all be resident.
 inline bool complete(Plan& plan, const Gpu& gpu, const Shape& shape, int tokens) {
+  if (plan.team > (plan.cluster ? gpu.max_cluster : gpu.multiprocessors)) return false;
   const int step = shape.word_tiles();  // members own whole words
   plan.tiles = ((shape.hidden_tiles() + plan.team - 1) / plan.team + step - 1) / step * step;
   if (plan.tiles > WARPS) return false;
@@ -62,7 +64,7 @@ inline bool complete(Plan& plan, const Gpu& gpu, const Shape& shape, int tokens)
   if (plan.rows == 0) return false;
 
   const int all_groups = (tokens + plan.rows - 1) / plan.rows;
-  const int at_once = std::max(1, gpu.multiprocessors / plan.team);
+  const int at_once = std::max(1, plan.cluster ? gpu.clusters : gpu.multiprocessors / plan.team);
   const double rounds = (all_groups + at_once - 1) / at_once;
   const double bytes = double(shape.block_bytes()) * shape.depth;
   const double rate = plan.cluster ? BYTES_OF_CLUSTER : BYTES_OF_MULTIPROCESSOR * gpu.multiprocessors;
@@ -85,7 +87,7 @@ inline Plan make_plan(const Gpu& gpu, const Shape& shape, int tokens) {
   if (gpu.max_cluster) consider(true, std::min(gpu.max_cluster, shape.hidden_tiles()));
   for (int tiles = 1; tiles <= WARPS; ++tiles) {
     const int team = (shape.hidden_tiles() + tiles - 1) / tiles;
-    if (team <= gpu.multiprocessors) consider(false, team);  // members must all be resident
+    consider(false, team);
   }
   return best;
 }

@@ -8,7 +8,8 @@
 // are fragments of the tensor cores already: the weights as pack.h has them, the others as the kernel before has written
 // them. For an accumulator of 16 x 16 and an operand A of 16 x 16 give each lane the same eight numbers.
 //
-// From sm_90 on, the blocks of the next kernel start while the last ones of a kernel run, and fetch weights.
+// From sm_90 on, where the plan says so, the blocks of the next kernel start while the last ones of a kernel run, and fetch
+// weights.
 #pragma once
 #include "prompt_args.h"
 #include "weights.cuh"

@@ -1,5 +1,5 @@
-// Which of the kernels for many tokens (prompt.cuh) compute a chain, and their launches: two for each DLR block, one after
-// the other on a stream.
+// Which of the kernels for many tokens (prompt.cuh) compute a chain, and their launches: one for x, then two for each DLR
+// block, one after the other on a stream.
 #pragma once
 #include <cmath>
 
@@ -8,8 +8,8 @@
 
 namespace lockkit_cuda {
 
-// With more tokens than these, the kernels of plan.h are never faster.
-constexpr int MOST_TOKENS_WITHOUT_PROMPT = 64;
+// For more tokens than these, the plans of plan.h are not considered.
+constexpr int MOST_TOKENS_OF_TEAMS = 256;
 
 constexpr int PASS_ROWS = 128;  // passes have a multiple of these
 constexpr size_t MOST_PASS_BYTES = size_t{128} << 20;  // of scratch memory, about
@@ -95,7 +95,8 @@ inline double prompt_time(const Gpu& gpu, const Shape& shape, bool units, int bl
   return start + (units ? rounds : share) * work;
 }
 
-// The fastest plan by these figures.
+// The fastest plan by these figures. They leave out prompt_pack, and the tokens behind the last whole pass count as if they
+// had the thread blocks that are best for them.
 inline PromptPlan make_prompt_plan(const Gpu& gpu, const Shape& shape, int tokens) {
   const auto best_rows = [&](bool units, int rows, double& time) {
     int best = 0;
@@ -128,6 +129,13 @@ inline PromptPlan make_prompt_plan(const Gpu& gpu, const Shape& shape, int token
   best.early = PromptPlan::blocks(shape, true, best.units_rows, first) <= most_early &&
                PromptPlan::blocks(shape, false, best.stream_rows, first) <= most_early;
   return best;
+}
+
+// Whether the kernels for many tokens compute these tokens faster than a team.
+inline bool prefers_prompt(const Gpu& gpu, const Shape& shape, int tokens) {
+  if (tokens == 1) return false;
+  return tokens > MOST_TOKENS_OF_TEAMS ||
+         make_prompt_plan(gpu, shape, tokens).microseconds < make_plan(gpu, shape, tokens).microseconds;
 }
 
 }  // namespace lockkit_cuda
