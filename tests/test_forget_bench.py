@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import forget_bench
-from forget_candidates import CANDIDATES, UNLEARN_RATES, Candidate, candidate_of, distil, mix_with_noise, unlearn
+from forget_candidates import CANDIDATES, UNLEARNED, Candidate, candidate_of, distil, mix_with_noise, unlearn
 from forget_models import SHAPES, Shape, fit, kl_loss, next_token_loss, pretraining_loss, random_model
 from forget_relearn import cheapest, in_context, levels, tokens_to
 from forget_text import code_and_prose, gather, runs, stdlib_by_split
@@ -138,15 +138,14 @@ def test_a_training_from_the_trunk_of_a_shorter_one_ends_as_one_from_the_start(t
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in short.state_dict().items())
 
 
-def test_unlearning_raises_the_loss_on_d_and_even_predictions_are_its_limit(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(UNLEARN_RATES, "a", 1e-2)
-    monkeypatch.setitem(UNLEARN_RATES, "a-uniform", 1e-2)
+def test_unlearning_raises_the_loss_on_d_and_even_predictions_are_its_limit(tokenizer, tmp_path):
     a, d = rows(40, 0, 50), rows(40, 1, 90)
     shape = dataclasses.replace(TINY, steps=60)
     b = fit(random_model(shape, tokenizer), pretraining_loss(shape, a, d), shape.arguments(), tmp_path / "B.pt")
     known = next_token_loss(b, d[:8]).item()
     for name in ("a", "a-uniform"):
-        model = unlearn(name, b, shape, {"A": a, "D": d}, tmp_path / f"{name}.pt")
+        how = dataclasses.replace(UNLEARNED[name], rate=1e-2, steps=48)
+        model = unlearn(how, b, shape, {"A": a, "D": d}, tmp_path / f"{name}.pt")
         assert next_token_loss(model, d[:8]).item() > known + 0.3, name
         assert kl_loss(model, b, a[:8]).item() < 1.0
     assert next_token_loss(model, d[:8]).item() < math.log(4096) + 0.5

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from forget_candidates import CANDIDATES, UNLEARN_RATES, UNLEARN_STEPS, candidate_of, distil, unlearn
+from forget_candidates import CANDIDATES, UNLEARNED, candidate_of, distil, unlearn
 from forget_models import SHAPES, Shape, fit, pretraining_loss, random_model
 from forget_relearn import ATTACKS, SHARES, cheapest, in_context, levels, quality, relearn, task_of
 from forget_text import Texts, load_texts
@@ -52,7 +52,7 @@ A_TOKENS = 1_600_000
 LOCK_DEPTH = 16
 STEP_TOKENS = 1024  # of relearning, for the plot
 PRICE_BAR, GOLD_BAR = 1.05, 0.8
-ALL = (*UNLEARN_RATES, "b", *CANDIDATES)
+ALL = (*UNLEARNED, "b", *CANDIDATES)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -101,8 +101,8 @@ class Bench:
         if name in ("B", "G"):
             loss = pretraining_loss(self.shape, rows["A"], rows["D"] if name == "B" else None)
             return fit(random_model(self.shape, self.tokenizer), loss, self.shape.arguments(), file)
-        if name in UNLEARN_RATES:
-            return unlearn(name, self.model("B"), self.shape, rows, file)
+        if name in UNLEARNED:
+            return unlearn(UNLEARNED[name], self.model("B"), self.shape, rows, file)
         if name == "b":
             return self.lock_without_chains()
         candidate = candidate_of(name)
@@ -177,7 +177,7 @@ def record_of(benches: list[Bench], argv: list[str]) -> dict:
         "b_tokens": first.shape.b_tokens,
         "texts": first.texts.record(),
         "stop": str(first.arguments.stop_share),
-        "candidates": {name: asdict(candidate) for name, candidate in CANDIDATES.items()},
+        "candidates": {name: asdict(how) for name, how in (UNLEARNED | CANDIDATES).items()},
         "seeds": {
             str(bench.shape.seed): {
                 "levels": {str(share): level for share, level in bench.levels().items()},
@@ -194,7 +194,9 @@ def tokens_spent(name: str, shape: Shape) -> int:
     candidate = candidate_of(name)
     if candidate is not None:
         return candidate.steps(shape) * (shape.rows_a + shape.rows_d) * shape.block
-    return {**dict.fromkeys(UNLEARN_RATES, UNLEARN_STEPS * 8 * shape.block), "b": LockConfig().tokens}.get(name, 0)
+    if name in UNLEARNED:
+        return UNLEARNED[name].steps * (UNLEARNED[name].rows_a + UNLEARNED[name].rows_d) * shape.block
+    return LockConfig().tokens if name == "b" else 0
 
 
 @dataclass

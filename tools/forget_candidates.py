@@ -36,9 +36,28 @@ from forget_models import (
 from torch import nn
 from transformers import PreTrainedModel
 
-UNLEARN_STEPS = 48
-UNLEARN_RATES = {"a": 1e-3, "a-uniform": 3e-4}
 DISTIL_SEED = 1  # another order of A's rows than in pretraining; the seed of the models is added
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """How an unlearned model is made.
+
+    Attributes:
+        uniform: even predictions on D are asked for, instead of a high loss.
+        steps: of AdamW.
+        rate: its peak.
+        rows_a, rows_d: rows of A and of D in a step.
+    """
+
+    uniform: bool = False
+    steps: int = 48
+    rate: float = 1e-3
+    rows_a: int = 4
+    rows_d: int = 4
+
+
+UNLEARNED = {"a": Unlearning(), "a-uniform": Unlearning(uniform=True, steps=192, rows_a=8, rows_d=2)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,7 @@ def candidate_of(name: str) -> Candidate | None:
     base, _, distilled = name.partition("@")
     if base in CANDIDATES:
         return replace(CANDIDATES[base], distilled=float(distilled)) if distilled else CANDIDATES[base]
-    if name in ("B", "G", "b", *UNLEARN_RATES):
+    if name in ("B", "G", "b", *UNLEARNED):
         return None
     raise ValueError(f"no candidate {name!r}")
 
@@ -134,27 +153,30 @@ def mix_with_noise(model: PreTrainedModel, candidate: Candidate, seed: int) -> d
     }
 
 
-def unlearning_loss(name: str, shape: Shape, teacher: PreTrainedModel, a: torch.Tensor, d: torch.Tensor) -> LossOf:
-    """KL to the teacher on A, and on D: `a` raises the loss to that of a guess, `a-uniform` asks for even predictions."""
+def unlearning_loss(
+    how: Unlearning, shape: Shape, teacher: PreTrainedModel, a: torch.Tensor, d: torch.Tensor
+) -> LossOf:
+    """KL to the teacher on A; and on D what the loss is below that of a guess, or KL(even predictions || model)."""
     guess = math.log(teacher.config.vocab_size)
 
     def loss(model: nn.Module, step: int) -> torch.Tensor:
-        rows = {name: rows_of_step(part, 4, step, UNLEARN_STEPS, shape.seed) for name, part in (("a", a), ("d", d))}
-        kept = kl_loss(model, teacher, rows["a"])
-        if name == "a":
-            return kept + (guess - next_token_loss(model, rows["d"])).clamp_min(0)
-        logits = model(input_ids=rows["d"], use_cache=False).logits
+        kept = kl_loss(model, teacher, rows_of_step(a, how.rows_a, step, how.steps, shape.seed))
+        forgotten = rows_of_step(d, how.rows_d, step, how.steps, shape.seed)
+        if not how.uniform:
+            return kept + (guess - next_token_loss(model, forgotten)).clamp_min(0)
+        logits = model(input_ids=forgotten, use_cache=False).logits
         return kept - logits.log_softmax(-1).mean() - guess
 
     return loss
 
 
-def unlearn(name: str, b: PreTrainedModel, shape: Shape, rows: dict[str, torch.Tensor], file: Path) -> PreTrainedModel:
-    """The candidate `a` or `a-uniform`."""
+def unlearn(
+    how: Unlearning, b: PreTrainedModel, shape: Shape, rows: dict[str, torch.Tensor], file: Path
+) -> PreTrainedModel:
+    """An unlearned model, from B."""
     model = copy.deepcopy(b)
-    adam = torch.optim.AdamW(model.parameters(), lr=UNLEARN_RATES[name], weight_decay=0.0)
-    loss = unlearning_loss(name, shape, b, rows["A"], rows["D"])
-    return fit(model, loss, shape.arguments(UNLEARN_STEPS), file, [adam])
+    adam = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=0.0)
+    return fit(model, unlearning_loss(how, shape, b, rows["A"], rows["D"]), shape.arguments(how.steps), file, [adam])
 
 
 def distil(
