@@ -15,8 +15,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import forget_bench
-from forget_candidates import CANDIDATES, Candidate, distil, mix_with_noise
-from forget_models import SHAPES, Shape, fit, kl_loss, pretraining_loss, random_model
+from forget_candidates import CANDIDATES, UNLEARNED, Candidate, candidate_of, distil, mix_with_noise, unlearn
+from forget_models import SHAPES, Shape, fit, kl_loss, next_token_loss, pretraining_loss, random_model
 from forget_relearn import cheapest, in_context, levels, tokens_to
 from forget_text import code_and_prose, gather, runs, stdlib_by_split
 
@@ -115,16 +115,68 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tokenizer, tmp_path, m
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+def test_a_training_from_the_trunk_of_a_shorter_one_ends_as_one_from_the_start(tokenizer, tmp_path):
+    shapes = [dataclasses.replace(TINY, steps=steps) for steps in (10, 20)]
+    arguments = [shape.arguments() for shape in shapes]
+    for chosen in arguments:
+        chosen.warm_up = 1
+    loss = pretraining_loss(shapes[1], rows(40, 0), rows(9, 1))
+    trunk, seen = tmp_path / "trunk.pt", []
+
+    def counted(model, step):
+        seen.append(step)
+        return loss(model, step)
+
+    whole = fit(random_model(TINY, tokenizer), loss, arguments[1], tmp_path / "whole.pt")
+    short = fit(random_model(TINY, tokenizer), loss, arguments[0], tmp_path / "short.pt", trunk=trunk)
+    long = fit(random_model(TINY, tokenizer), counted, arguments[1], tmp_path / "long.pt", trunk=trunk)
+    assert seen == list(range(6, 20))  # the rate of the shorter one falls from its step 6 on
+    assert all(torch.equal(weight, long.state_dict()[name]) for name, weight in whole.state_dict().items())
+    assert not all(torch.equal(weight, long.state_dict()[name]) for name, weight in short.state_dict().items())
+    # A shorter one cannot use the trunk of a longer one.
+    again = fit(random_model(TINY, tokenizer), loss, arguments[0], tmp_path / "again.pt", trunk=trunk)
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in short.state_dict().items())
+
+
+def test_unlearning_raises_the_loss_on_d_and_even_predictions_are_its_limit(tokenizer, tmp_path):
+    a, d = rows(40, 0, 50), rows(40, 1, 90)
+    shape = dataclasses.replace(TINY, steps=60)
+    b = fit(random_model(shape, tokenizer), pretraining_loss(shape, a, d), shape.arguments(), tmp_path / "B.pt")
+    known = next_token_loss(b, d[:8]).item()
+    for name in ("a", "a-uniform"):
+        how = dataclasses.replace(UNLEARNED[name], rate=1e-2, steps=48)
+        model = unlearn(how, b, shape, {"A": a, "D": d}, tmp_path / f"{name}.pt")
+        assert next_token_loss(model, d[:8]).item() > known + 0.3, name
+        assert kl_loss(model, b, a[:8]).item() < 1.0
+    assert next_token_loss(model, d[:8]).item() < math.log(4096) + 0.5
+
+
+@pytest.mark.parametrize(("name", "distilled"), [("d-0.8", 0.6), ("d-0.8@2", 2.0), ("undo@0.25", 0.25)])
+def test_a_name_says_how_many_tokens_of_distillation(name, distilled):
+    found = candidate_of(name)
+    assert found == dataclasses.replace(CANDIDATES[name.partition("@")[0]], distilled=distilled)
+    assert found.steps(SHAPES["small"]) == round(distilled * 256)
+
+
+def test_a_name_that_no_candidate_has_is_refused(tmp_path, capsys):
+    assert candidate_of("a") is None
+    for name in ("d", "a@2", "d-0.8@many"):
+        with pytest.raises(SystemExit):
+            forget_bench.parse_arguments(["--work", "w", "--out", "o", "--candidate", name])
+    assert "no candidate 'd'" in capsys.readouterr().err
+
+
 def test_noise_replaces_its_share_of_the_weights(tokenizer):
     shape = dataclasses.replace(TINY, hidden=128, intermediate=384)
     before = {name: p.detach().clone() for name, p in random_model(shape, tokenizer).named_parameters()}
 
-    def mixed(alpha, beta, fresh, scale=1.0):
+    def mixed(alpha, beta, fresh, scale=1.0, layers=0.0):
         model = random_model(shape, tokenizer)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale)
-        return mix_with_noise(model, alpha, beta, fresh, seed=3), dict(model.named_parameters())
+        candidate = Candidate(fresh_mlps=fresh, alpha=alpha, beta=beta, fresh_layers=layers)
+        return mix_with_noise(model, candidate, seed=3), dict(model.named_parameters())
 
     sizes, same = mixed(0.0, 1.0, False)
     assert all(torch.equal(same[name], before[name]) for name in before) and sizes["MLPs"] == 0
@@ -145,6 +197,11 @@ def test_noise_replaces_its_share_of_the_weights(tokenizer):
     assert sizes["MLPs"] is None and sizes["outside"] > 0
     assert all(torch.equal(one[name], other[name]) for name in matrices)
     assert not torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    # Nor in layers that are drawn anew; the others are kept.
+    (_, one), (_, other) = mixed(0.0, 1.0, False, layers=0.5), mixed(0.0, 1.0, False, scale=7.0, layers=0.5)
+    for name in matrices:
+        assert torch.equal(one[name], before[name]) == ("layers.0." in name)
+        assert torch.equal(one[name], other[name]) == ("layers.1." in name), name
 
 
 def test_a_candidate_is_distilled_from_its_teacher_on_the_text_that_it_is_given(tokenizer, tmp_path):
@@ -163,7 +220,7 @@ def test_a_candidate_is_distilled_from_its_teacher_on_the_text_that_it_is_given(
 
 def test_costs_are_tokens_to_levels_between_g_and_b():
     at = levels(6.0, 4.0)
-    assert at == {0.5: 5.0, 0.9: pytest.approx(4.2), 1.0: 4.0}
+    assert at == {0.5: 5.0, 0.75: 4.5, 0.9: pytest.approx(4.2), 1.0: 4.0}
     curve = [(0, 6.0), (100, 5.5), (200, 4.5), (300, 4.6), (400, 4.0)]
     assert tokens_to(5.0, curve) == 150 and tokens_to(4.0, curve) == 400 and tokens_to(3.9, curve) is None
     assert tokens_to(6.5, curve) == 0
@@ -198,16 +255,42 @@ def test_the_bench_resumes_and_adds_candidates(tmp_path, monkeypatch, capsys):
     shared = ["--shape", "tiny", "--work", str(tmp_path), "--out", str(tmp_path / "out"), "--relearn-steps", "8",
               "--attack", "full-ft 0.003"]  # fmt: skip
     forget_bench.main([*shared, "--candidate", "a"])
-    first = json.loads((tmp_path / "out.json").read_text())
-    assert set(first["models"]) == {"B", "G", "a"} and first["b_tokens"] == TINY.b_tokens
-    forget_bench.main([*shared, "--candidate", "d-0.8"])
+    first = json.loads((tmp_path / "out.json").read_text())["seeds"]["0"]["models"]
+    assert set(first) == {"B", "G", "a"}
+    forget_bench.main([*shared, "--candidate", "d-0.8", "--seed", "0", "--seed", "1"])
     result = json.loads((tmp_path / "out.json").read_text())
-    assert {name: result["models"][name] for name in first["models"]} == first["models"]
-    (curve,) = result["models"]["d-0.8"]["curves"].values()
+    assert result["b_tokens"] == TINY.b_tokens
+    models = result["seeds"]["0"]["models"]
+    assert {name: models[name] for name in first} == first
+    (curve,) = models["d-0.8"]["curves"].values()
     assert curve[0][0] == 0 and curve[-1][0] % (4 * TINY.block) == 0
     assert "<svg" in (tmp_path / "out.svg").read_text()
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| d-0.8 | 0.50 |")]
-    ratio = (
-        result["models"]["d-0.8"]["quality"]["perplexity on A"] / result["models"]["B"]["quality"]["perplexity on A"]
-    )
-    assert f"| {ratio:.3f} |" in table[-1]
+    last = capsys.readouterr().out.split("| model |")[-1].splitlines()
+    for seed in "01":  # each seed has its own B, G and candidates
+        models = result["seeds"][seed]["models"]
+        (line,) = [line for line in last if line.startswith(f"| d-0.8 | {seed} | 0.50 |")]
+        ratio = models["d-0.8"]["quality"]["perplexity on A"] / models["B"]["quality"]["perplexity on A"]
+        assert f"| {ratio:.3f} |" in line
+    assert models["B"]["quality"] != result["seeds"]["0"]["models"]["B"]["quality"]
+
+
+def test_the_table_has_costs_over_those_of_g_and_of_a_at_every_level():
+    quality = {"perplexity on A": 10.0, "loss on D": 5.0}
+    shared = {"quality": quality, "in context": {"after A": 5.0, "after D": 4.75}}
+    models = {
+        "B": shared,
+        "G": {**shared, "curves": {"x": [(0, 6.0), (1000, 5.0), (2000, 4.2)]}},
+        "a": {**shared, "curves": {"x": [(0, 6.0), (400, 4.0)]}},
+        "d-0.8@2": {**shared, "curves": {"x": [(0, 5.0), (1500, 4.2)], "y": [(0, 5.0), (900, 4.5)]}},
+    }
+    record = {
+        "b_tokens": TINY.b_tokens,
+        "stop": "0.9",
+        "seeds": {"0": {"levels": {str(s): v for s, v in levels(6.0, 4.0).items()}, "models": models}},
+    }
+    head, _, *lines = forget_bench.markdown(record, TINY).splitlines()
+    row = dict(zip(head.split(" | "), lines[-1].split(" | "), strict=True))
+    assert row["tokens over B's"] == "2.00" and row["perplexity on A over B's"] == "1.000"
+    assert [row[f"tokens to {s} %"] for s in (50, 75, 90, 100)] == ["0", "900", "1,500", ""]
+    assert [row[f"{s} %, over G's"] for s in (50, 75, 90)] == ["0.00", f"{900 / 1625:.2f}", "0.75"]
+    assert row["90 %, over `a`'s"] == f"{1500 / 360:.2f}"

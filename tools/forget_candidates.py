@@ -1,14 +1,19 @@
 """The candidates of forget_bench.py: models made from B that should no longer hold what D taught it.
 
 * `a`: unlearning in weight space by gradient difference (Liu et al. 2022, arXiv 2203.12817): B's predictions on A are kept, the
-  loss on D rises to that of a guess. A baseline that is known to be weak.
+  loss on D rises to that of a guess, and beyond. A baseline that is known to be weak.
+* `a-uniform`: the same, but the predictions on D become even ones. So the loss on D does not rise beyond a guess.
 * `b`: lockkit's ordinary lock of B, distilled on A: chains from B's MLPs.
 * `c`: the MLPs drawn anew, the rest of B kept; then distilled from B on A.
 * `d`: the MLPs drawn anew, all other weights mixed with noise; then distilled from B on A. After unlearn-noise-distil (UNDO,
   arXiv 2506.06278), without its first step.
-* `e`: as `d`, from `a` instead of B, which is the teacher, too. That is UNDO.
+* `e`: as `d`, from `a-uniform` instead of B, which is the teacher, too.
+* `undo`: UNDO with the paper's noise: from `a-uniform`, all weights mixed with noise of a tenth of the usual size.
+* `f`: from `a-uniform`, the last half of the layers drawn anew, the rest kept.
 
-Here the MLPs of `c`, `d` and `e` are plain ones: whether a capability is absent depends on what they are distilled on, not on their
+A name may end in tokens of distillation over B's training tokens: `d-0.8@2`. Without, they are 0.6.
+
+Here the MLPs of all but `b` are plain ones: whether a capability is absent depends on what they are distilled on, not on their
 form. A lock of the result has the form.
 """
 
@@ -16,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +36,28 @@ from forget_models import (
 from torch import nn
 from transformers import PreTrainedModel
 
-UNLEARN_STEPS = 48
-UNLEARN_RATE = 1e-3
-DISTIL_SEED = 1  # another order of A's rows than in pretraining
+DISTIL_SEED = 1  # another order of A's rows than in pretraining; the seed of the models is added
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """How an unlearned model is made.
+
+    Attributes:
+        uniform: even predictions on D are asked for, instead of a high loss.
+        steps: of AdamW.
+        rate: its peak.
+        rows_a, rows_d: rows of A and of D in a step.
+    """
+
+    uniform: bool = False
+    steps: int = 48
+    rate: float = 1e-3
+    rows_a: int = 4
+    rows_d: int = 4
+
+
+UNLEARNED = {"a": Unlearning(), "a-uniform": Unlearning(uniform=True, steps=192, rows_a=8, rows_d=2)}
 
 
 @dataclass(frozen=True)
@@ -41,15 +65,17 @@ class Candidate:
     """How a candidate is made.
 
     Attributes:
-        unlearned: it starts from `a`, with `a` as its teacher.
+        teacher: `B` or an unlearned model. It starts from this one, too.
         fresh_mlps: the MLPs are noise alone.
+        fresh_layers: share of the layers that are noise alone, the last ones.
         alpha: share of noise in all other weights; 0 keeps them.
         beta: size of the noise, over that of a usual initialisation.
         distilled: tokens of distillation over B's training tokens.
     """
 
-    unlearned: bool = False
+    teacher: str = "B"
     fresh_mlps: bool = True
+    fresh_layers: float = 0.0
     alpha: float = 0.0
     beta: float = 1.0
     distilled: float = 0.6
@@ -64,9 +90,25 @@ CANDIDATES = {
     "d-0.6": Candidate(alpha=0.6),
     "d-0.8": Candidate(alpha=0.8),
     "d-1.0": Candidate(alpha=1.0),  # no weight of B is left: what D gets through B's predictions on A alone
-    "e-0.6": Candidate(unlearned=True, alpha=0.6),
-    "e-0.8": Candidate(unlearned=True, alpha=0.8),
+    "e-0.6": Candidate("a-uniform", alpha=0.6),
+    "e-0.8": Candidate("a-uniform", alpha=0.8),
+    "undo": Candidate("a-uniform", fresh_mlps=False, alpha=0.6, beta=0.1),
+    "f": Candidate("a-uniform", fresh_mlps=False, fresh_layers=0.5),
 }
+
+
+def candidate_of(name: str) -> Candidate | None:
+    """The candidate of a name such as `d-0.8` or `d-0.8@2`; None for B, G, those of unlearning and `b`.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    base, _, distilled = name.partition("@")
+    if base in CANDIDATES:
+        return replace(CANDIDATES[base], distilled=float(distilled)) if distilled else CANDIDATES[base]
+    if name in ("B", "G", "b", *UNLEARNED):
+        return None
+    raise ValueError(f"no candidate {name!r}")
 
 
 def noise_like(parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -78,14 +120,12 @@ def noise_like(parameter: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 @torch.no_grad()
-def mix_with_noise(model: nn.Module, alpha: float, beta: float, fresh_mlps: bool, seed: int) -> dict[str, float | None]:
+def mix_with_noise(model: PreTrainedModel, candidate: Candidate, seed: int) -> dict[str, float | None]:
     """Replace each weight w by (1 - alpha) w + alpha beta noise, in place; gains of norms move towards 1 instead of beta.
 
     Args:
         model: of transformers.
-        alpha: share of the noise.
-        beta: factor of the noise in matrices.
-        fresh_mlps: alpha and beta are 1 for the matrices of the MLPs.
+        candidate: alpha and beta. Both are 1 for what it draws anew.
         seed: of the noise.
 
     Returns:
@@ -94,38 +134,49 @@ def mix_with_noise(model: nn.Module, alpha: float, beta: float, fresh_mlps: bool
     """
     generator = torch.Generator().manual_seed(seed)
     squares = {True: [0.0, 0.0], False: [0.0, 0.0]}  # in the MLPs or not: of the noise, of the rest
+    layers = model.config.num_hidden_layers
+    kept = round(layers * (1 - candidate.fresh_layers))
+    fresh_layers = tuple(f"layers.{index}." for index in range(kept, layers))
     for name, parameter in model.named_parameters():
         in_mlp = ".mlp." in name
-        share, size = (1.0, 1.0) if in_mlp and fresh_mlps else (alpha, beta)
-        noise, kept = share * noise_like(parameter, generator), (1 - share) * parameter
+        fresh = (in_mlp and candidate.fresh_mlps) or any(layer in name for layer in fresh_layers)
+        share, size = (1.0, 1.0) if fresh else (candidate.alpha, candidate.beta)
+        noise, left = share * noise_like(parameter, generator), (1 - share) * parameter
         if parameter.ndim >= 2:
             noise = size * noise
             squares[in_mlp][0] += noise.square().sum().item()
-            squares[in_mlp][1] += kept.square().sum().item()
-        parameter.copy_(kept + noise)
+            squares[in_mlp][1] += left.square().sum().item()
+        parameter.copy_(left + noise)
     return {
-        name: math.sqrt(noise / kept) if kept else None
-        for name, (noise, kept) in (("outside", squares[False]), ("MLPs", squares[True]))
+        name: math.sqrt(noise / left) if left else None
+        for name, (noise, left) in (("outside", squares[False]), ("MLPs", squares[True]))
     }
 
 
-def unlearning_loss(shape: Shape, teacher: nn.Module, a: torch.Tensor, d: torch.Tensor) -> LossOf:
-    """Gradient difference: KL to the teacher on A, and the loss on D up to that of a guess among all tokens."""
+def unlearning_loss(
+    how: Unlearning, shape: Shape, teacher: PreTrainedModel, a: torch.Tensor, d: torch.Tensor
+) -> LossOf:
+    """KL to the teacher on A; and on D what the loss is below that of a guess, or KL(even predictions || model)."""
     guess = math.log(teacher.config.vocab_size)
 
     def loss(model: nn.Module, step: int) -> torch.Tensor:
-        rows = {name: rows_of_step(part, 4, step, UNLEARN_STEPS, shape.seed) for name, part in (("a", a), ("d", d))}
-        return kl_loss(model, teacher, rows["a"]) + (guess - next_token_loss(model, rows["d"])).clamp_min(0)
+        kept = kl_loss(model, teacher, rows_of_step(a, how.rows_a, step, how.steps, shape.seed))
+        forgotten = rows_of_step(d, how.rows_d, step, how.steps, shape.seed)
+        if not how.uniform:
+            return kept + (guess - next_token_loss(model, forgotten)).clamp_min(0)
+        logits = model(input_ids=forgotten, use_cache=False).logits
+        return kept - logits.log_softmax(-1).mean() - guess
 
     return loss
 
 
-def unlearn(b: PreTrainedModel, shape: Shape, rows: dict[str, torch.Tensor], file: Path) -> PreTrainedModel:
-    """The candidate `a`."""
+def unlearn(
+    how: Unlearning, b: PreTrainedModel, shape: Shape, rows: dict[str, torch.Tensor], file: Path
+) -> PreTrainedModel:
+    """An unlearned model, from B."""
     model = copy.deepcopy(b)
-    adam = torch.optim.AdamW(model.parameters(), lr=UNLEARN_RATE, weight_decay=0.0)
-    loss = unlearning_loss(shape, b, rows["A"], rows["D"])
-    return fit(model, loss, shape.arguments(UNLEARN_STEPS), file, [adam])
+    adam = torch.optim.AdamW(model.parameters(), lr=how.rate, weight_decay=0.0)
+    return fit(model, unlearning_loss(how, shape, b, rows["A"], rows["D"]), shape.arguments(how.steps), file, [adam])
 
 
 def distil(
@@ -135,19 +186,21 @@ def distil(
 
     Args:
         candidate: how it is made.
-        start: its teacher, B or `a`. Noise is mixed into a copy of its weights.
+        start: its teacher. Noise is mixed into a copy of its weights.
         shape: of the models.
         a: rows of A, `[rows, block]`.
-        file: of its state.
+        file: of its state. Those that differ in `distilled` alone share a trunk beside it (`fit`).
 
     Returns:
         The model, and the sizes of the noise (`mix_with_noise`).
     """
-    model = copy.deepcopy(start)
-    sizes = mix_with_noise(model, candidate.alpha, candidate.beta, candidate.fresh_mlps, DISTIL_SEED)
+    model, seed = copy.deepcopy(start), DISTIL_SEED + shape.seed
+    sizes = mix_with_noise(model, candidate, seed)
     steps, batch = candidate.steps(shape), shape.rows_a + shape.rows_d
+    arguments = shape.arguments(steps)
 
     def loss(student: nn.Module, step: int) -> torch.Tensor:
-        return kl_loss(student, start, rows_of_step(a, batch, step, steps, DISTIL_SEED))
+        return kl_loss(student, start, rows_of_step(a, batch, step, steps, seed))
 
-    return fit(model, loss, shape.arguments(steps), file), sizes
+    trunk = file.with_name(f"{file.stem.partition('@')[0]}-trunk-{arguments.warm_up}.pt")
+    return fit(model, loss, arguments, file, trunk=trunk), sizes

@@ -116,6 +116,7 @@ def fit(
     arguments: argparse.Namespace,
     file: Path,
     optimizers: list[torch.optim.Optimizer] | None = None,
+    trunk: Path | None = None,
 ) -> PreTrainedModel:
     """Train `model` in place, or load it from `file`, where its state is saved on the way.
 
@@ -124,17 +125,16 @@ def fit(
         arguments: `steps`, and the rates and their course as train_demo_model.py has them.
         file: the state. It belongs to one training: to train otherwise, use another file.
         optimizers: at their peak rates; by default those of train_demo_model.py.
+        trunk: shared by trainings that differ in their number of steps alone, with the same warm-up and the same order
+            of rows. Until the rate of the shorter one begins to fall, both are the same. So the state at that step is
+            saved here, and a longer training begins with it.
     """
     optimizers = optimizers or make_optimizers(model, arguments)
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    step = 0
-    if file.is_file():
-        state = torch.load(file, weights_only=True)
-        model.load_state_dict(state["model"])
-        step = state["step"]
-        if step < arguments.steps:
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+    falls = int(arguments.steps * (1 - arguments.decay))
+    step = load(file, model, optimizers, arguments.steps)
+    if step == 0 and trunk is not None:
+        step = load(trunk, model, optimizers, falls)
     model.train()
     started, first = time.perf_counter(), step
     while step < arguments.steps:
@@ -142,22 +142,41 @@ def fit(
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(model, step)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"{file.stem}: the loss of step {step} is {loss.item()}")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
+        train_step(model, loss_of, optimizers, step, file.stem)
         step += 1
+        if trunk is not None and step == falls:
+            save(trunk, model, optimizers, step)
         if step % SAVE_EVERY == 0 or step == arguments.steps:
             seconds = (time.perf_counter() - started) / (step - first)
-            print(
-                f"{file.stem}: step {step}/{arguments.steps} loss {loss.item():.3f}, {seconds:.2f} s a step", flush=True
-            )
+            print(f"{file.stem}: step {step}/{arguments.steps}, {seconds:.2f} s a step", flush=True)
             save(file, model, optimizers if step < arguments.steps else [], step)
     return model.eval()
+
+
+def train_step(
+    model: nn.Module, loss_of: LossOf, optimizers: list[torch.optim.Optimizer], step: int, name: str
+) -> None:
+    """One step, with clipped gradients."""
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(model, step)
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"{name}: the loss of step {step} is {loss.item()}")
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], most: int) -> int:
+    """Read a saved state and return its step; 0, and nothing is read, without one or if its step is beyond `most`."""
+    state = torch.load(file, weights_only=True) if file.is_file() else {"step": math.inf}
+    if state["step"] > most:
+        return 0
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):  # a finished one has none
+        optimizer.load_state_dict(saved)
+    return state["step"]
 
 
 def save(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int) -> None:

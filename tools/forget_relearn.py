@@ -28,7 +28,7 @@ from lockkit.attack.losses import held_out_loss
 from lockkit.attack.subjects import Subjects
 from lockkit.attack.tasks import IGNORED, Rows, Task
 
-SHARES = (0.5, 0.9, 1.0)
+SHARES = (0.5, 0.75, 0.9, 1.0)
 BATCH_ROWS = 4
 EVERY = 8  # steps from one point of a curve to the next
 FINE_STEPS = 8  # first steps of a model that is quick: a point after each
@@ -49,7 +49,7 @@ class Attack:
         return f"{self.name} {self.rate:g}"
 
 
-ATTACKS = (Attack("full-ft", 3e-3), Attack("full-ft", 1e-3), Attack("lora", 1e-2))
+ATTACKS = (Attack("full-ft", 3e-3), Attack("full-ft", 1e-3), Attack("lora", 1e-2), Attack("lora", 3e-3))
 
 
 def language_rows(ids: torch.Tensor) -> Rows:
