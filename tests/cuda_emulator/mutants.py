@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,29 @@ MUTANTS = [
 ]
 
 
+def copies_of(mutants: Sequence[Mutant], sources: Iterable[str]) -> Iterator[tuple[str, list[Mutant], str]]:
+    """For each name among `mutants`: the name, its mutants, and the changed copy of the sources, in a namespace of that name."""
+    source = re.sub("#pragma once|#include .*", "", "".join((KERNEL / name).read_text() for name in sources))
+    for name in dict.fromkeys(mutant.name for mutant in mutants):
+        *_, mutant = variants = [mutant for mutant in mutants if mutant.name == name]
+        changed = source
+        if mutant.before:
+            found = changed.count(mutant.before)
+            assert found == 1, f"{name}: {mutant.before!r} is {found} times in the kernel"
+            changed = changed.replace(mutant.before, mutant.after)
+        changed = changed.replace("namespace lockkit_cuda {", f"namespace lockkit_cuda {{ namespace {name} {{")
+        yield name, variants, changed.replace("}  // namespace lockkit_cuda", "}}")
+
+
+def write_table(folder: Path, stem: str, headers: Iterable[str], copies: Iterable[str], entries: Iterable[str]) -> Path:
+    """Write copies of the kernel and the entries of emulate.cpp's table of kernels, whose path is returned."""
+    head = "".join(f'#include "{name}"\n' for name in headers)
+    (folder / f"{stem}.h").write_text(head + "\n".join(copies))
+    table = folder / f"{stem}.inc"
+    table.write_text("".join(entries))
+    return table
+
+
 def write_mutants(folder: Path) -> Path:
     """Write all mutants into `folder`.
 
@@ -131,24 +155,13 @@ def write_mutants(folder: Path) -> Path:
         A file for `MUTANTS` of emulate.cpp: entries of its table of kernels. The name of a mutant's kernel starts with
         the mutant's name and a point.
     """
-    source = "".join((KERNEL / name).read_text() for name in SOURCES)
     copies, entries = [], []
-    for name in dict.fromkeys(mutant.name for mutant in MUTANTS):
-        *_, mutant = variants = [mutant for mutant in MUTANTS if mutant.name == name]
-        changed = re.sub("#pragma once|#include .*", "", source)
-        if mutant.before:
-            found = changed.count(mutant.before)
-            assert found == 1, f"{name}: {mutant.before!r} is {found} times in the kernel"
-            changed = changed.replace(mutant.before, mutant.after)
-        changed = changed.replace("namespace lockkit_cuda {", f"namespace lockkit_cuda {{ namespace {name} {{")
-        copies.append(changed.replace("}  // namespace lockkit_cuda", "}}"))
+    for name, variants, changed in copies_of(MUTANTS, SOURCES):
+        copies.append(changed)
         for form, mode in ((mutant.format, mode) for mutant in variants for mode in mutant.modes):
             space = f"lockkit_cuda::{name}"
             batches = f"{4 if form == 'Plain' else 2}, {4 if mode == 'CLUSTER' else 2}"
             kernel = f"{space}::Chain<Half, {space}::{form}, {space}::{mode}, {batches}>"
             entry = f"{name}.chain_Half_{form}_{mode}"
             entries.append(f'{{"{entry}", [](const Args& args) {{ {kernel}(args).run(); }}}},\n')
-    (folder / "mutants.h").write_text('#include "args.h"\n#include "device.h"\n' + "\n".join(copies))
-    table = folder / "mutants.inc"
-    table.write_text("".join(entries))
-    return table
+    return write_table(folder, "mutants", ("args.h", "device.h"), copies, entries)

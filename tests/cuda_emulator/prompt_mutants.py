@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from cuda_emulator.emulation import KERNEL, PROMPT_SOURCES
-from cuda_emulator.mutants import Mutant
+from cuda_emulator.emulation import PROMPT_SOURCES
+from cuda_emulator.mutants import Mutant, copies_of, write_table
 
 PROMPT_MUTANTS = [
     *(Mutant("original", "", "", form) for form in ("Plain", "Int4")),
@@ -51,17 +50,9 @@ def write_prompt_mutants(folder: Path) -> Path:
         A file for `PROMPT_MUTANTS` of emulate.cpp: entries of its table of kernels. The name of a mutant's kernel starts
         with the mutant's name and a point.
     """
-    source = "".join((KERNEL / name).read_text() for name in PROMPT_SOURCES)
     copies, entries = [], []
-    for name in dict.fromkeys(mutant.name for mutant in PROMPT_MUTANTS):
-        *_, mutant = variants = [mutant for mutant in PROMPT_MUTANTS if mutant.name == name]
-        changed = re.sub("#pragma once|#include .*", "", source)
-        if mutant.before:
-            found = changed.count(mutant.before)
-            assert found == 1, f"{name}: {mutant.before!r} is {found} times in the kernel"
-            changed = changed.replace(mutant.before, mutant.after)
-        changed = changed.replace("namespace lockkit_cuda {", f"namespace lockkit_cuda {{ namespace {name} {{")
-        copies.append(changed.replace("}  // namespace lockkit_cuda", "}}"))
+    for name, variants, changed in copies_of(PROMPT_MUTANTS, PROMPT_SOURCES):
+        copies.append(changed)
         space = f"lockkit_cuda::{name}"
         calls = {"pack": f"{space}::prompt_pack(args)"}
         for form in (variant.format for variant in variants):
@@ -69,8 +60,4 @@ def write_prompt_mutants(folder: Path) -> Path:
                 calls[f"{kernel}_Half_{form}_64"] = f"{space}::Prompt<Half, {space}::{form}, {units}, 64>(args).run()"
         for kernel, call in calls.items():
             entries.append(f'{{"{name}.prompt_{kernel}", [](const PromptArgs& args) {{ {call}; }}}},\n')
-    head = "".join(f'#include "{name}"\n' for name in ("args.h", "prompt_args.h", "device.h"))
-    (folder / "prompt_mutants.h").write_text(head + "\n".join(copies))
-    table = folder / "prompt_mutants.inc"
-    table.write_text("".join(entries))
-    return table
+    return write_table(folder, "prompt_mutants", ("args.h", "prompt_args.h", "device.h"), copies, entries)
