@@ -9,8 +9,7 @@
 #include <cstdio>
 #include <random>
 
-#include "driver.h"
-#include "prompt.h"
+#include "launch.h"
 
 using namespace lockkit_cuda;
 
@@ -49,25 +48,7 @@ Shape shape_of(const Case& which) {
   return shape;
 }
 
-void launch(const Plan& plan, const Shape& shape, Args args) {
-  const cuda::Function function = device().function(plan.kernel(shape.bits == 16 ? "BFloat16" : "Half", shape.bits));
-  if (!plan.cluster) args.inboxes = reinterpret_cast<unsigned char*>(device().zeros(nullptr, plan.inboxes_bytes(shape)));
-  const int rows = plan.groups * plan.rows;
-  const Args all = args;
-  for (int done = 0; done < all.tokens; done += rows) {
-    const size_t moved = size_t(done) * shape.hidden * 2;
-    args.x = static_cast<const char*>(all.x) + moved, args.y = static_cast<char*>(all.y) + moved;
-    args.tokens = std::min(all.tokens - done, rows);
-    const int groups = (args.tokens + plan.rows - 1) / plan.rows;
-    cuda::LaunchOption option{plan.cluster ? cuda::LAUNCH_CLUSTER : cuda::LAUNCH_COOPERATIVE, 0,
-                              {plan.cluster ? plan.team : 1, 1, 1}};
-    cuda::LaunchConfig config{{unsigned(groups * plan.team), 1, 1}, {THREADS, 1, 1}, unsigned(plan.shared_bytes),
-                              nullptr, &option, 1};
-    void* parameters[] = {&args};
-    driver().call("cuLaunchKernelEx", static_cast<const cuda::LaunchConfig*>(&config), function,
-                  static_cast<void**>(parameters), static_cast<void**>(nullptr));
-  }
-}
+const char* type_of(const Shape& shape) { return shape.bits == 16 ? "BFloat16" : "Half"; }
 
 // Microseconds of one of the launches that `launch_with` makes, each with one copy of the weights.
 template <class F>
@@ -104,7 +85,7 @@ void measure(const Case& which, int tokens, const Plan& plan, bool chosen, const
   args.inverse_gain = 0.5f, args.activation = Activation::silu;
   const double measured = time_of(weights, [&](const unsigned char* at) {
     args.weights = at;
-    launch(plan, shape, args);
+    cuda::launch(device(), plan, shape, type_of(shape), args, nullptr);
   });
   const std::string form = "\"team\": " + std::to_string(plan.team) + ", \"rows\": " + std::to_string(plan.rows);
   print(which, tokens, plan.cluster ? "cluster" : "global", form, chosen, plan.microseconds, measured);
@@ -115,21 +96,12 @@ void measure_prompt(const Case& which, int tokens, const std::vector<cuda::Addre
                     cuda::Address y) {
   const Shape shape = shape_of(which);
   const PromptPlan plan = make_prompt_plan(device().gpu(), shape, tokens);
-  PromptArgs args{};
+  PromptArgs args = prompt_args(shape);
   args.x = reinterpret_cast<void*>(x), args.y = reinterpret_cast<void*>(y), args.tokens = tokens;
-  args.hidden = shape.hidden, args.rank = shape.rank, args.gated = shape.gated, args.scales = shape.scales;
   args.inverse_gain = 0.5f, args.activation = Activation::silu;
-  auto* scratch = reinterpret_cast<unsigned char*>(device().scratch(nullptr, plan.bytes(shape)));
-  const auto start = [&](cuda::Function function, int grid, int shared, PromptArgs of_kernel, bool early) {
-    cuda::LaunchOption option{cuda::LAUNCH_EARLY, 0, {1}};
-    const cuda::LaunchConfig config{{unsigned(grid), 1, 1}, {PROMPT_THREADS, 1, 1}, unsigned(shared), nullptr, &option,
-                                    early && device().gpu().max_cluster > 0};
-    driver().launch(config, function, of_kernel);
-  };
   const double measured = time_of(weights, [&](const unsigned char* at) {
     args.weights = at;
-    plan.run(shape, which.bits == 16 ? "BFloat16" : "Half", args, scratch,
-             [](const std::string& name) { return device().function(name); }, start);
+    cuda::launch(device(), plan, shape, type_of(shape), args, nullptr);
   });
   const std::string form = "\"team\": 0, \"rows\": " + std::to_string(plan.rows);
   print(which, tokens, "prompt", form, prefers_prompt(device().gpu(), shape, tokens), plan.microseconds, measured);

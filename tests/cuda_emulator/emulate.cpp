@@ -109,10 +109,9 @@ static int emulate_prompt(const Request& r, const Shape& shape, const unsigned c
   PromptPlan plan;
   plan.units_rows = r.prompt_units_rows, plan.stream_rows = r.prompt_stream_rows, plan.rows = r.prompt_rows;
   std::vector<unsigned char> scratch(plan.bytes(shape) + GUARD_BYTES, 0xff);
-  PromptArgs args{};
+  PromptArgs args = prompt_args(shape);
   args.x = r.x, args.y = r.y, args.tokens = r.tokens, args.weights = weights, args.bias = bias;
-  args.output_bias = output_bias, args.hidden = r.hidden, args.rank = shape.rank, args.gated = shape.gated;
-  args.scales = shape.scales, args.inverse_gain = 1 / r.gain, args.activation = Activation(r.activation);
+  args.output_bias = output_bias, args.inverse_gain = 1 / r.gain, args.activation = Activation(r.activation);
   int result = 0;
   plan.run(shape, r.bfloat16 ? "BFloat16" : "Half", args, scratch.data(),
                [&](const std::string& name) { return r.mutant + name; },
@@ -158,7 +157,7 @@ static int emulate(const Request& r) {
   args.output_bias = output_bias.empty() ? nullptr : output_bias.data();
   args.inboxes = reinterpret_cast<unsigned char*>(inboxes.data());
   args.inverse_gain = 1 / r.gain, args.activation = Activation(r.activation);
-  const std::string name = r.mutant + plan.kernel(r.bfloat16 ? "BFloat16" : "Half", shape.bits);
+  const std::string name = r.mutant + plan.kernel(r.bfloat16 ? "BFloat16" : "Half", shape);
   const int result = launch(name, plan.groups * plan.team, plan.shared_bytes, args, r.seed);
   for (const uint64_t word : inboxes)
     if (!result && word) return NOT_CLEARED;  // the next launch would take it for its own
@@ -180,7 +179,7 @@ extern "C" int has_kernel(int hidden, int rank, int gated, int bits, int block_s
   const Plan plan = make_plan(gpu, shape, tokens);
   if (!plan.team) return -1;
   const bool fits = plan.shared_bytes <= shared_bytes && (plan.cluster || plan.groups * plan.team <= multiprocessors);
-  return fits && kernels.count(plan.kernel("Half", bits));
+  return fits && kernels.count(plan.kernel("Half", shape));
 }
 
 // Whether the operator takes the kernels for many tokens, on an H200: 1 or 0.

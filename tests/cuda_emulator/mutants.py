@@ -164,4 +164,4 @@ def write_mutants(folder: Path) -> Path:
             kernel = f"{space}::Chain<Half, {space}::{form}, {space}::{mode}, {batches}>"
             entry = f"{name}.chain_Half_{form}_{mode}"
             entries.append(f'{{"{entry}", [](const Args& args) {{ {kernel}(args).run(); }}}},\n')
-    return write_table(folder, "mutants", ("args.h", "device.h"), copies, entries)
+    return write_table(folder, "mutants", ("args.h", "device.h", "variants.h"), copies, entries)

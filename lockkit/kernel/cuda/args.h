@@ -12,7 +12,7 @@
 namespace lockkit_cuda {
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
-constexpr int TILE = 16;       // weights are stored in tiles of 16 x 16
+constexpr int TILE = 16;        // weights are stored in tiles of 16 x 16
 constexpr int MAX_ROWS = TILE;  // tokens that a team takes at a time
 
 enum class Activation : int { silu, gelu, gelu_tanh, relu, relu_squared };
@@ -38,12 +38,12 @@ struct Args {
   const float* output_bias;      // [hidden], or null
   unsigned char* inboxes;        // GLOBAL only: of all members, zero before and after a launch
   int tokens, hidden, depth;
-  int scales;  // of quantised weights, in a word for each of its columns: 1, 2 or 4; else 0
-  int rank;    // of every block, filled up to a multiple of 16
-  int gated;   // 1: columns are gate and up in turn; 0: up alone
-  int team;    // thread blocks that share a group of tokens
-  int tiles;   // tiles of channels that each of them owns; the last ones may own fewer
-  int rows;    // tokens in a group, at most MAX_ROWS
+  int scales;     // of quantised weights, in a word for each of its columns: 1, 2 or 4; else 0
+  int rank;       // of every block, filled up to a multiple of 16
+  int gated;      // 1: columns are gate and up in turn; 0: up alone
+  int team;       // thread blocks that share a group of tokens
+  int tiles;      // tiles of channels that each of them owns; the last ones may own fewer
+  int rows;       // tokens in a group, at most MAX_ROWS
   int parts;      // warps that share the products of one tile of channels with down: each takes a part of the units
   int own_pairs;  // units belong to members in pairs; the last members may own fewer
   float inverse_gain;

@@ -23,6 +23,7 @@
 // weights.cuh brings the weights to the tensor cores. Integers become 16-bit floats on the way.
 #pragma once
 #include "parts.cuh"
+#include "variants.h"
 #include "weights.cuh"
 
 namespace lockkit_cuda {
@@ -32,6 +33,7 @@ enum Mode { GLOBAL, CLUSTER };
 template <class T, class FORMAT, Mode MODE, int BATCH, int STAGES>
 class Chain {
   using Tile = float[2][4];  // this thread's part of 16 rows and 16 columns of sums
+  static_assert(BATCH * STAGES == ring_words(MODE == CLUSTER, 16 / FORMAT::TILES));  // as the host plans
 
  public:
   DEVICE explicit Chain(const Args& p)

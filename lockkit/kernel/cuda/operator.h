@@ -8,17 +8,13 @@
 //    kernels: one, and then two for each DLR block (prompt.h). The host waits for nothing, so a CUDA graph can hold it.
 #pragma once
 #include "../constants.h"
-#include "driver.h"
-#include "prompt.h"
+#include "launch.h"
 
 namespace {
 namespace cuda {
 
-using lockkit_cuda::Args;
 using lockkit_cuda::Matrix;
-using lockkit_cuda::Plan;
 using lockkit_cuda::QuantisedMatrix;
-using lockkit_cuda::Shape;
 
 inline float from_half(uint16_t bits) {
   _Float16 value;
@@ -170,69 +166,38 @@ class Chain {
     return plans_[tokens] = prompt ? Plan() : lockkit_cuda::make_plan(device_.gpu(), shape_, tokens);
   }
 
+  // What kernels of both kinds are told of the chain.
+  template <class A>
+  void describe(A& args, const uint16_t* x, uint16_t* y, int tokens) const {
+    args.x = x, args.y = y, args.tokens = tokens;
+    args.weights = weights_->template as<unsigned char>();
+    args.bias = bias_->template as<float>(), args.output_bias = output_bias_->template as<float>();
+    args.inverse_gain = inverse_gain_, args.activation = activation_;
+  }
+
   void launch(const uint16_t* x, uint16_t* y, int64_t tokens, Stream stream) {
     constexpr int64_t MOST = 1 << 20;  // tokens in a plan
+    constexpr const char* TYPE_NAME = TYPE == ort::BFLOAT16 ? "BFloat16" : "Half";
     for (; tokens > MOST; x += MOST * shape_.hidden, y += MOST * shape_.hidden, tokens -= MOST)
       launch(x, y, MOST, stream);
     const Plan plan = this->plan(int(tokens));
-    if (!plan.team) return launch_prompt(x, y, int(tokens), stream);
-    Args args = plan.args(shape_);
-    args.x = x, args.y = y, args.tokens = int(tokens);
-    args.weights = weights_->template as<unsigned char>();
-    args.bias = bias_->template as<float>();
-    args.output_bias = output_bias_->template as<float>();
-    args.inverse_gain = inverse_gain_, args.activation = activation_;
-    launch(plan, args, stream);
-  }
-
-  // Compute many tokens.
-  void launch_prompt(const uint16_t* x, uint16_t* y, int tokens, Stream stream) {
-    const lockkit_cuda::PromptPlan plan = prompt_plan(tokens);
-    lockkit_cuda::PromptArgs all{};
-    all.x = x, all.y = y, all.tokens = tokens, all.weights = weights_->template as<unsigned char>();
-    all.bias = bias_->template as<float>(), all.output_bias = output_bias_->template as<float>();
-    all.hidden = shape_.hidden, all.rank = shape_.rank, all.gated = shape_.gated, all.scales = shape_.scales;
-    all.inverse_gain = inverse_gain_, all.activation = activation_;
-    const Address scratch = device_.scratch(stream, plan.bytes(shape_));
-    const bool can_be_early = device_.gpu().max_cluster > 0;  // of sm_90 or up, and not compiled from PTX
-    plan.run(
-        shape_, TYPE == ort::BFLOAT16 ? "BFloat16" : "Half", all, reinterpret_cast<unsigned char*>(scratch),
-        [&](const std::string& name) { return device_.function(name); },
-        [&](Function function, int grid, int shared, lockkit_cuda::PromptArgs args, bool early) {
-          LaunchOption option{LAUNCH_EARLY, 0, {1}};
-          const LaunchConfig config{{unsigned(grid), 1, 1}, {lockkit_cuda::PROMPT_THREADS, 1, 1}, unsigned(shared),
-                                    stream, &option, early && can_be_early};
-          Driver::get().launch(config, function, args);
-        });
+    if (plan.team) {
+      Args args = plan.args(shape_);
+      describe(args, x, y, int(tokens));
+      cuda::launch(device_, plan, shape_, TYPE_NAME, args, stream);
+    } else {
+      PromptArgs args = lockkit_cuda::prompt_args(shape_);
+      describe(args, x, y, int(tokens));
+      cuda::launch(device_, prompt_plan(int(tokens)), shape_, TYPE_NAME, args, stream);
+    }
   }
 
   // The plan for this many tokens, made once.
-  lockkit_cuda::PromptPlan prompt_plan(int tokens) {
+  PromptPlan prompt_plan(int tokens) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    lockkit_cuda::PromptPlan& plan = prompt_plans_[tokens];
+    PromptPlan& plan = prompt_plans_[tokens];
     if (!plan.rows) plan = lockkit_cuda::make_prompt_plan(device_.gpu(), shape_, tokens);
     return plan;
-  }
-
-  // Launch a plan's kernel, once or several times in turn.
-  void launch(const Plan& plan, Args args, Stream stream) {
-    const Function function = device_.function(plan.kernel(TYPE == ort::BFLOAT16 ? "BFloat16" : "Half", shape_.bits));
-    if (!plan.cluster)
-      args.inboxes = reinterpret_cast<unsigned char*>(device_.zeros(stream, plan.inboxes_bytes(shape_)));
-    const Args all = args;
-    const int rows = plan.groups * plan.rows;
-    for (int64_t done = 0; done < all.tokens; done += rows) {
-      args.x = static_cast<const uint16_t*>(all.x) + done * shape_.hidden;
-      args.y = static_cast<uint16_t*>(all.y) + done * shape_.hidden;
-      args.tokens = int(std::min<int64_t>(all.tokens - done, rows));
-      const int groups = (args.tokens + plan.rows - 1) / plan.rows;
-      LaunchOption option{plan.cluster ? LAUNCH_CLUSTER : LAUNCH_COOPERATIVE, 0, {plan.cluster ? plan.team : 1, 1, 1}};
-      LaunchConfig config{{unsigned(groups * plan.team), 1, 1}, {lockkit_cuda::THREADS, 1, 1},
-                          unsigned(plan.shared_bytes), stream, &option, 1};
-      void* parameters[] = {&args};
-      Driver::get().call("cuLaunchKernelEx", static_cast<const LaunchConfig*>(&config), function,
-                         static_cast<void**>(parameters), static_cast<void**>(nullptr));
-    }
   }
 
   const ort::Api& api_;
@@ -243,7 +208,7 @@ class Chain {
   std::unique_ptr<Buffer> weights_, bias_, output_bias_;
   std::mutex mutex_;  // guards what follows
   std::map<int, Plan> plans_;
-  std::map<int, lockkit_cuda::PromptPlan> prompt_plans_;
+  std::map<int, PromptPlan> prompt_plans_;
 };
 
 }  // namespace cuda

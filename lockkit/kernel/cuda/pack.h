@@ -25,6 +25,7 @@ struct Shape {
   int bits = 16, scales = 0;  // of a weight; in a word for each of its columns
 
   int columns() const { return rank * (gated ? 2 : 1); }
+  const char* format() const { return bits == 16 ? "Plain" : bits == 8 ? "Int8" : "Int4"; }  // as in variants.h
   int word_tiles() const { return 16 / bits; }
   int hidden_tiles() const { return (hidden + TILE - 1) / TILE; }
   int hidden_words() const { return (hidden_tiles() + word_tiles() - 1) / word_tiles(); }

@@ -23,10 +23,9 @@ struct Plan {
   int shared_bytes = 0;
   double microseconds = 0;  // expected for all launches
 
-  // The kernel's name, for a type of activations and bits of a weight.
-  std::string kernel(const char* type, int bits) const {
-    const char* format = bits == 16 ? "_Plain" : bits == 8 ? "_Int8" : "_Int4";
-    return std::string("chain_") + type + format + (cluster ? "_CLUSTER" : "_GLOBAL");
+  // The kernel's name, for a type of activations.
+  std::string kernel(const char* type, const Shape& shape) const {
+    return std::string("chain_") + type + "_" + shape.format() + (cluster ? "_CLUSTER" : "_GLOBAL");
   }
   // What a kernel is told of the chain's shape and of this plan.
   Args args(const Shape& shape) const {
@@ -42,8 +41,7 @@ struct Plan {
   }
 };
 
-// Figures of an H200, in microseconds, fitted to what tools/gpu_plans.cpp measured there. Other GPUs
-// were not tried.
+// Figures of an H200, in microseconds, fitted to what tools/gpu_plans.cpp measured there. Other GPUs were not tried.
 constexpr double LAUNCH = 2.2;
 constexpr double BLOCK_CLUSTER = 1.8, BLOCK_GLOBAL = 2.3, BLOCK_OF_MEMBER = 0.03;  // a DLR block; GLOBAL: for each member
 constexpr double UNIT = 0.006, UNIT_OF_TILE = 0.0009;                              // its units; for each tile of a member
@@ -85,10 +83,7 @@ inline Plan make_plan(const Gpu& gpu, const Shape& shape, int tokens) {
     if (complete(plan, gpu, shape, tokens) && (!best.team || plan.microseconds < best.microseconds)) best = plan;
   };
   if (gpu.max_cluster) consider(true, std::min(gpu.max_cluster, shape.hidden_tiles()));
-  for (int tiles = 1; tiles <= WARPS; ++tiles) {
-    const int team = (shape.hidden_tiles() + tiles - 1) / tiles;
-    consider(false, team);
-  }
+  for (int tiles = 1; tiles <= WARPS; ++tiles) consider(false, (shape.hidden_tiles() + tiles - 1) / tiles);
   return best;
 }
 

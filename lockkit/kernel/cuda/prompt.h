@@ -49,7 +49,7 @@ struct PromptPlan {
   template <class FIND, class LAUNCH>
   void run(const Shape& shape, const char* type, const PromptArgs& all, unsigned char* scratch, FIND find,
            LAUNCH launch) const {
-    const std::string form = shape.bits == 16 ? "_Plain_" : shape.bits == 8 ? "_Int8_" : "_Int4_";
+    const std::string form = std::string("_") + shape.format() + "_";
     const auto pack_kernel = find("prompt_pack");
     const auto units_kernel = find("prompt_units_" + (type + form) + std::to_string(units_rows));
     const auto stream_kernel = find("prompt_stream_" + (type + form) + std::to_string(stream_rows));
@@ -79,6 +79,13 @@ struct PromptPlan {
     return prompt_tiles(units, units ? units_rows : stream_rows).shared_bytes(shape.word_tiles());
   }
 };
+
+// What kernels are told of the chain's shape.
+inline PromptArgs prompt_args(const Shape& shape) {
+  PromptArgs args{};
+  args.hidden = shape.hidden, args.rank = shape.rank, args.gated = shape.gated, args.scales = shape.scales;
+  return args;
+}
 
 // Expected microseconds of one kernel.
 inline double prompt_time(const Gpu& gpu, const Shape& shape, bool units, int block_rows, int tokens) {
