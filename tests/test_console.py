@@ -222,7 +222,8 @@ def test_a_lock_prints_names_with_brackets_as_they_are(cli, originals, tmp_path)
     assert str(model) + "x" in cli("plan", f"{model}x").err
 
 
-def test_verbose_output_has_each_configuration_once(originals):
+@pytest.mark.parametrize("ci", ["", "true"])  # transformers hands its records to the root logger where CI is set
+def test_verbose_output_has_each_configuration_once(originals, ci):
     command = [sys.executable, "-m", "lockkit", "generate", originals("llama"), "--max-new-tokens", "1", "-v"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=os.environ | {"CI": ci}, capture_output=True, text=True, check=True)
     assert done.stderr.count("Model config LlamaConfig") == 1

@@ -150,6 +150,20 @@ class _Once(logging.Filter):
         return new
 
 
+class _Unshown(logging.Filter):
+    """Drops the records of libraries that have a handler of their own. Some hand them on to the root logger as well:
+    transformers does where `CI` is set.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None and logger is not logging.root:
+            if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
+                return False
+            logger = logger.parent
+        return True
+
+
 def loud_libraries() -> None:
     """Show the notices and warnings of libraries: undo `quiet_libraries`."""
     import warnings
@@ -158,7 +172,9 @@ def loud_libraries() -> None:
     for name in ("transformers.configuration_utils", "transformers.generation.configuration_utils"):
         logging.getLogger(name).addFilter(_Once())  # a command reads a configuration at each of its steps
     warnings.filterwarnings("default")
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(_Unshown())
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", handlers=[handler])
 
 
 class _Interrupted(BaseException):
