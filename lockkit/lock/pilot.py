@@ -24,7 +24,7 @@ from lockkit.lock.data import DistillationData
 from lockkit.lock.meter import mlp_replaced
 from lockkit.lock.modulewise import LayerTask, start_chain
 from lockkit.lock.sizes import CAPTURED_TOKENS, MEASURED_TOKENS
-from lockkit.measure.metrics import kl_of_log_probabilities, log_probabilities
+from lockkit.measure.metrics import kl_divergence
 from lockkit.measure.sizes import PIECE_LOGITS
 from lockkit.measure.totals import chunks
 from lockkit.models.activation_cache import ActivationCache
@@ -106,8 +106,7 @@ def _divergences(
         for part in chunks(len(states), vocab_size):
             own, changed = stream.head(states[part]), stream.head(other[part])
             for piece in chunks(len(own), vocab_size, PIECE_LOGITS):
-                kl = kl_of_log_probabilities(log_probabilities(own[piece]), log_probabilities(changed[piece]))
-                total += kl.sum().item()
+                total += kl_divergence(own[piece], changed[piece]).sum().item()
         found.append(total / len(states))
         progress.advance()
     return found

@@ -7,6 +7,7 @@ float64 tensors, which workers can sum over processes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ from lockkit.measure.metrics import (
     PREDICTION_FIGURES,
     Pair,
     PairFigure,
-    log_probabilities,
+    Prediction,
+    Scratch,
     nmse_scale,
     perplexity_of_loss,
 )
@@ -54,14 +56,9 @@ class Perplexity:
     def __init__(self) -> None:
         self.sums = torch.zeros(2, dtype=torch.float64)
 
-    def add(self, log_p: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add predictions.
-
-        Args:
-            log_p: `log_probabilities`, `[tokens, vocab]`.
-            targets: the tokens that follow, `[tokens]`.
-        """
-        loss = -log_p.gather(-1, targets[:, None]).sum().item()
+    def add(self, predicted: Prediction, targets: torch.Tensor) -> None:
+        """Add predictions, `[tokens, vocab]`, of the tokens that follow, `[tokens]`."""
+        loss = -predicted.log_probability(targets).sum().item()
         self.sums += torch.tensor([loss, len(targets)], dtype=torch.float64)
 
     @property
@@ -99,14 +96,14 @@ class Comparison:
         if reference.shape != candidate.shape:
             raise ValueError(f"logits of shape {list(reference.shape)} and {list(candidate.shape)} cannot be compared")
         reference, candidate = reference.flatten(0, -2), candidate.flatten(0, -2)
+        own, other = Scratch(), Scratch()
         for part in chunks(len(reference), reference.shape[-1], PIECE_LOGITS):
-            p, q = reference[part], candidate[part]
-            self.add_chunk(Pair(p, q, log_probabilities(p), log_probabilities(q)))
+            self.add_chunk(Pair(Prediction(reference[part], own), Prediction(candidate[part], other)))
 
     def add_chunk(self, pair: Pair) -> None:
         """Add one chunk of positions."""
         values = [figure.values(pair).double() for figure in self._measured.values()]
-        self.sums += torch.tensor([*(value.sum().item() for value in values), len(pair.p)], dtype=torch.float64)
+        self.sums += torch.tensor([*(value.sum().item() for value in values), len(pair.p.logits)], dtype=torch.float64)
         largest = torch.tensor([value.max().item() for value in values], dtype=torch.float64)
         self._largest = torch.maximum(self._largest, largest)  # NaN stays NaN
 
@@ -148,6 +145,7 @@ class TextFigures:
     ) -> None:
         self.perplexity = {name: Perplexity() for name in models}
         self.comparison = {pair: Comparison((figures or {}).get(pair, PREDICTION_FIGURES)) for pair in pairs}
+        self._scratch: dict[str, Scratch] = defaultdict(Scratch)  # of each model
 
     def add(self, ids: torch.Tensor, outputs: Mapping[str, Outputs]) -> None:
         """Add rows of text.
@@ -169,11 +167,11 @@ class TextFigures:
 
     def _add_piece(self, logits: Mapping[str, torch.Tensor], targets: torch.Tensor) -> None:
         """Add predictions of every model, `[tokens, vocab]`, of `targets`, `[tokens]`."""
-        logs = {name: log_probabilities(found) for name, found in logits.items()}
+        predicted = {name: Prediction(found, self._scratch[name]) for name, found in logits.items()}
         for name, perplexity in self.perplexity.items():
-            perplexity.add(logs[name], targets.to(logs[name].device))
+            perplexity.add(predicted[name], targets.to(logits[name].device))
         for (p, q), comparison in self.comparison.items():
-            comparison.add_chunk(Pair(logits[p], logits[q], logs[p], logs[q]))
+            comparison.add_chunk(Pair(predicted[p], predicted[q]))
 
     @property
     def sums(self) -> list[torch.Tensor]:
