@@ -45,7 +45,15 @@ def command_line(settings: Mapping[str, Any]) -> list[str]:
     return [f"{option_of(LockConfig, name)}={one}" for name, several in values for one in several]
 
 
+# Files whose tests take minutes. They start first, so that at the end no process waits for the other one.
+LONG_FILES = {
+    "test_other_environment", "test_examples", "test_resume", "test_memory", "test_lock", "test_audit", "test_workers",
+    "test_compare_precisions", "test_compare_unlocks", "test_known_outcomes", "test_verify",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
