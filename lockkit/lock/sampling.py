@@ -100,6 +100,7 @@ def _continued(
         output = model(input_ids=rows[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         rows.append(draw(output.logits[:, -1], ends, generator))
+        del output  # its logits, before the next step makes others
         progress.advance(len(ids))
     return torch.cat(rows, 1)
 

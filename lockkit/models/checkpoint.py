@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PIECE_VALUES = 1 << 22  # of a tensor, that are compared at a time
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD = "lm_head.weight"
 # What the names of tensors begin with if the model was saved inside another one, and what to save instead.
@@ -254,6 +255,28 @@ class Checkpoint:
                 for name in wanted:
                     found[name] = tensors.get_tensor(self.stored[name].name).to(device, dtype, copy=True)
         return found
+
+    def holds(self, name: str, value: torch.Tensor) -> bool:
+        """Whether the checkpoint has the tensor `name`, and as `value`'s dtype it is `value` bit by bit.
+
+        Rows are compared piece by piece. The file is opened for each, because what is read of a mapped file counts as
+        this process's memory until the file is closed.
+        """
+        stored = self.stored.get(name)
+        if stored is None or not stored.shape or stored.shape != tuple(value.shape):
+            return False
+        rows = max(1, PIECE_VALUES * stored.shape[0] // max(1, value.numel()))
+        for start in range(0, stored.shape[0], rows):
+            with safe_open(stored.file, "pt") as tensors:
+                found = tensors.get_slice(stored.name)[start : start + rows].to(value.device, value.dtype)
+                if not torch.equal(found.view(torch.uint8), value[start : start + rows].view(torch.uint8)):
+                    return False
+        return True
+
+    def exact_in(self, names: list[str], dtype: torch.dtype) -> bool:
+        """Whether every value of the dtypes in which `names` are stored is one of `dtype`."""
+        stored = [_DTYPES[self.stored[name].dtype] for name in names if name in self.stored]
+        return all(torch.promote_types(each, dtype) == dtype for each in stored)
 
 
 def _name_in_model(stored: str, expected: dict[str, torch.Tensor]) -> str:
