@@ -1,10 +1,11 @@
-"""Memory of a lock: it does not grow with the number of layers, and the prediction is right."""
+"""Memory of a lock: it does not grow with the number of layers, has the embeddings once, and the prediction is right."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import QUICK, command_line
@@ -18,13 +19,9 @@ RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "100000", "MALLOC_TRIM_THRESHOL
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
 
 
-def memory_of_lock(tmp_path, layers: int) -> dict:
-    """Lock a model of `layers` wide layers in its own process. Returns the entry on memory in `lockkit.json`."""
-    original, out = tmp_path / f"{layers}-layers", tmp_path / f"{layers}-locked"
-    save_tiny("qwen3", original, num_hidden_layers=layers, **WIDE)
-    quick = QUICK | {"tokens": 1_024, "end_to_end_tokens": 512}
-    options = command_line(quick)
-    command = [sys.executable, "-m", "lockkit", "lock", original, out, *options, "--offload", "disk"]
+def memory_of_lock(original: Path, out: Path, settings: dict) -> dict:
+    """Lock a model in its own process. Returns the entry on memory in `lockkit.json`."""
+    command = [sys.executable, "-m", "lockkit", "lock", original, out, *command_line(QUICK | settings)]
     environment = os.environ | RETURN_FREED_MEMORY
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -35,13 +32,30 @@ def memory_of_lock(tmp_path, layers: int) -> dict:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
 def test_four_times_the_layers_need_no_more_memory(tmp_path):
-    few, many = (memory_of_lock(tmp_path, layers) for layers in (2, 8))
+    def memory(layers: int) -> dict:
+        original = save_tiny("qwen3", tmp_path / f"{layers}-layers", num_hidden_layers=layers, **WIDE)
+        settings = {"tokens": 1_024, "end_to_end_tokens": 512, "offload": "disk"}
+        return memory_of_lock(original, tmp_path / f"{layers}-locked", settings)
+
+    few, many = memory(2), memory(8)
     sizes = [memory["peak_bytes"] - memory["idle_bytes"] for memory in (few, many)]
     weights = sum(file.stat().st_size for file in (tmp_path / "8-layers").glob("*.safetensors"))
     assert weights > 3 * (sizes[1] - sizes[0])  # keeping all layers in memory would add these
     assert sizes[1] < 1.05 * sizes[0]
     assert many["predicted_bytes"] < 1.3 * few["predicted_bytes"]  # tensors are collected up to the size of a shard
     assert 0.6 < sizes[1] / many["predicted_bytes"] < 1.6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak as Linux reports it")
+@pytest.mark.parametrize(("data", "tables"), [("stdlib", 2), ("self", 2.5)])
+def test_a_large_table_of_embeddings_is_in_memory_once(tmp_path, data, tables):
+    """While transformers loads the model that samples, what it has read of the file counts, too."""
+    original = save_tiny("gemma3_text", tmp_path / "original", vocab_size=49_152, hidden_size=1_024)
+    settings = {"data": data, "tokens": 512, "block_tokens": 16, "end_to_end_tokens": 0, "coupling": 0.1}
+    memory = memory_of_lock(original, tmp_path / "locked", settings)
+    peak = memory["peak_bytes"] - memory["idle_bytes"]
+    assert peak < tables * 4 * 49_152 * 1_024
+    assert 0.75 < peak / memory["predicted_bytes"] < 1.25
 
 
 def test_activations_beyond_the_budget_are_in_files(tmp_path):

@@ -14,6 +14,7 @@ from lockkit.models.families import mlp_weights
 from lockkit.models.sizes import TOKENS_IN_A_BATCH
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
     from lockkit.devices import PeakMemory
@@ -31,6 +32,9 @@ COPIES_OF_A_CHAIN = 6
 BYTES_PER_LOGIT_OF_PHASE_2 = 24
 # The meter, per logit of a piece: log probabilities of both models and three temporaries in float64.
 BYTES_PER_LOGIT_OF_A_PIECE = 40
+# Memory of a growing cache of keys and values, over its size: each tensor is replaced by a larger one, which does not fit
+# where the allocator has kept the memory of earlier ones. Measured on Gemma 3 270M (tools/results/real.md).
+CACHE_WITH_GAPS = 1.33
 # The tokenizer's caches, scratch memory of matrix products, and memory that the allocator does not return. Measured on
 # models of 4 to 16 layers (tools/measure_memory.py).
 BUFFER_BYTES = 60_000_000
@@ -40,8 +44,8 @@ BUFFER_BYTES = 60_000_000
 class MemoryPrediction:
     """Predicted peak memory of a lock by purpose, in bytes, without the interpreter and libraries.
 
-    Sampling text, training steps with their activation cache, comparing logits, and writing follow one after the other,
-    so only the largest of the four counts.
+    Sampling text, training steps with their activation cache, and comparing logits follow one after the other, so only
+    the largest of the three counts.
 
     Attributes:
         outside_layers_bytes: the original's weights outside its decoder layers.
@@ -50,8 +54,8 @@ class MemoryPrediction:
         sampling_bytes: the model and its caches while it writes the text (`--data self`).
         step_bytes: activations of one training step, or of the fit before it.
         activation_cache_bytes: hidden states and MLP inputs of phase 1.
-        logits_bytes: logits while the locked model is compared with the original.
-        writing_bytes: the largest tensor, while it is written into the checkpoint.
+        logits_bytes: logits while the locked model is compared with the original, and the weights outside its decoder
+            layers if the checkpoint's dtype rounds them.
         buffer_bytes: the tokenizer, caches of libraries and the allocator.
         phase_2_keeps_all_layers: phase 2 has all layers in memory, not one at a time.
     """
@@ -63,16 +67,15 @@ class MemoryPrediction:
     step_bytes: int
     activation_cache_bytes: int
     logits_bytes: int
-    writing_bytes: int
     buffer_bytes: int
     phase_2_keeps_all_layers: bool
 
     @property
     def total_bytes(self) -> int:
         """The predicted peak."""
-        distilling = self.decoder_layers_bytes + self.chains_bytes
-        distilling += max(self.step_bytes + self.activation_cache_bytes, self.logits_bytes, self.writing_bytes)
-        return self.outside_layers_bytes + self.buffer_bytes + max(self.sampling_bytes, distilling)
+        distilling = self.outside_layers_bytes + self.decoder_layers_bytes + self.chains_bytes
+        distilling += max(self.step_bytes + self.activation_cache_bytes, self.logits_bytes)
+        return self.buffer_bytes + max(self.sampling_bytes, distilling)
 
     def line(self) -> str:
         """One line for the user."""
@@ -90,8 +93,10 @@ class MemoryPrediction:
         }
 
 
-def predicted_memory(stream: StreamedModel, config: LockConfig, data: DistillationData) -> MemoryPrediction:
-    """The predicted peak memory of locking `stream` with this recipe and data."""
+def predicted_memory(
+    stream: StreamedModel, config: LockConfig, data: DistillationData, dtype: torch.dtype
+) -> MemoryPrediction:
+    """The predicted peak memory of locking `stream` with this recipe and data. `dtype` is that of the checkpoint."""
     tokens = min(data.train.numel(), -(-config.tokens // data.train.shape[1]) * data.train.shape[1])
     return predict(
         shape=mlp_weights(stream.layers[0].mlp, stream.family).shape,
@@ -101,6 +106,7 @@ def predicted_memory(stream: StreamedModel, config: LockConfig, data: Distillati
         vocab_size=stream.config.vocab_size,
         tokens=tokens + data.validation.numel(),
         sampling_bytes=_sampling_bytes(stream, data.train.shape[1]) if data.source == "self" else 0,
+        rounded=not stream.checkpoint.exact_in(list(stream.outside()), dtype),
         together=layers_together(stream, config),
         in_memory=keeps_everything(stream, config),
         config=config,
@@ -116,6 +122,7 @@ def predict(
     vocab_size: int,
     tokens: int,
     sampling_bytes: int,
+    rounded: bool,
     together: int,
     in_memory: bool,
     config: LockConfig,
@@ -130,6 +137,7 @@ def predict(
         vocab_size: number of logits per token.
         tokens: tokens whose activations are cached.
         sampling_bytes: see `sampling_bytes`; 0 if the text is not sampled.
+        rounded: the locked checkpoint's dtype rounds the weights outside the decoder layers.
         together: layers that phase 1 trains in one batched computation.
         in_memory: phase 2 keeps all layers in memory.
         config: the recipe.
@@ -150,22 +158,19 @@ def predict(
             FLOAT_BYTES * min(TOKENS_IN_A_BATCH, tokens) * (8 * shape.hidden_size + 3 * shape.intermediate_size),
         ),
         activation_cache_bytes=min(cache, int(config.cache_gigabytes * 1e9)),
-        logits_bytes=logits_bytes(vocab_size, block, FLOAT_BYTES * outside_parameters, config.end_to_end_tokens > 0)
+        logits_bytes=logits_bytes(vocab_size, block, config.end_to_end_tokens > 0)
+        + FLOAT_BYTES * outside_parameters * rounded
         + FLOAT_BYTES * layers * MEASURED_TOKENS * shape.hidden_size,  # the pilot's variants
-        writing_bytes=FLOAT_BYTES * shape.hidden_size * max(vocab_size, shape.intermediate_size),
         buffer_bytes=BUFFER_BYTES + TOKENIZER_BYTES_PER_TOKEN * vocab_size,
         phase_2_keeps_all_layers=kept > 1,
     )
 
 
-def logits_bytes(vocab_size: int, block: int, outside_bytes: int, phase_2: bool) -> int:
-    """The most memory that logits need: those of a chunk in the meter, whatever the vocabulary.
-
-    The last measurement loads the written model, so its embeddings and head are in memory beside the original's.
-    """
+def logits_bytes(vocab_size: int, block: int, phase_2: bool) -> int:
+    """The most memory that logits need: those of a chunk in the meter, whatever the vocabulary."""
     logits = ROWS_IN_A_BATCH * block * vocab_size
     chunk = (BYTES_PER_LOGIT_OF_PHASE_2 if phase_2 else 2 * FLOAT_BYTES) * min(CHUNK_LOGITS, logits)
-    return chunk + BYTES_PER_LOGIT_OF_A_PIECE * min(PIECE_LOGITS, logits) + outside_bytes
+    return chunk + BYTES_PER_LOGIT_OF_A_PIECE * min(PIECE_LOGITS, logits)
 
 
 def sampling_bytes(parameters: int, cache_values: int, vocab_size: int, half: bool, block: int) -> int:
@@ -179,7 +184,7 @@ def sampling_bytes(parameters: int, cache_values: int, vocab_size: int, half: bo
         block: tokens in a row.
     """
     logits = ROWS_AT_ONCE * vocab_size
-    values = parameters + cache_values * ROWS_AT_ONCE * block + logits
+    values = parameters + int(CACHE_WITH_GAPS * cache_values * ROWS_AT_ONCE * block) + logits
     return (HALF_BYTES if half else FLOAT_BYTES) * values + 2 * FLOAT_BYTES * min(CHUNK_LOGITS, logits)
 
 

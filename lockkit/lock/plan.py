@@ -130,6 +130,7 @@ def plan_model(model: str, depths: list[int] | None = None) -> Plan:
             vocab_size=sizes.vocab_size,
             tokens=recipe.tokens + recipe.validation_tokens,
             sampling_bytes=sampling,
+            rounded=False,
             together=1,
             in_memory=in_memory,
             config=recipe.model_copy(update={"depth": depth, "end_to_end_tokens": phase_2}),

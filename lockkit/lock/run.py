@@ -46,7 +46,7 @@ from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.models.checkpoint import stored_dtype
 from lockkit.models.families import Family, activation_name, mlp_weights, require_unlocked
 from lockkit.models.identity import public_name, weights_sha256
-from lockkit.models.layered import StreamedModel, import_model_class
+from lockkit.models.layered import StreamedModel, import_model_class, return_free_memory
 from lockkit.models.load import load_config, load_tokenizer, resolve_model_apart
 from lockkit.models.locked import empty_chain
 from lockkit.models.origin import Origin, copy_legal_files, origin_of
@@ -172,7 +172,7 @@ class _Lock:
             if self.workers.first:
                 self.work.require_same(self._fingerprint(data))
         self.resumable = True
-        prediction = predicted_memory(self.stream, self.config, data)
+        prediction = predicted_memory(self.stream, self.config, data, self.dtype)
         self.progress.say(_summary(self.raw_config, self.config, data))
         for line in _lowered(self.raw_config, self.config):
             self.progress.say(line)
@@ -237,9 +237,12 @@ class _Lock:
         if {"none", "stdlib", *BUILT_IN}.issuperset(self.config.other_texts):  # else the column may be of one of those
             require_columns(source, self.config.data_column)
         if self.workers.first and not self.work.has_rows():
-            self.work.save_rows(
-                sampled_data(self.original, self.config, self.stream.config, self.tokenizer, self.device, self.progress)
-            )
+            with self.stream.without_outside():  # the model that samples has the same weights
+                rows = sampled_data(
+                    self.original, self.config, self.stream.config, self.tokenizer, self.device, self.progress
+                )
+                return_free_memory()
+            self.work.save_rows(rows)
         self.workers.wait()
         return DistillationData(source, **self.work.load_rows())
 
@@ -315,7 +318,7 @@ class _Lock:
 
         chains = replace(self.chains, gains=tuple(layer.gain for layer in layers))
         save_locked_weights(self.stream, rounded, folder, chains, self.dtype)
-        written = StreamedModel(folder, load_config(folder), self.family, self.device)
+        written = StreamedModel(folder, load_config(folder), self.family, self.device, beside=self.stream)
         meter = FidelityMeter.on("evaluation", self.stream, data, progress=self.progress)
         fidelity = meter.measure_model(written)
         if not fidelity.kl_divergence < float("inf"):

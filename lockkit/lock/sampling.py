@@ -100,6 +100,7 @@ def _continued(
         output = model(input_ids=rows[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         rows.append(draw(output.logits[:, -1], ends, generator))
+        del output  # its logits, before the next step makes others
         progress.advance(len(ids))
     return torch.cat(rows, 1)
 
@@ -120,7 +121,7 @@ def draw(logits: torch.Tensor, never: list[int], generator: torch.Generator) -> 
     """
     drawn, excluded = [], torch.tensor(never, dtype=torch.long, device=logits.device)
     for part in chunks(*logits.shape):
-        probabilities = logits[part].float().index_fill(-1, excluded, -torch.inf).softmax(-1)
+        probabilities = logits[part].to(torch.float32, copy=True).index_fill_(-1, excluded, -torch.inf).softmax(-1)
         probabilities = F.pad(probabilities, (0, -logits.shape[-1] % GROUP_TOKENS)).unflatten(-1, (-1, GROUP_TOKENS))
         sums = probabilities.sum(-1)
         if not sums.isfinite().all():
@@ -128,4 +129,5 @@ def draw(logits: torch.Tensor, never: list[int], generator: torch.Generator) -> 
         group = torch.multinomial(sums, 1, generator=generator)
         within = probabilities.gather(1, group[..., None].expand(-1, -1, GROUP_TOKENS))[:, 0]
         drawn.append(group * GROUP_TOKENS + torch.multinomial(within, 1, generator=generator))
+        del probabilities  # before those of the next rows
     return torch.cat(drawn)

@@ -33,14 +33,14 @@ def require_finite(stream: StreamedModel, model: str, dtype: torch.dtype) -> Non
 
 
 def _require_finite(name: str, value: torch.Tensor, model: str, dtype: torch.dtype) -> None:
-    if not value.isfinite().all():
+    largest = torch.stack(value.aminmax()).abs().max()  # without a copy of the tensor; NaN if any value is
+    if not largest.isfinite():
         raise UsageError(f"the tensor {name} of {model} has values that are not finite: change MODEL")
-    if not value.to(dtype).isfinite().all():
+    if not largest.to(dtype).isfinite():
         shown = str(dtype).removeprefix("torch.")
         raise UsageError(f"the tensor {name} of {model} has values too large for {shown}: change --dtype")
-    largest = value.abs().max().item()
     if largest > LARGEST_WEIGHT:
         raise UsageError(
-            f"the tensor {name} of {model} has values up to {largest:.2g}, which are too large to distil (at most "
+            f"the tensor {name} of {model} has values up to {largest.item():.2g}, which are too large to distil (at most "
             f"{LARGEST_WEIGHT:.0f}): change MODEL"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,13 @@ from lockkit.files import impostor, read_json
 from lockkit.models.weight_files import INDEX_FILE, SINGLE_FILE, ignored_files, listed, weight_files
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
+PIECE_VALUES = 1 << 22  # of a tensor, that are read at a time
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD = "lm_head.weight"
 # What the names of tensors begin with if the model was saved inside another one, and what to save instead.
@@ -244,16 +248,45 @@ class Checkpoint:
 
     def read(self, names: list[str], device: str | torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Read the tensors of `names` that the checkpoint has, as `dtype`."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            if name in self.stored:
-                by_file.setdefault(self.stored[name].file, []).append(name)
         found = {}
-        for file, wanted in by_file.items():
-            with safe_open(file, "pt") as tensors:
-                for name in wanted:
-                    found[name] = tensors.get_tensor(self.stored[name].name).to(device, dtype, copy=True)
+        for name in (name for name in names if name in self.stored):
+            stored = self.stored[name]
+            if math.prod(stored.shape) > PIECE_VALUES:
+                found[name] = torch.empty(stored.shape, dtype=dtype, device=device)
+                for rows, piece in self._pieces(stored):
+                    found[name][rows] = piece
+            else:
+                with safe_open(stored.file, "pt") as tensors:
+                    found[name] = tensors.get_tensor(stored.name).to(device, dtype, copy=True)
         return found
+
+    def holds(self, name: str, value: torch.Tensor) -> bool:
+        """Whether the checkpoint has the tensor `name`, and as `value`'s dtype it is `value` bit by bit."""
+        stored = self.stored.get(name)
+        if stored is None or not stored.shape or stored.shape != tuple(value.shape):
+            return False
+        return all(
+            torch.equal(piece.to(value.device, value.dtype).view(torch.uint8), value[rows].view(torch.uint8))
+            for rows, piece in self._pieces(stored)
+        )
+
+    @staticmethod
+    def _pieces(stored: StoredTensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The rows of a tensor, at most `PIECE_VALUES` values at a time, as stored.
+
+        The file is opened for each piece, because what is read of a mapped file counts as this process's memory until
+        the file is closed.
+        """
+        step = max(1, PIECE_VALUES * stored.shape[0] // max(1, math.prod(stored.shape)))
+        for start in range(0, stored.shape[0], step):
+            rows = slice(start, start + step)
+            with safe_open(stored.file, "pt") as tensors:
+                yield rows, tensors.get_slice(stored.name)[rows]
+
+    def exact_in(self, names: list[str], dtype: torch.dtype) -> bool:
+        """Whether every value of the dtypes in which `names` are stored is one of `dtype`."""
+        stored = [_DTYPES[self.stored[name].dtype] for name in names if name in self.stored]
+        return all(torch.promote_types(each, dtype) == dtype for each in stored)
 
 
 def _name_in_model(stored: str, expected: dict[str, torch.Tensor]) -> str:

@@ -2,7 +2,8 @@
 
 1. The model is created with its weights on the `meta` device, where they take no memory. Its buffers (rotary
    frequencies, scales) are real.
-2. Weights outside the decoder layers (embeddings, last norm, head) are read once and stay in memory.
+2. Weights outside the decoder layers (embeddings, last norm, head) are read once and stay in memory. Two models whose
+   weights there are the same, such as an original and its lock, share them.
 3. `layer(i)` reads one decoder layer from the checkpoint and frees its memory at the end of the `with` block.
 4. The computation before the first and after the last layer is the model's own forward pass, with the layers replaced
    by functions that do not compute anything.
@@ -119,6 +120,8 @@ class StreamedModel(LayeredModel):
         family: its family.
         device: for the computation.
         dtype: of weights and activations.
+        beside: a model in memory on the same device. Its weights outside the decoder layers that are bit by bit those in
+            `folder` are used here, too, instead of a copy.
 
     Attributes:
         config: its configuration. `tie_word_embeddings` is false if the weights have a head of their own.
@@ -128,18 +131,37 @@ class StreamedModel(LayeredModel):
     """
 
     def __init__(
-        self, folder: Path, config: PreTrainedConfig, family: Family, device: str, dtype: torch.dtype = torch.float32
+        self,
+        folder: Path,
+        config: PreTrainedConfig,
+        family: Family,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        beside: StreamedModel | None = None,
     ):
         super().__init__(empty_model(config, family).to(dtype).eval().requires_grad_(False), device)
         self.folder, self.family, self.dtype = folder, family, dtype
         self.checkpoint = Checkpoint(folder, self.model)
         self.keep_layers = False  # whether `layer` leaves the weights in memory at the end of its `with` block
-        self._read_outside()
+        self._read_outside(beside.outside() if beside else {})
 
-    def _read_outside(self) -> None:
-        """Read the weights outside the decoder layers."""
-        outside = [name for name in self.model.state_dict() if ".layers." not in name]
-        found = self.checkpoint.read(outside, self.device, self.dtype)
+    def outside(self) -> dict[str, torch.Tensor]:
+        """The weights outside the decoder layers, by name. A tied matrix is there under both names."""
+        return {name: value for name, value in self.model.state_dict().items() if ".layers." not in name}
+
+    @contextmanager
+    def without_outside(self) -> Iterator[None]:
+        """Free the weights outside the decoder layers inside the `with` block, and read them again after it."""
+        self._assign(self.model, {name: value.to("meta") for name, value in self.outside().items()})
+        return_free_memory()
+        yield
+        self._read_outside({})
+
+    def _read_outside(self, known: dict[str, torch.Tensor]) -> None:
+        """Read the weights outside the decoder layers, except those that are in `known` with the same values."""
+        outside = list(self.outside())
+        found = {name: value for name, value in known.items() if self.checkpoint.holds(name, value)}
+        found |= self.checkpoint.read([name for name in outside if name not in found], self.device, self.dtype)
         self._assign(self.model, found)
         # With the missing ones, it ties as `from_pretrained` does: not if both matrices are there and differ.
         self.model.tie_weights(missing_keys=set(outside) - found.keys(), recompute_mapping=False)

@@ -1,8 +1,8 @@
 """Write a locked checkpoint: an ordinary Hugging Face folder that loads without lockkit.
 
 The weights are in files of at most `SHARD_BYTES`, as `save_pretrained` splits them. Names and shapes of all tensors are
-known before, so that the head of each file is written first, and the tensors follow one after the other. Only one is in
-memory at a time, besides the layer that it belongs to.
+known before, so that the head of each file is written first, and the tensors follow one after the other. Each is rounded
+piece by piece, so no second copy of the table of embeddings is in memory.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lockkit.models.layered import StreamedModel
 
 SHARD_BYTES = 5_000_000_000
+PIECE_VALUES = 1 << 22  # of a tensor, that are rounded and written at a time
 # Names of dtypes in safetensors.
 _DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -73,7 +74,7 @@ def save_locked_weights(
         chains: description of the chains, with their gains.
         dtype: of the weights.
     """
-    write_shards(_heads(stream, chain, dtype), _locked_tensors(stream, chain, dtype), folder)
+    write_shards(_heads(stream, chain, dtype), _locked_tensors(stream, chain), folder)
     _write_config(stream, folder, chains, dtype)
     (folder / MODELING_FILE).write_text(render_modeling_file(stream.family), encoding="utf-8")
     copy_tokenizer(stream.folder, folder)
@@ -106,23 +107,15 @@ def _heads(stream: StreamedModel, chain: Callable[[int], DLRNet], dtype: torch.d
     return [TensorHead(name, dtype if value.is_floating_point() else value.dtype, value.shape) for name, value in found]
 
 
-def _locked_tensors(
-    stream: StreamedModel, chain: Callable[[int], DLRNet], dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
+def _locked_tensors(stream: StreamedModel, chain: Callable[[int], DLRNet]) -> Iterator[torch.Tensor]:
     """The locked model's tensors: first those outside the decoder layers, then layer by layer."""
-    for value in _outside(stream).values():
-        yield _published(value, dtype)
+    yield from _outside(stream).values()
     for index in range(len(stream)):
         with stream.layer(index) as layer:
             for name, value in layer.state_dict().items():
                 if not name.startswith("mlp."):
-                    yield _published(value, dtype)
-        for value in chain(index).state_dict().values():
-            yield _published(value, dtype)
-
-
-def _published(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+                    yield value
+        yield from chain(index).state_dict().values()
 
 
 def write_shards(heads: list[TensorHead], tensors: Iterable[torch.Tensor], folder: Path) -> None:
@@ -130,11 +123,12 @@ def write_shards(heads: list[TensorHead], tensors: Iterable[torch.Tensor], folde
 
     Args:
         heads: names, dtypes and shapes of all tensors.
-        tensors: the tensors, on the CPU, in the same order. Each is written before the next is asked for.
+        tensors: the tensors, in the same order. Each is rounded to the dtype in its head, and written before the next
+            is asked for.
         folder: that gets the files.
 
     Raises:
-        ValueError: a tensor is not what its head says.
+        ValueError: a tensor has not the shape in its head.
     """
     shards: list[list[TensorHead]] = [[]]
     for head in heads:
@@ -149,7 +143,8 @@ def write_shards(heads: list[TensorHead], tensors: Iterable[torch.Tensor], folde
         with (folder / name).open("wb") as file:
             file.write(_file_head(shard))
             for head in shard:
-                file.write(_bytes(head, next(source)))
+                for piece in _bytes(head, next(source)):
+                    file.write(piece)
     if count > 1:
         weight_map = {head.name: name for name, shard in zip(names, shards, strict=True) for head in shard}
         total_bytes = sum(head.size_bytes for head in heads)
@@ -173,10 +168,11 @@ def _file_head(shard: list[TensorHead]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(head: TensorHead, value: torch.Tensor) -> Buffer:
-    if (value.dtype, value.shape) != (head.dtype, head.shape):
-        raise ValueError(f"{head.name} is {value.dtype} {tuple(value.shape)}, not {head.dtype} {tuple(head.shape)}")
-    return cast("Buffer", value.reshape(-1).view(torch.uint8).numpy())
+def _bytes(head: TensorHead, value: torch.Tensor) -> Iterator[Buffer]:
+    if value.shape != head.shape:
+        raise ValueError(f"{head.name} is {tuple(value.shape)}, not {tuple(head.shape)}")
+    for piece in value.detach().reshape(-1).split(PIECE_VALUES):
+        yield cast("Buffer", piece.to("cpu", head.dtype).view(torch.uint8).numpy())
 
 
 def _write_config(stream: StreamedModel, folder: Path, chains: ChainConfig, dtype: torch.dtype) -> None:
