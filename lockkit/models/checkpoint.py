@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIECE_VALUES = 1 << 22  # of a tensor, that are read at a time
+PIECE_VALUES = 1 << 22  # of a tensor, that are read or written at a time
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 HEAD = "lm_head.weight"
 # What the names of tensors begin with if the model was saved inside another one, and what to save instead.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lockkit.files import CARD, LOCK_RECORD, write_json
+from lockkit.models.checkpoint import PIECE_VALUES
 from lockkit.models.load import TOKENIZER_FILES, load_tokenizer
 from lockkit.models.locked import AUTO_MAP, MODELING_FILE, locked_config, render_modeling_file
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from lockkit.models.layered import StreamedModel
 
 SHARD_BYTES = 5_000_000_000
-PIECE_VALUES = 1 << 22  # of a tensor, that are rounded and written at a time
 # Names of dtypes in safetensors.
 _DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
