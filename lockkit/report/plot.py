@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Placeholders that matplotlib writes. They are replaced by variables of the page's style (render.py: --c0, --c1, ...).
 COLOURS = [f"#c0ffe{index}" for index in range(MOST_LINES)]
-INK = "#000000"
+INK, PAPER = "#000000", "#c0ffef"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (6, 2, 1, 2, 1, 2)), (0, (9, 3)))
 LABEL_CHARACTERS = 28  # in a line of the legend, which has two columns
@@ -51,7 +51,7 @@ def svg(curve: Curve, salt: str) -> str:
 def _label(name: str) -> str:
     """A label as matplotlib shows it unchanged, in lines that fit in half of the plot."""
     # A dollar sign would start a formula, and a leading underscore would hide the line.
-    return textwrap.fill(name.replace("$", r"\$").replace("_", " "), LABEL_CHARACTERS)
+    return textwrap.fill(name.replace("$", r"\$").replace("_", " "), LABEL_CHARACTERS, break_on_hyphens=False)
 
 
 def _draw(axes: Axes, curve: Curve, labels: Mapping[str, str]) -> None:
@@ -87,8 +87,9 @@ def _line_settings(curve: Curve, name: str, style: LineStyle) -> dict[str, Any]:
     from matplotlib.patheffects import withStroke
 
     if name in curve.dashed:
-        return {"color": INK, "linestyle": "--", "linewidth": 1.6, "zorder": 2.5}
-    drawn = {
+        border = [withStroke(linewidth=3.2, foreground=PAPER)]  # seen where it lies on a thick line
+        return {"color": INK, "linestyle": "--", "linewidth": 1.5, "path_effects": border, "zorder": 2.5}
+    drawn: dict[str, Any] = {
         "color": COLOURS[style.colour % len(COLOURS)],
         "marker": MARKERS[style.marker % len(MARKERS)],
         "linestyle": "none" if name in curve.scattered else DASHES[style.dashes % len(DASHES)],
@@ -96,7 +97,12 @@ def _line_settings(curve: Curve, name: str, style: LineStyle) -> dict[str, Any]:
         "linewidth": 1.4,
     }
     if name in curve.thick:
-        drawn |= {"linewidth": 2.4, "path_effects": [withStroke(linewidth=4.2, foreground=INK)], "zorder": 2.4}
+        drawn |= {
+            "linestyle": "-",
+            "linewidth": 2.4,
+            "path_effects": [withStroke(linewidth=4.2, foreground=INK)],
+            "zorder": 2.4,
+        }
     return drawn
 
 
@@ -128,7 +134,7 @@ def _inline(text: str, title: str, salt: str) -> str:
     text = re.sub(r'(\bid="|="#|url\(#)', lambda match: f"{match[1]}p{salt}-", text)
     for index, colour in enumerate(COLOURS):
         text = text.replace(colour, f"var(--c{index})")
-    text = text.replace(INK, "currentColor")
+    text = text.replace(INK, "currentColor").replace(PAPER, "var(--page)")
     # Glyphs have no colour attribute and would be black.
     text = text.replace("<svg ", '<svg role="img" fill="currentColor" ', 1)
     return text.replace(">", f"><title>{html.escape(title)}</title>", 1)

@@ -59,10 +59,9 @@ class _Losses:
         self.lacking = [name for name, points in known.items() if not points and name != self.best]
 
     def _points(self, run_id: str) -> Points:
-        row = next((row for key, row in self.rows.items() if key.startswith(run_id)), {"curve": []})
-        return [
-            (point[self.resource], point["loss"]) for point in row["curve"] if point[self.resource] and point["step"]
-        ]
+        curves = (row["curve"] for key, row in self.rows.items() if key.startswith(run_id))
+        points: list[dict] = next(curves, [])
+        return [(point[self.resource], point["loss"]) for point in points if point[self.resource] and point["step"]]
 
     def curves(self) -> list[Curve]:
         """One plot for each group of attacks, and more if a group has many. The same ones for all resources."""
