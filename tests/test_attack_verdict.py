@@ -16,6 +16,7 @@ from test_attack import ONE_RATE, options
 
 from lockkit.attack.attacks.gradient.full_ft import FullFinetune
 from lockkit.attack.attacks.gradient.reparametrise import Reparametrise
+from lockkit.attack.audited import audited_sentence
 from lockkit.attack.config import audit_config
 from lockkit.attack.record import Amplification, TaskSummary, Verdict, read_summary
 from lockkit.attack.registry import registry
@@ -134,6 +135,9 @@ def test_every_ratio_can_be_recomputed_from_the_runs_beside_it(audit):
             if run is not None:  # loss and costs are those of one row
                 (row,) = (row for row in rows if row["key"].startswith(run.id))
                 assert row["best_loss"] == run.best_loss and row["model"] == run.model
+    named = {name: model.named for name, model in summary.models.items()}
+    assert named == {"locked": {"lockkit.json": "qwen3"}, "original": {}}
+    assert [(model.depth, model.layers) for model in summary.models.values()] == [(None, 2), (5, 2)]
     script = {line.attack: line.kind for line in figures.attacks}
     assert script["hf-full"] == "off the shelf" and script["full-ft"] == "informed"
     assert all(run.general_perplexity_ratio > 0 for run in runs.values())
@@ -152,8 +156,8 @@ def test_the_page_has_the_verdict_both_ends_of_each_ratio_and_the_runs_of_the_he
     curve = next(c for s in sections for c in s["curves"] if c["across"] == "floating-point operations")
     rows = [json.loads(line) for line in (audit / "rows.jsonl").read_text().splitlines()]
     for name, run_id in (
-        (found.best_attack, found.locked_run),
-        (f"{found.best_attack_original} on the original", found.original_run),
+        (f"cheapest: {found.best_attack}", found.locked_run),
+        (f"original's cheapest: {found.best_attack_original}", found.original_run),
     ):
         (row,) = (row for row in rows if row["key"].startswith(run_id))
         assert curve["lines"][name] == [[p["flops"], p["loss"]] for p in row["curve"] if p["step"]]
@@ -202,6 +206,8 @@ def test_audits_of_locks_with_the_same_name_are_told_apart(audit, cli, tmp_path,
     assert sections[0]["tables"][1]["head"][1:] == [row[0] for row in sections[0]["tables"][0]["rows"]] == both
     assert [text.partition(":")[0] for text in sections[0]["text"][:2]] == both
     assert [s["title"] for s in sections if s["title"].startswith("Audit of")] == [f"Audit of {n}" for n in both]
+    assert cli("report", tmp_path / "audit-a", tmp_path / "audit-b", "--out", "both.html").code == 0
+    assert str(tmp_path) not in (tmp_path / "both.html").read_text()
     assert cli("report", "audit-a", "audit-a/summary.json", "--out", "one.html").code == 0
     titles = [section["title"] for section in json.loads((tmp_path / "one.json").read_text())["sections"]]
     assert titles[0] == f"Audit of {name}" and titles.count(titles[0]) == 1
@@ -253,6 +259,9 @@ def noised(folder, out, share: float):
 def test_two_models_that_lockkit_did_not_make(originals, tmp_path, cli):
     original = originals("qwen3")
     hardened = noised(original, tmp_path / "hardened", 0.5)
+    (hardened / "README.md").write_text(f"---\nbase_model: [example/tiny-qwen, {original}]\n---\n")
+    config = json.loads((hardened / "config.json").read_text())
+    (hardened / "config.json").write_text(json.dumps(config | {"_name_or_path": str(original)}))
     command = ["attack", hardened, "--original", original, "--out", tmp_path / "audit", *options(TINY)]
     outcome = cli(*command, "--attack", "full-ft", "--attack", "frozen-dlr", "--attack", "corrected-stack")
     assert outcome.code == 0, outcome.err
@@ -260,7 +269,14 @@ def test_two_models_that_lockkit_did_not_make(originals, tmp_path, cli):
     assert not summary.has_chains and not summary.unlocks and "This model gives" in summary.verdict.sentence
     assert any(name.startswith("corrected-stack (it needs chains") for name in summary.not_tried)
     assert summary.tasks["signatures"].amplification["tokens"].value > 0
+    what = audited_sentence(summary)
+    assert "Audited: hardened (its card names example/tiny-qwen, family qwen3, " in what
+    assert "layers, weights in float32), compared with qwen3 (family qwen3, " in what
     assert cli("report", tmp_path / "audit").code == 0
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert what in page.partition("<main>")[0] and what in " ".join(outcome.out.split())  # at the beginning of both
+    written = page + outcome.out + (tmp_path / "audit" / "summary.json").read_text()
+    assert str(original.parent) not in written and str(tmp_path) not in written.replace(f"wrote {tmp_path}", "")
     only = cli(*command[:5], tmp_path / "b", *options(TINY), "--attack", "stack-solve")
     assert only.code == 2 and "change --attack" in only.err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
 import shutil
 import subprocess
 
@@ -105,6 +106,7 @@ def test_the_page_has_the_figures_of_the_results_and_no_external_resources(resul
         found = figures["amplification"][resource]
         assert found["says"] in page.text
     for said in (
+        f"Audited: {HOSTILE} (a lock of llama, family llama,",  # the name in the lock's record
         f"{summary['quality']['perplexity_ratio']:.4f}",  # beside the headline
         summary["effective_depth"]["says"],
         summary["unlock_ratio"]["says"],
@@ -121,8 +123,8 @@ def test_the_page_has_the_figures_of_the_results_and_no_external_resources(resul
     record = json.loads((results / "lock" / "lockkit.json").read_text())
     for layer in record["layers"]:
         assert f"{layer['nmse']:.5f}" in page.text
-    # Loss against two resources; KL against stages and tokens; errors of layers, twice; one search.
-    assert text.count("<svg") == 2 + 2 + 2 + 1
+    # Loss of two groups of attacks against two resources; KL against stages and tokens; errors of layers, twice; one search.
+    assert text.count("<svg") == 4 + 2 + 2 + 1
     assert "#c0ffe" not in text  # the placeholders were replaced by the page's colours
     card = (results / "report.md").read_text()
     assert figures["amplification"]["tokens"]["says"] in card and "<script>" not in card
@@ -229,13 +231,14 @@ def test_an_audit_of_an_earlier_version_is_still_read(results, cli):
             for model in ("original", "locked"):
                 run = line[model]
                 line[f"best_loss_{model}"], line[model] = run and run["best_loss"], run and run["spent"]
-    for name in ("verdict", "has_chains", "rows_written"):
+    for name in ("verdict", "has_chains", "rows_written", "models"):
         del summary[name]
     summary["schema"] = "lockkit-attack-summary/2"
     (results / "summary.json").write_text(json.dumps(summary))
     assert cli("report", results, "--out", results / "page.html").code == 0
     text = Page((results / "page.html").read_text()).text
     figures = summary["tasks"]["signatures"]
+    assert f"Audited: {HOSTILE} (2 layers, chains of depth 5), compared with llama." in text
     assert "It does not record a verdict, the runs that its ratios come from" in text
     assert "later ones in rows.jsonl are not noticed" in text
     assert "made before verdicts" in text and figures["amplification"]["tokens"]["says"] in text
@@ -327,8 +330,10 @@ def test_it_renders_in_a_browser_without_console_messages(results, cli, tmp_path
     frame.write_text(
         f'<!doctype html><link rel="icon" href="data:,"><style>body{{margin:0}}</style><iframe src="report.html" '
         f'style="border:0;width:{width}px;height:{height}px" onload="const e=this.contentDocument.documentElement;'
-        "document.title='overflow '+(e.scrollWidth-e.clientWidth)+' '+[...this.contentDocument.querySelectorAll('.scroll')]"
-        '.filter(e=>e.scrollWidth>e.clientWidth).length"></iframe>'
+        "const t=[...this.contentDocument.querySelectorAll('.scroll')],s=t.filter(e=>e.scrollWidth>e.clientWidth);"
+        "const h=t.filter(e=>e.querySelector('.hint').offsetHeight>9);"
+        "document.title='overflow '+(e.scrollWidth-e.clientWidth)+', scroll '+s.length+' of '+t.length+', '+"
+        "(s.length==h.length&&s.every(e=>h.includes(e))?'as':'not as')+' the hints say'\"></iframe>"
     )
     common = [
         CHROMIUM, *["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"],
@@ -339,8 +344,10 @@ def test_it_renders_in_a_browser_without_console_messages(results, cli, tmp_path
         done = subprocess.run([*common, *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-1000:]
         assert "CONSOLE" not in done.stderr
-    assert "<title>overflow 0 " in done.stdout
-    assert ("<title>overflow 0 0</title>" in done.stdout) == (width == 1280)  # tables scroll on the phone only
+    found = re.search(r"<title>overflow 0, scroll (\d+) of (\d+), as the hints say</title>", done.stdout)
+    assert found, done.stdout[:300]
+    scrolling, tables = map(int, found.groups())
+    assert scrolling == 0 if width == 1280 else 0 < scrolling < tables  # on the phone, tables of few columns fit
     assert page.stat().st_size < 2_000_000
     from PIL import Image
 

@@ -139,6 +139,19 @@ class Verdict(Record):
     rules: list[str] = Field(description="The rules that the verdict follows from.")
 
 
+class AuditedModel(Record):
+    """One of the two models of an audit."""
+
+    named: dict[str, str] = Field(
+        description="Public names of the model that it was made from or is a copy of, by the file in its folder that has it."
+    )
+    family: str = Field(description="Model type of its family, such as llama; without lockkit's prefix.")
+    parameters: int = Field(description="Number of parameters, tied ones once.")
+    layers: int = Field(description="Decoder layers.")
+    depth: int | None = Field(description="Blocks in each chain; null without chains.")
+    dtype: str = Field(description="Precision of the weights in its files. Attacks load them in float32.")
+
+
 class Summary(Record):
     """The figures of an audit."""
 
@@ -147,6 +160,9 @@ class Summary(Record):
     first_line: str = Field(description="What is missing; empty if nothing is.")
     locked: str = Field(description="Public name of the lock.")
     original: str = Field(description="Public name of the original.")
+    models: dict[Literal["original", "locked"], AuditedModel] | None = Field(
+        None, description="What the two models are; null if it was made before this was recorded."
+    )
     has_chains: bool = Field(description="Whether the lock is one of lockkit's.")
     quality: dict[str, Any] = Field(description="Perplexity and KL divergences of both models.")
     lock: dict[str, Any] = Field(description="Depth, recipe and the error of each layer.")

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lockkit.attack.audited import audited_model
 from lockkit.attack.ratios import ID_CHARACTERS, amplification, attention_only, relative_seconds
 from lockkit.attack.record import SCHEMA, Summary
 from lockkit.attack.registry import registry
@@ -78,6 +79,7 @@ def summarise(
         "first_line": "",
         "locked": subjects.names["locked"],
         "original": subjects.names["original"],
+        "models": {subject: audited_model(subjects, subject) for subject in SUBJECTS},
         "has_chains": subjects.has_chains,
         "quality": quality | {"perplexity_ratio": perplexity_ratio, "fidelity": subjects.fidelity.record()},
         "lock": _lock(subjects),

@@ -124,6 +124,9 @@ def _print_list() -> None:
 
 
 def _print(summary: Summary) -> None:
+    from lockkit.attack.audited import audited_sentence
+
+    console.print(audited_sentence(summary), soft_wrap=True)
     console.print(summary.verdict.sentence, soft_wrap=True)
     for task, figures in summary.tasks.items():
         console.print(_table(task, figures))

@@ -76,7 +76,7 @@ def copied_metadata(
     from huggingface_hub.constants import HUGGINGFACE_CO_URL_HOME
 
     own = origin.metadata
-    bases = [origin.hub_id] if origin.hub_id else [base for base in strings(own.get("base_model")) if _is_hub_id(base)]
+    bases = [origin.hub_id] if origin.hub_id else [base for base in strings(own.get("base_model")) if is_hub_id(base)]
     inherited = own.get("base_model_relation")
     if not origin.hub_id:
         relation = inherited if inherited in ("finetune", "quantized", "merge") else "finetune"
@@ -138,10 +138,11 @@ def strings(value: Any) -> list[str]:
     return [" ".join(entry.split()) for entry in values if isinstance(entry, str) and entry.strip()]
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a model on the Hub: it has an owner, and is no path."""
     return _HUB_ID.fullmatch(name) is not None and name[0] not in "./" and not Path(name).exists()
 
 
 def _is_dataset_id(name: str) -> bool:
     """Whether a name may be that of a Hub dataset: old ones have no owner."""
-    return _is_hub_id(name) or re.fullmatch(r"[A-Za-z][\w.-]*", name) is not None
+    return is_hub_id(name) or re.fullmatch(r"[A-Za-z][\w.-]*", name) is not None

@@ -54,6 +54,26 @@ class Table:
 
 
 Points = Sequence[tuple[float, float]]
+MOST_LINES = 9  # in one plot that can be told apart by colour, and as many markers (plot.py)
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How a line is drawn, by numbers: equal ones look the same in all plots.
+
+    Attributes:
+        colour, marker: from 0; after `MOST_LINES`, they repeat.
+        dashes: 0 for a solid line.
+    """
+
+    colour: int
+    marker: int
+    dashes: int = 0
+
+    @classmethod
+    def of(cls, place: int) -> LineStyle:
+        """The style of the line at a place, from 0."""
+        return cls(place % MOST_LINES, place % MOST_LINES, place // MOST_LINES)
 
 
 @dataclass
@@ -66,9 +86,12 @@ class Curve:
         lines: points (across, up) of each line, by its label.
         log, log_up: whether the axis across, or up, is logarithmic.
         bars: draw bars instead of lines.
-        dashed: labels of lines to compare with.
-        muted: further lines, drawn in grey without a label.
+        dashed: labels of lines to compare with, drawn without colour.
+        thick: labels of lines to point out.
+        scattered: labels of points that no line connects.
         level: label and value of a horizontal line.
+        styles: of lines, by their labels; by default, their places decide.
+        frame: points that the axes include, besides those of the lines.
     """
 
     title: str
@@ -79,13 +102,16 @@ class Curve:
     log_up: bool = False
     bars: bool = False
     dashed: list[str] = field(default_factory=list)
-    muted: Mapping[str, Points] = field(default_factory=dict)
+    thick: list[str] = field(default_factory=list)
+    scattered: list[str] = field(default_factory=list)
     level: tuple[str, float] | None = None
+    styles: Mapping[str, LineStyle] = field(default_factory=dict)
+    frame: Points = ()
 
     @property
     def drawn(self) -> bool:
         """Whether there is a point to draw."""
-        return any(self.lines.values()) or any(self.muted.values())
+        return any(self.lines.values())
 
 
 @dataclass
@@ -95,6 +121,7 @@ class Section:
     Attributes:
         title: heading.
         part: whether this is a subsection of the section before it.
+        about: what the result is of, in one sentence; shown before the verdict, there and at the beginning of the page.
         verdict: the result in one sentence, shown first; the page begins with those of all its sections.
         passed: whether the verdict is good or bad; None if it is neither.
         warning: shown next, highlighted.
@@ -106,6 +133,7 @@ class Section:
 
     title: str
     part: bool = False
+    about: str = ""
     verdict: str = ""
     passed: bool | None = None
     warning: str = ""
@@ -119,7 +147,7 @@ class Section:
     @property
     def empty(self) -> bool:
         """Whether there is nothing to show under the title."""
-        parts = (self.verdict, self.warning, self.notes, self.text, self.figures, self.facts)
+        parts = (self.about, self.verdict, self.warning, self.notes, self.text, self.figures, self.facts)
         return not (any(parts) or any(table.rows for table in self.tables) or any(c.drawn for c in self.curves))
 
 

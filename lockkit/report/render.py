@@ -16,7 +16,6 @@ from lockkit.report.style import STYLE
 
 LONG_CELL = 16  # characters; longer text gets a minimum width, so that it does not break into single words
 DENSE_TABLE = 8  # columns; the cells of a wider table stand closer together
-WIDE_TABLE = 4  # columns; a wider table scrolls on a phone, and says so
 _NUMBER = re.compile(r"[<>–]?\s?[-+]?[\d.,]*(e[-+]?\d+)?\s?%?|> budget|\d+, \d+")
 _MARKS = {True: "good", False: "bad", None: "plain"}
 
@@ -41,10 +40,14 @@ def _verdicts(sections: list[Section]) -> str:
     said.sort(key=lambda entry: entry[1].passed is not False)
     items = "".join(
         f'<li class="{_MARKS[section.passed]}"><a href="#s{number}">{html.escape(section.title)}</a> '
-        f"{html.escape(' '.join([section.verdict or section.warning, *section.notes]))}</li>"
+        f"{_about(section)}{html.escape(' '.join([section.verdict or section.warning, *section.notes]))}</li>"
         for number, section in said
     )
     return f'<ul class="verdicts">{items}</ul>' if items else ""
+
+
+def _about(section: Section) -> str:
+    return f'<p class="about">{html.escape(section.about)}</p>' if section.about else ""
 
 
 def _contents(sections: list[Section]) -> str:
@@ -69,6 +72,7 @@ def _words(sections: list[Section]) -> str:
 def _html_section(section: Section, position: int) -> str:
     heading = "h3" if section.part else "h2"
     parts = [f'<section id="s{position}"><{heading}>{html.escape(section.title)}</{heading}>']
+    parts.append(_about(section))
     if section.verdict:
         parts.append(f'<p class="verdict {_MARKS[section.passed]}">{html.escape(section.verdict)}</p>')
     warnings = [section.warning, *section.notes] if section.warning else section.notes
@@ -101,11 +105,11 @@ def _html_table(table: Table) -> str:
         f"<tr{' class=bad' if index in table.failed else ''}>" + "".join(map(_html_cell, row)) + "</tr>"
         for index, row in enumerate(table.rows)
     )
-    hint = '<p class="hint">The table scrolls sideways.</p>' if len(table.head) > WIDE_TABLE else ""
-    # The tabindex makes the scrollable region reachable by keyboard.
+    # The tabindex makes the scrollable region reachable by keyboard. The style shows the hint where the table is too wide.
     return (
-        f'{hint}<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.head[0])}">'
-        f"<table{' class=dense' if len(table.head) > DENSE_TABLE else ''}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.head[0])}"><div class="wide">'
+        f'<p class="hint" aria-hidden="true"><span>The table scrolls sideways.</span></p>'
+        f"<table{' class=dense' if len(table.head) > DENSE_TABLE else ''}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></div>"
     )
 
 
@@ -128,6 +132,7 @@ def markdown(sections: list[Section]) -> str:
         if section.empty:
             continue
         parts.append(f"{'###' if section.part else '##'} {_plain(section.title)}")
+        parts += [_plain(section.about)] if section.about else []
         parts += [f"**{_plain(said)}**" for said in (section.verdict, section.warning, *section.notes) if said]
         if section.figures:
             parts.append("\n".join(f"- {_plain(label)}: **{_plain(value)}**" for label, value in section.figures))

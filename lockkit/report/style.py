@@ -1,6 +1,8 @@
 """The style of a report's page: light and dark, one column on a phone, contents beside the text on a desktop.
 
 The colours --c0, --c1, ... are those of curves (plot.py). The shadows at the edges of a table show that it scrolls.
+So does a hint above it. Its height follows from two widths, without a script: 100% is the table's, and 100cqi that of the
+region that it scrolls in. If the table fits, the hint has no height.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ nav .part{padding-left:1rem}
 .figures div{border:1px solid var(--line);background:var(--card);border-radius:.5rem;padding:.7rem}
 .figures b{display:block;font-size:1.15rem;line-height:1.3;overflow-wrap:anywhere}
 .figures span{color:var(--soft);font-size:.85rem}
+.about{max-width:none;margin:.3rem 0}
 .warning{color:var(--warn);font-weight:600}
-.hint{display:none;margin:1rem 0 -.8rem}
+.scroll{container-type:inline-size}.wide{width:fit-content;min-width:100%}
+.hint{position:sticky;left:0;width:100cqi;height:0;margin:0;overflow:hidden;
+padding-top:clamp(0px,(100% - 100cqi - .5px)*999,1.5rem)}.hint span{position:absolute;top:0;left:0}
 .scroll{overflow-x:auto;margin:1rem 0;background:linear-gradient(90deg,var(--page) 30%,transparent) 0 0/2.5rem 100% local,
 linear-gradient(270deg,var(--page) 30%,transparent) 100% 0/2.5rem 100% local,
 linear-gradient(90deg,var(--shade),transparent) 0 0/.8rem 100% scroll,
@@ -52,9 +57,9 @@ p{overflow-wrap:anywhere;max-width:52rem}svg{display:block;width:100%;max-width:
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .9rem;margin:1rem 0}
 dt{font-weight:600}dd{margin:0;overflow-wrap:anywhere;min-width:0}
 .facts dt{font-weight:400}
-@media(max-width:40rem){.hint{display:block}dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
+@media(max-width:40rem){dl{grid-template-columns:1fr}dd{margin-bottom:.5rem}}
 @media(min-width:64rem){body{display:grid;grid-template-columns:12rem minmax(0,1fr);column-gap:2rem;padding:1.5rem 2rem}
 header{grid-column:1/-1}nav{position:sticky;top:1rem;align-self:start;max-height:calc(100vh - 2rem);overflow-y:auto}
 main>section:first-child h2{margin-top:0;border-top:0;padding-top:0}}
-@media print{nav{display:none}.scroll{overflow:visible}}
+@media print{nav,.hint{display:none}.scroll{overflow:visible}}
 """

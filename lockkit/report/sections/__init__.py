@@ -99,6 +99,16 @@ def told_apart(names: list[tuple[str, Path]]) -> list[str]:
     told = []
     for name, path in names:
         same = [other for known, other in names if known == name]
-        folders = {other.parent for other in same}
-        told.append(name if len(same) == 1 else f"{name} ({path.parent if len(folders) == len(same) else path})")
+        if len({other.parent for other in same}) == len(same):
+            path, same = path.parent, [other.parent for other in same]
+        told.append(name if len(same) == 1 else f"{name} ({_end(path, same)})")
     return told
+
+
+def _end(path: Path, others: list[Path]) -> str:
+    """The last parts of a path, as many as tell it apart from `others`: a page should not show where folders are."""
+    for count in range(1, len(path.parts)):
+        ends = ["/".join(other.parts[-count:]) for other in others]
+        if len(set(ends)) == len(set(others)):
+            return "/".join(path.parts[-count:])
+    return str(path)

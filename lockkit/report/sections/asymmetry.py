@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lockkit.report.page import Curve, Section, number
+from lockkit.report.page import Curve, LineStyle, Section, number
 from lockkit.report.sections import reports
 
 
@@ -24,6 +24,7 @@ def depth_sections(record: dict, path: Path) -> list[Section]:
         "saved_bytes": "saved bytes",
         "peak_bytes": "peak memory",
     }
+    styles = {saver: LineStyle.of(place) for place, saver in enumerate(dict.fromkeys(row["saver"] for row in rows))}
     for shape, subject in dict.fromkeys((row["shape"], row["subject"]) for row in rows):
         for metric, label in labels.items():
             lines: dict[str, list[tuple[float, float]]] = {}
@@ -32,6 +33,13 @@ def depth_sections(record: dict, path: Path) -> list[Section]:
                 if (row["shape"], row["subject"]) == (shape, subject) and row["depth"] and ratio:
                     lines.setdefault(row["saver"], []).append((row["depth"], ratio))
             section.curves.append(
-                Curve(f"{shape}, {subject}: {label}", "depth", "locked / original", lines, level=("original", 1.0))
+                Curve(
+                    f"{shape}, {subject}: {label}",
+                    "depth",
+                    "locked / original",
+                    lines,
+                    level=("original", 1.0),
+                    styles=styles,
+                )
             )
     return [section]

@@ -11,17 +11,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from lockkit.attack.audited import audited_sentence
 from lockkit.attack.record import OLD_SCHEMA, SCHEMA, Amplification, AttackLine, Run, Summary, TaskSummary, read_summary
 from lockkit.attack.sentences import ATTENTION_ONLY_BOUND, CONSEQUENCE, KINDS, LACKS, ONE_SEED, QUICK, TASKS, UNCOUNTED
 from lockkit.attack.target import RESOURCE_TITLES as RESOURCES
 from lockkit.attack.verdict import PRICE, lowest
 from lockkit.errors import UsageError
 from lockkit.files import complete_lines
-from lockkit.report.page import Curve, Section, Stack, Table, measured_on, number
+from lockkit.report.page import Section, Stack, Table, measured_on, number
 from lockkit.report.sections import reports
+from lockkit.report.sections.audit_curves import add_loss_plots
 from lockkit.report.sections.audit_parts import facts, first_run, layers, searches, terms, unlocks
 
-SHOWN_LINES = 7  # lines in colour; more could not be distinguished
 UNITS = {"tokens": 1, "flops": 1e9, "seconds": 1}  # divisors; all others are shown in MB
 _IN_UNITS = {"flops": ", GFLOP", "peak_tensor_bytes": ", MB", "saved_bytes": ", MB"}
 UNIT_NAMES = {"flops": "GFLOP", "seconds": "seconds", "peak_tensor_bytes": "peak MB", "saved_bytes": "saved MB"}
@@ -42,7 +43,7 @@ def audit_sections(record: dict, path: Path) -> list[Section]:
     found = [_headline(summary), _attackers(summary)]
     found[0].notes = _stale(summary, written, file)
     found += [_task(summary, task, figures, rows) for task, figures in summary.tasks.items()]
-    optional = [unlocks(summary, SHOWN_LINES), terms(summary), layers(summary), searches(summary)]
+    optional = [unlocks(summary), terms(summary), layers(summary), searches(summary)]
     limits = _limits(summary)
     limits.facts = facts(summary, record)
     return [*found, *(section for section in optional if section is not None), limits]
@@ -84,7 +85,7 @@ def _stale(summary: Summary, written: list[dict], file: Path) -> list[str]:
 
 def _headline(summary: Summary) -> Section:
     quality = summary.quality
-    section = Section(f"Audit of {summary.locked}", warning=summary.verdict.sentence)
+    section = Section(f"Audit of {summary.locked}", about=audited_sentence(summary), warning=summary.verdict.sentence)
     section.figures = [
         ("perplexity of the lock, over the original's", number(quality["perplexity_ratio"], ".4f")),
         ("KL divergence from original to lock, nats per token", number(quality["locked"]["kl_to_original"], ".5f")),
@@ -204,7 +205,7 @@ def _task(summary: Summary, task: str, figures: TaskSummary, rows: dict[str, dic
         "run",
     ]
     section.tables.append(Table(head, [_cells(line) for line in figures.attacks]))
-    section.curves += [_loss_curve(resource, figures, rows) for resource in ("tokens", "flops")]
+    add_loss_plots(section, figures, rows)
     return section
 
 
@@ -242,36 +243,6 @@ def _spent(resource: str, run: Run) -> str:
     if run.spent is None:
         return "> budget" if resource == "tokens" else "–"
     return _cost(getattr(run.spent, resource), resource)
-
-
-def _loss_curve(resource: str, figures: TaskSummary, rows: dict[str, dict]) -> Curve:
-    """The two runs of the headline, then the runs of the table on the lock, the cheapest first."""
-    found = figures.amplification.get(resource)
-    ids: dict[str, str] = {}
-    if found and found.original_run:
-        ids[f"{found.best_attack_original} on the original"] = found.original_run
-    dashed = list(ids)
-    if found and found.locked_run:
-        ids[found.best_attack or ""] = found.locked_run
-    lines = [line.locked for line in figures.attacks if line.valid and line.locked]
-    for run in sorted(lines, key=lambda run: getattr(run.spent, resource) if run.spent else float("inf")):
-        if len(ids) <= SHOWN_LINES and run.id not in ids.values():
-            ids.setdefault(run.attack, run.id)
-    by_id = {key[: len(run_id)]: row for run_id in ids.values() for key, row in rows.items()}
-    points = {name: _points(by_id[run_id], resource) for name, run_id in ids.items() if run_id in by_id}
-    return Curve(
-        f"Held-out loss against {RESOURCES[resource]}",
-        RESOURCES[resource],
-        "loss, nats per label",
-        points,
-        log=True,
-        dashed=dashed,
-        level=("target", figures.target_loss),
-    )
-
-
-def _points(row: dict, resource: str) -> list[tuple[float, float]]:
-    return [(point[resource], point["loss"]) for point in row["curve"] if point[resource] and point["step"]]
 
 
 def _limits(summary: Summary) -> Section:

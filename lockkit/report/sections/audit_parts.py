@@ -6,12 +6,13 @@ from lockkit.attack.record import Summary
 from lockkit.attack.sentences import TERMS
 from lockkit.attack.target import RESOURCE_TITLES
 from lockkit.attack.verdict import PRICE, lowest
-from lockkit.report.page import Curve, Section, Table, made_with, number
+from lockkit.report.attack_styles import style_of
+from lockkit.report.page import MOST_LINES, Curve, LineStyle, Section, Table, made_with, number
 
 ENDS = ("stop_loss", "most_steps", "evaluations")  # settings that say when a run is measured and ends
 
 
-def unlocks(summary: Summary, most_lines: int) -> Section | None:
+def unlocks(summary: Summary) -> Section | None:
     unlocks, depth = summary.unlocks, summary.effective_depth
     if not unlocks:
         return None
@@ -37,29 +38,35 @@ def unlocks(summary: Summary, most_lines: int) -> Section | None:
         section.curves.append(
             Curve("Closed-form unlocks", "stages", "KL to the lock", {"best": stages}, True, True, level=level)
         )
-    section.curves += _redistillation(unlocks, most_lines)
+    section.curves += _redistillation(unlocks)
     return section
 
 
-def _redistillation(unlocks: dict[str, dict], most_lines: int) -> list[Curve]:
-    """KL against tokens for all re-distillations. Closed-form unlocks are points in the same plot."""
+def _redistillation(unlocks: dict[str, dict]) -> list[Curve]:
+    """KL against tokens for all re-distillations, in the order in which they are tried. Closed-form unlocks are points."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for label, found in unlocks.items():
         curve = found["notes"].get("curve") or []
         finite = [(point["tokens"], point["kl_to_lock"]) for point in curve if point["kl_to_lock"] is not None]
         if finite:
             lines[label] = finite
-    if not lines:
-        return []
     points: dict[str, list[tuple[float, float]]] = {}
     for found in unlocks.values():
         one_shot = found["blocks"] == 1 and found["valid"] and not found["notes"].get("curve")
         if one_shot and found["cost"]["tokens"] and found["kl_to_lock"] is not None:  # the axes are logarithmic
             points.setdefault(found["attack"], []).append((found["cost"]["tokens"], found["kl_to_lock"]))
-    ends = sorted(lines, key=lambda label: lines[label][-1][1])
-    shown = {label: lines[label] for label in ends[: most_lines - len(points)]}
-    muted = {label: lines[label] for label in lines if label not in shown}
-    return [Curve("Re-distillation", "tokens", "KL to the lock", points | shown, True, True, muted=muted)]
+    frame = [point for own in (points | lines).values() for point in own]
+    styles = {label: LineStyle.of(place) for place, label in enumerate(lines)}
+    styles |= {attack: style_of(attack) for attack in points}
+    parts = [[*lines][start : start + MOST_LINES] for start in range(0, len(lines), MOST_LINES)]
+    return [
+        Curve(
+            f"Re-distillation ({count} of {len(parts)})" if len(parts) > 1 else "Re-distillation",
+            "tokens", "KL to the lock", {label: lines[label] for label in part} | points, True, True,
+            scattered=[*points], styles=styles, frame=frame,
+        )
+        for count, part in enumerate(parts, 1)
+    ]  # fmt: skip
 
 
 def layers(summary: Summary) -> Section | None:
@@ -85,7 +92,8 @@ def searches(summary: Summary) -> Section | None:
         f"{summary.sweeps[0]['budget']} trials per attack and model. The curves show the lowest held-out loss so far."
     )
     section.curves = [
-        Curve(title, "trial", "best loss so far", lines, dashed=["original"]) for title, lines in by_attack.items()
+        Curve(title, "trial", "best loss so far", lines, dashed=["original"], styles={"locked": LineStyle.of(0)})
+        for title, lines in by_attack.items()
     ]
     return section
 

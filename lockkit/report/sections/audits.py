@@ -20,7 +20,7 @@ def compared_audits(results: list[tuple[dict, Path]]) -> list[Section]:
     names = told_apart([(audit.locked, path) for audit, (_, path) in zip(audits, results, strict=True)])
     section = Section(f"{len(audits)} audits compared")
     section.text = [f"{name}: {audit.verdict.sentence}" for name, audit in zip(names, audits, strict=True)]
-    head = ["model", "perplexity, over the original's"]
+    head = ["model", "original", "perplexity, over the original's"]
     head += [
         f"{RESOURCES[key]}: {kind}" for kind in ("all attacks", "scripts off the shelf") for key in ("flops", "tokens")
     ]
@@ -40,7 +40,7 @@ def compared_audits(results: list[tuple[dict, Path]]) -> list[Section]:
 
 
 def _line(name: str, audit: Summary) -> list[str]:
-    cells = [name, number(audit.quality["perplexity_ratio"], ".4f")]
+    cells = [name, audit.original, number(audit.quality["perplexity_ratio"], ".4f")]
     if audit.verdict.missing:
         return cells + ["not measured"] * 4
     for kind in list(KINDS)[:2]:
