@@ -129,7 +129,7 @@ def test_the_page_has_the_figures_of_the_results_and_no_external_resources(resul
     card = (results / "report.md").read_text()
     assert figures["amplification"]["tokens"]["says"] in card and "<script>" not in card
     beside = json.loads((results / "report.json").read_text())
-    assert beside["schema"] == "lockkit-report/3" and beside["created"][:4].isdigit()
+    assert beside["schema"] == "lockkit-report/4" and beside["created"][:4].isdigit()
     [attacks] = [section for section in beside["sections"] if section["title"] == "Attacks on the task signatures"]
     loss = attacks["tables"][0]["head"].index("loss")
     runs = [figures["attacks"][0][model]["best_loss"] for model in ("original", "locked")]

@@ -22,7 +22,7 @@ from lockkit.report.render import html_page, markdown
 from lockkit.report.sections import builders, sections
 from lockkit.version import __version__, git_hash
 
-SCHEMA = "lockkit-report/3"
+SCHEMA = "lockkit-report/4"
 
 
 @dataclass(frozen=True)
