@@ -135,6 +135,7 @@ class TextFigures:
         models: names of the models whose perplexity is wanted.
         pairs: names of the models to compare: (reference, candidate).
         figures: the figures of a comparison, by pair, where they are not `PREDICTION_FIGURES`.
+        chunk_logits: most logits of one model in memory; by default `CHUNK_LOGITS`.
     """
 
     def __init__(
@@ -142,7 +143,9 @@ class TextFigures:
         models: Iterable[str],
         pairs: Iterable[tuple[str, str]] = (),
         figures: Mapping[tuple[str, str], Mapping[str, PairFigure]] | None = None,
+        chunk_logits: int | None = None,
     ) -> None:
+        self._chunk_logits = chunk_logits
         self.perplexity = {name: Perplexity() for name in models}
         self.comparison = {pair: Comparison((figures or {}).get(pair, PREDICTION_FIGURES)) for pair in pairs}
         self._scratch: dict[str, Scratch] = defaultdict(Scratch)  # of each model
@@ -160,7 +163,7 @@ class TextFigures:
             return
         any_model = next(iter(outputs))
         vocab_size = outputs[any_model].head(states[any_model][:1]).shape[-1]
-        for part in chunks(len(targets), vocab_size):
+        for part in chunks(len(targets), vocab_size, self._chunk_logits):
             logits = {name: outputs[name].head(states[name][part]) for name in states}
             for piece in chunks(len(targets[part]), vocab_size, PIECE_LOGITS):
                 self._add_piece({name: found[piece] for name, found in logits.items()}, targets[part][piece])
