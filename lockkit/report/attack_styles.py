@@ -21,9 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 OTHERS = "Other attacks"
-SHIFT = (
-    2  # colours between the first attacks of two groups, so that these differ where the headline is of another group
-)
+# Colours between the first attacks of two groups. The headline of another group has another colour than a group's first.
+SHIFT = 2
 THEN = ", then "  # in the name of an unlock that another attack follows
 
 
