@@ -22,7 +22,7 @@ from lockkit.export.run import export_model
 from lockkit.lock.config import LockConfig
 from lockkit.lock.run import lock_model
 from lockkit.measure import totals
-from lockkit.measure.metrics import LOGIT_FIGURES, kl_divergence, nmse, top1_agreement
+from lockkit.measure.metrics import LOGIT_FIGURES, Prediction, kl_divergence, nmse, top1_agreement
 from lockkit.measure.records import Fidelity, MeasuredText
 from lockkit.measure.totals import NMSE, Comparison, Outputs, TextFigures, perplexity
 from lockkit.models.families import FAMILIES
@@ -82,6 +82,22 @@ def test_kl_divergence_of_tokens_ruled_out():
     one = torch.tensor([0.0, 0.0, out])
     assert kl_divergence(one, one).item() == 0
     assert kl_divergence(one, torch.tensor([0.0, out, 0.0])).item() == math.inf
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 700), st.integers(0, 10_000))
+def test_the_top_token_is_the_first_of_the_highest(vocab, seed):
+    logits = torch.randint(-3, 3, (5, vocab), generator=torch.Generator().manual_seed(seed)).float()
+    assert torch.equal(Prediction(logits).top_token, logits.argmax(-1))
+    logits[2, seed % vocab] = math.nan
+    assert Prediction(logits).top_token[2] == seed % vocab
+
+
+def test_undefined_distributions_never_agree():
+    for row in ([0.0, math.inf, 0.5], [-math.inf] * 3, [0.0, math.nan, 0.5]):
+        logits = torch.tensor([row, [0.0, 1.0, 2.0]])
+        assert top1_agreement(logits, logits).tolist() == [False, True]
+        assert kl_divergence(logits, logits).isnan().tolist() == [True, False]
 
 
 def test_comparison_sums_over_batches_and_keeps_nan(monkeypatch):

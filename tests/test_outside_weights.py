@@ -17,9 +17,15 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OWN_HEAD_AND_TIED = pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 
 
-def streamed(folder: Path, beside: StreamedModel | None = None) -> StreamedModel:
+def streamed(folder: Path, beside: StreamedModel | None = None, dtype: torch.dtype = torch.float32) -> StreamedModel:
     config = load_config(folder)
-    return StreamedModel(folder, config, family_of(config), "cpu", beside=beside)
+    return StreamedModel(folder, config, family_of(config), "cpu", dtype, beside)
+
+
+def test_a_model_of_another_dtype_is_not_shared(originals):
+    half = streamed(originals("llama"), dtype=torch.float16)
+    found = streamed(originals("llama"), beside=half).outside()
+    assert {value.dtype for value in found.values()} == {torch.float32}
 
 
 @OWN_HEAD_AND_TIED

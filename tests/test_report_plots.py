@@ -99,7 +99,27 @@ def test_runs_without_losses_are_named():
     assert section.text[-1] == "Not in the plots, because rows.jsonl has no losses of their runs: lora."
     empty = Section("Attacks")
     add_loss_plots(empty, figures, {})
-    assert not empty.curves and "original's cheapest: full-ft" in empty.text[0] and "lora" in empty.text[0]
+    assert not empty.curves and empty.text == ["No plots: rows.jsonl has no losses of these runs."]
+
+
+def test_a_group_that_has_only_the_headline_s_attack_has_no_plot_of_its_own():
+    assert {curve.title.partition(":")[0] for curve in plots(["full-ft", "lora"], "full-ft").curves} == {
+        "Fewer weights"
+    }
+    assert [curve.title for curve in plots(["full-ft"], "full-ft").curves] == [
+        "All weights: tokens",
+        "All weights: floating-point operations",
+    ]
+
+
+def test_an_invalid_attack_does_not_stretch_the_axes_of_the_others():
+    figures, rows = task(["full-ft", "lora", "mezo"], "full-ft")
+    rows["locked-002"]["curve"][-1]["loss"] = 1e6
+    section = Section("Attacks")
+    add_loss_plots(section, figures, rows)
+    reached = {curve.title: max(loss for _, loss in curve.frame) for curve in section.curves}
+    assert len(reached) == 4 and max(reached.values()) < 3
+    assert any((40, 1e6) in points for curve in section.curves for points in curve.lines.values())
 
 
 def test_lines_differ_by_more_than_colour_and_all_are_in_the_legend():

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.attack.record import AuditedModel, Summary
-from lockkit.files import CARD, LOCK_RECORD, read_json
+from lockkit.files import CARD, LOCK_RECORD
 from lockkit.models.card import is_hub_id, read_metadata, strings
 
 if TYPE_CHECKING:
     from lockkit.attack.subjects import Subject, Subjects
-
-CONFIG = "config.json"
 
 
 def audited_model(subjects: Subjects, subject: Subject) -> dict[str, Any]:
@@ -41,9 +39,8 @@ def _named(folder: Path, lock_record: dict[str, Any]) -> dict[str, str]:
         bases = strings(read_metadata(folder / CARD).get("base_model"))
     except ValueError:  # a broken card names nothing
         bases = []
-    of_config = strings(read_json(folder / CONFIG, "MODEL").get("_name_or_path"))
-    found = {CARD: ", ".join(filter(is_hub_id, bases)), CONFIG: ", ".join(filter(is_hub_id, of_config))}
-    return {file: name for file, name in found.items() if name}
+    name = ", ".join(filter(is_hub_id, bases))
+    return {CARD: name} if name else {}
 
 
 def audited_sentence(summary: Summary) -> str:
@@ -60,12 +57,11 @@ def _described(model: AuditedModel, name: str) -> list[str]:
     told: dict[str, str] = {}
     for file, other in model.named.items():
         if other != name:
-            source = "card" if file == CARD else file
-            told.setdefault(other, f"a lock of {other}" if file == LOCK_RECORD else f"its {source} names {other}")
+            told[other] = f"a lock of {other}" if file == LOCK_RECORD else f"its card names {other}"
     return [
         *told.values(),
         f"family {model.family}",
-        f"{_millions(model.parameters)} parameters",
+        f"{model.parameters / 1e6:,.1f} M parameters",
         f"{model.layers} {'layer' if model.layers == 1 else 'layers'}",
         *([f"chains of depth {model.depth}"] if model.depth is not None else []),
         f"weights in {model.dtype}",
@@ -81,10 +77,3 @@ def _known_before(summary: Summary) -> list[str]:
 
 def _with(name: str, properties: list[str]) -> str:
     return f"{name} ({', '.join(properties)})" if properties else name
-
-
-def _millions(count: int) -> str:
-    """268,098,176 as `268.1 million`; fewer than 100,000 as they are."""
-    if count < 100_000:
-        return f"{count:,}"
-    return f"{count / 1e9:,.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"

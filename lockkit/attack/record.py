@@ -143,13 +143,15 @@ class AuditedModel(Record):
     """One of the two models of an audit."""
 
     named: dict[str, str] = Field(
-        description="Public names of the model that it was made from or is a copy of, by the file in its folder that has it."
+        description="Public names of the model it came from, by the file that gives the name."
     )
     family: str = Field(description="Model type of its family, such as llama; without lockkit's prefix.")
     parameters: int = Field(description="Number of parameters, tied ones once.")
     layers: int = Field(description="Decoder layers.")
     depth: int | None = Field(description="Blocks in each chain; null without chains.")
-    dtype: str = Field(description="Precision of the weights in its files. Attacks load them in float32.")
+    dtype: str = Field(
+        description="Precision of the model, as transformers reads it with dtype='auto'. Attacks load it in float32."
+    )
 
 
 class Summary(Record):

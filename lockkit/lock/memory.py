@@ -30,7 +30,7 @@ SHARE_TO_USE = 0.6  # of free memory
 COPIES_OF_A_CHAIN = 6
 # The loss of phase 2, per logit of a chunk: logits, log probabilities and temporaries in float32.
 BYTES_PER_LOGIT_OF_PHASE_2 = 24
-# The meter, per logit of a piece: log probabilities of both models and three temporaries in float64.
+# The meter, per logit of a piece: shifted logits and weights of both models, and one temporary, in float64.
 BYTES_PER_LOGIT_OF_A_PIECE = 40
 # Memory of a growing cache of keys and values, over its size: each tensor is replaced by a larger one, which does not fit
 # where the allocator has kept the memory of earlier ones. Measured on Gemma 3 270M (tools/results/real.md).

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-_GROUP = 512  # most values in a group of `_argmax`
+_FEWEST_IN_A_GROUP, _MOST_IN_A_GROUP = 32, 512  # values in a group of `_argmax`
 CONSTANT_SHARE = 1e-10  # the variance of constant outputs is below this share of their mean square
 
 
@@ -75,12 +75,16 @@ class Prediction:
 
 
 def _argmax(values: torch.Tensor) -> torch.Tensor:
-    """`values.argmax(-1)`, which takes ten times as long as a maximum: find the group of the maximum, and look only there.
+    """`values.argmax(-1)`, which takes several times as long as a maximum: find the maximum's group, and look only there.
+
+    Where the number of values has no divisor of a useful size, `argmax` does it.
 
     Args:
         values: `[..., n]`.
     """
-    size = next(size for size in range(_GROUP, 0, -1) if values.shape[-1] % size == 0)
+    size = next(size for size in range(_MOST_IN_A_GROUP, 0, -1) if values.shape[-1] % size == 0)
+    if size < _FEWEST_IN_A_GROUP:
+        return values.argmax(-1)
     groups = values.unflatten(-1, (-1, size))
     group = groups.amax(-1).argmax(-1, keepdim=True)
     within = groups.gather(-2, group[..., None].expand(*group.shape, size))[..., 0, :]
@@ -110,7 +114,10 @@ def kl_of_predictions(p: Prediction, q: Prediction) -> torch.Tensor:
 
 
 def top1_agreement(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
-    """Whether the most likely token is the same in both logits, `[..., vocab]`: bool `[...]`. Not where one is NaN."""
+    """Whether the most likely token is the same in both logits, `[..., vocab]`: bool `[...]`.
+
+    It is not where a logit is NaN, or the distribution is undefined: a logit of +inf, or all of them -inf.
+    """
     return same_top_token(Prediction(reference), Prediction(candidate))
 
 

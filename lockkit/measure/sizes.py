@@ -4,5 +4,5 @@
 # 262,144 tokens and a quarter of this, figures took 1.8 times as long.
 CHUNK_LOGITS = 16_000_000
 # Logits of one model that figures are computed from at a time. A temporary in float64 has 8 MB. It stays in the
-# processor's cache, and the allocator keeps its memory: with whole chunks, figures took four times as long.
+# processor's cache: with whole chunks, figures took four times as long.
 PIECE_LOGITS = 1 << 20

@@ -261,9 +261,9 @@ class Checkpoint:
         return found
 
     def holds(self, name: str, value: torch.Tensor) -> bool:
-        """Whether the checkpoint has the tensor `name`, and as `value`'s dtype it is `value` bit by bit."""
+        """Whether the checkpoint has the tensor `name`, and read as `value`'s dtype it is `value` bit by bit."""
         stored = self.stored.get(name)
-        if stored is None or not stored.shape or stored.shape != tuple(value.shape):
+        if stored is None or not stored.shape or stored.shape != tuple(value.shape) or not value.is_contiguous():
             return False
         return all(
             torch.equal(piece.to(value.device, value.dtype).view(torch.uint8), value[rows].view(torch.uint8))

@@ -120,8 +120,8 @@ class StreamedModel(LayeredModel):
         family: its family.
         device: for the computation.
         dtype: of weights and activations.
-        beside: a model in memory on the same device. Its weights outside the decoder layers that are bit by bit those in
-            `folder` are used here, too, instead of a copy.
+        beside: a model in memory on the same device. Its weights outside the decoder layers that have the same dtype, and
+            are bit by bit those in `folder`, are used here, too, instead of a copy.
 
     Attributes:
         config: its configuration. `tie_word_embeddings` is false if the weights have a head of their own.
@@ -151,7 +151,10 @@ class StreamedModel(LayeredModel):
 
     @contextmanager
     def without_outside(self) -> Iterator[None]:
-        """Free the weights outside the decoder layers inside the `with` block, and read them again after it."""
+        """Free the weights outside the decoder layers inside the `with` block, and read them again after it.
+
+        They are not read again after an error.
+        """
         self._assign(self.model, {name: value.to("meta") for name, value in self.outside().items()})
         return_free_memory()
         yield
@@ -160,6 +163,7 @@ class StreamedModel(LayeredModel):
     def _read_outside(self, known: dict[str, torch.Tensor]) -> None:
         """Read the weights outside the decoder layers, except those that are in `known` with the same values."""
         outside = list(self.outside())
+        known = {name: value for name, value in known.items() if value.dtype == self.dtype}
         found = {name: value for name, value in known.items() if self.checkpoint.holds(name, value)}
         found |= self.checkpoint.read([name for name in outside if name not in found], self.device, self.dtype)
         self._assign(self.model, found)

@@ -12,10 +12,11 @@ from lockkit.report.page import MOST_LINES, Curve, Points, Section
 ACROSS = ("tokens", "flops")
 ON_ORIGINAL, ON_LOCK = "original's cheapest: ", "cheapest: "  # begin the labels of the two runs of the headline
 PLOTS = (
-    "The plots have every attack that ran on the lock: the run of the table or, if it is another one, that of the headline. "
+    "The plots have every attack that ran on the lock, by the run that the table of attacks has, and the two runs that the "
+    "headline compares. "
     "An attack has the same colour and marker in all plots and on all pages; dashes say which attack follows an unlock. "
-    "The two runs of the headline are in every plot: the cheapest on the lock as a thick line, the cheapest on the original "
-    "as a dashed line without markers. Plots against the same resource have the same axes."
+    "Those two are in every plot: the cheapest on the lock as a thick line, the cheapest on the original as a dashed line "
+    "without markers. Plots against the same resource have the same axes, except where an invalid attack needs larger ones."
 )
 
 
@@ -28,10 +29,17 @@ def add_loss_plots(section: Section, figures: TaskSummary, rows: dict[str, dict]
     losses = [_Losses(figures, rows, resource) for resource in ACROSS]
     plots = [found.curves() for found in losses]
     # Those of one group stand beside each other.
-    section.curves += [curve for same in zip(*plots, strict=True) for curve in same if curve.lines]
-    section.text += [PLOTS] if section.curves else []
-    if lacking := dict.fromkeys(name for found in losses for name in found.lacking):
-        section.text.append(f"Not in the plots, because rows.jsonl has no losses of their runs: {', '.join(lacking)}.")
+    by_group = [*zip(*plots, strict=True)]
+    of_more = [same for same in by_group if any(len(c.lines) > len(c.dashed) + len(c.thick) for c in same)]
+    drawn = [curve for same in of_more or by_group[:1] for curve in same if curve.lines]
+    section.curves += drawn
+    lacking = dict.fromkeys(name for found in losses for name in found.lacking)
+    if not drawn:
+        section.text.append("No plots: rows.jsonl has no losses of these runs.")
+        return
+    section.text.append(PLOTS)
+    if lacking:
+        section.text.append(f"Not in the plots, because rows.jsonl has no losses of their runs: {'; '.join(lacking)}.")
 
 
 class _Losses:
@@ -81,6 +89,7 @@ class _Losses:
         if self.best:
             styles[f"{ON_LOCK}{self.best}"] = style_of(self.best)
         lines = {label: points for label, points in self.headline.items() if points}
+        valid = {name: points for name, points in self.attacks.items() if name not in invalid}
         return Curve(
             f"{title}: {RESOURCES[self.resource]}",
             RESOURCES[self.resource],
@@ -91,5 +100,5 @@ class _Losses:
             thick=[label for label in lines if label.startswith(ON_LOCK)],
             level=("target", self.figures.target_loss),
             styles=styles,
-            frame=[point for points in (self.headline | self.attacks).values() for point in points],
+            frame=[point for points in (self.headline | valid).values() for point in points],
         )
