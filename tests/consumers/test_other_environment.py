@@ -48,8 +48,7 @@ def run_there():
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.is_file() or ready.read_text() != REQUIREMENTS.read_text():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        options = ["--quiet", "--no-cache-dir", "--no-compile"]  # a test imports a small part
-        subprocess.run([python, "-m", "pip", "install", *options, "-r", REQUIREMENTS], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", "-r", REQUIREMENTS], check=True)
         ready.write_text(REQUIREMENTS.read_text())
 
     def run(script: str, *arguments: object, folder: Path = folder) -> dict:
