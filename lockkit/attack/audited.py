@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockkit.attack.record import AuditedModel, Summary
+from lockkit.errors import counted
 from lockkit.files import CARD, LOCK_RECORD
 from lockkit.models.card import is_hub_id, read_metadata, strings
 
@@ -62,7 +63,7 @@ def _described(model: AuditedModel, name: str) -> list[str]:
         *told.values(),
         f"family {model.family}",
         f"{model.parameters / 1e6:,.1f} M parameters",
-        f"{model.layers} {'layer' if model.layers == 1 else 'layers'}",
+        counted(model.layers, "layer"),
         *([f"chains of depth {model.depth}"] if model.depth is not None else []),
         f"weights in {model.dtype}",
     ]
@@ -71,7 +72,7 @@ def _described(model: AuditedModel, name: str) -> list[str]:
 def _known_before(summary: Summary) -> list[str]:
     """What a summary without `models` says of the lock."""
     layers, depth = len(summary.lock.get("layers") or []), summary.lock.get("depth")
-    known = [f"{layers} layers"] if layers else []
+    known = [counted(layers, "layer")] if layers else []
     return known + ([f"chains of depth {depth}"] if summary.has_chains and depth else [])
 
 
